@@ -1,0 +1,50 @@
+# Everyday commands. `make` alone lists them. VENV is made and filled on first use, with the versions in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+RUNTIME := $(VENV)/.installed-runtime
+ALL := $(VENV)/.installed-all
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-checkpoint test test-slow lint bench
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(RUNTIME)  ## train a small diffusion language model with RL on the CPU and show what it gained
+	$(PY) examples/demo.py
+
+demo-checkpoint: $(RUNTIME)  ## rebuild the checkpoint that the demo starts from
+	$(PY) examples/make_demo_checkpoint.py
+
+test: $(ALL)  ## run the tests, but for the slow ones and those that need a GPU
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(ALL)  ## run the slow tests
+	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(ALL)  ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(RUNTIME)  ## measure speed and memory on this machine
+	$(PY) -m benchmarks
+
+# torch comes first and alone: it is the large one, and a pip that resolves everything at once may pick another build of it.
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else "rl4dlm needs Python 3.11 or newer, and $(PYTHON) is " + v + "; name another: make PYTHON=python3.12 ...")'
+	@echo "Installing into $(VENV): torch, then the other dependencies (about two minutes on a fast connection)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[plots]'
+	@touch $@
+
+$(ALL): $(RUNTIME)
+	@echo "Installing into $(VENV): what tests and checks need besides"
+	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable '.[test,deepspeed]'
+	@touch $@

@@ -1,0 +1,74 @@
+"""The public names of rl4dlm, loaded on first use.
+
+This file owns the list of what `from rl4dlm import ...` offers and nothing else. A name's module is imported when the
+name is first asked for, so that `import rl4dlm` is quick and imports neither torch nor trl.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl4dlm.algorithms.base import (
+        DiffusionPolicyConfig as DiffusionPolicyConfig,
+        DiffusionPolicyTrainer as DiffusionPolicyTrainer,
+    )
+    from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig as DiffuGRPOConfig, DiffuGRPOTrainer as DiffuGRPOTrainer
+    from rl4dlm.algorithms.sft import (
+        DiffusionSFTConfig as DiffusionSFTConfig,
+        DiffusionSFTTrainer as DiffusionSFTTrainer,
+    )
+    from rl4dlm.evaluation import evaluate as evaluate
+    from rl4dlm.grading import load_reward as load_reward, load_rewards as load_rewards
+    from rl4dlm.likelihood.views import Views as Views
+    from rl4dlm.models.loading import load_denoiser as load_denoiser, save_denoiser as save_denoiser
+    from rl4dlm.models.scoring import attach_scoring as attach_scoring
+    from rl4dlm.models.spec import DiffusionSpec as DiffusionSpec
+    from rl4dlm.models.tiny import tiny_llada as tiny_llada, tiny_tokenizer as tiny_tokenizer
+    from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
+    from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
+    from rl4dlm.rollout.rollout import Rollout as Rollout, Trace as Trace
+    from rl4dlm.tasks import load_task as load_task
+
+__version__ = "0.1.0.dev0"
+
+# The imports above are for type checkers and editors, this table is what runs; tests/test_import.py holds them equal.
+_MODULE_OF = {
+    "DecodingConfig": "rl4dlm.rollout.decoding",
+    "DiffuGRPOConfig": "rl4dlm.algorithms.diffu_grpo",
+    "DiffuGRPOTrainer": "rl4dlm.algorithms.diffu_grpo",
+    "DiffusionPolicyConfig": "rl4dlm.algorithms.base",
+    "DiffusionPolicyTrainer": "rl4dlm.algorithms.base",
+    "DiffusionSFTConfig": "rl4dlm.algorithms.sft",
+    "DiffusionSFTTrainer": "rl4dlm.algorithms.sft",
+    "DiffusionSpec": "rl4dlm.models.spec",
+    "Rollout": "rl4dlm.rollout.rollout",
+    "RolloutEngine": "rl4dlm.rollout.engine",
+    "Trace": "rl4dlm.rollout.rollout",
+    "Views": "rl4dlm.likelihood.views",
+    "attach_scoring": "rl4dlm.models.scoring",
+    "available_schedules": "rl4dlm.rollout.decoding",
+    "evaluate": "rl4dlm.evaluation",
+    "load_denoiser": "rl4dlm.models.loading",
+    "load_reward": "rl4dlm.grading",
+    "load_rewards": "rl4dlm.grading",
+    "load_task": "rl4dlm.tasks",
+    "save_denoiser": "rl4dlm.models.loading",
+    "tiny_llada": "rl4dlm.models.tiny",
+    "tiny_tokenizer": "rl4dlm.models.tiny",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'rl4dlm' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

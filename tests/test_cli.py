@@ -1,0 +1,257 @@
+"""The `rl4dlm` command: what it runs, what it reports, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rl4dlm import (
+    DecodingConfig,
+    evaluate,
+    load_denoiser,
+    load_task,
+    resources,
+    save_denoiser,
+    tiny_llada,
+    tiny_tokenizer,
+)
+from rl4dlm.cli import launch_command, main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_denoiser(tiny_llada(initializer_range=0.5), folder, tiny_tokenizer())
+    return folder
+
+
+# --- help and env -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["--version"]])
+def test_help_loads_no_heavy_library(arguments):
+    code = (
+        "import sys\nfrom rl4dlm import cli\n"
+        "try:\n    cli.main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "print('loaded:', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    text, _, loaded = outcome.stdout.rpartition("loaded:")
+    assert "rl4dlm" in text
+    assert {"torch", "transformers", "trl", "datasets", "numpy"}.isdisjoint(loaded.split())
+
+
+def test_train_help_lists_the_trainers(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "diffu_grpo, sft" in " ".join(capsys.readouterr().out.split())
+
+
+def test_env_says_what_is_there(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"] == torch.__version__
+    assert lines["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    for folder in resources.FOLDERS:
+        assert Path(lines[f"{folder}/"]) == resources.find(folder)
+    assert {"deepspeed", "bitsandbytes", "wandb", "GPUs", "processor"} <= set(lines)
+
+
+def test_env_reports_a_missing_extra(capsys, monkeypatch):
+    from importlib import metadata
+
+    real = metadata.version
+
+    def version(name):
+        if name == "wandb":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    main(["env"])
+    assert "wandb          not installed" in capsys.readouterr().out
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+SCRIPT = str(resources.find("trainers") / "diffu_grpo.py")
+
+
+@pytest.mark.parametrize(
+    ("given", "becomes"),
+    [
+        (["diffu_grpo"], [SCRIPT]),
+        (["diffu_grpo", "--config", "a.yaml", "--seed", "1"], [SCRIPT, "--config", "a.yaml", "--seed", "1"]),
+        (["diffu_grpo", "--num_processes", "2", "--", "--seed", "1"], ["--num_processes", "2", SCRIPT, "--seed", "1"]),
+        (["diffu_grpo", "--cpu", "--"], ["--cpu", SCRIPT]),
+        (["diffu_grpo", "--", "--help"], [SCRIPT, "--help"]),
+    ],
+)
+def test_train_is_accelerate_launch(given, becomes):
+    assert launch_command(given) == [*LAUNCH, *becomes]
+
+
+def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = "configs/diffu_grpo/few_clue_sudoku_tiny.yaml"
+    launcher = "configs/accelerate/zero2.yaml"
+    command = launch_command(["diffu_grpo", "--config_file", launcher, "--", "--config", named])
+    folder = resources.find("configs").parent
+    assert command[3:] == ["--config_file", str(folder / launcher), SCRIPT, "--config", str(folder / named)]
+    # A file of the user's own comes first, and one that is nowhere is left for the script to report.
+    (tmp_path / named).parent.mkdir(parents=True)
+    (tmp_path / named).touch()
+    assert launch_command(["diffu_grpo", "--config", named])[-1] == named
+    assert launch_command(["diffu_grpo", "--config", "configs/none.yaml"])[-1] == "configs/none.yaml"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "needs the name of a trainer; choose one of diffu_grpo, sft"),
+        (["grpo"], "trainer 'grpo' is unknown; choose one of diffu_grpo, sft"),
+        (["../evil"], "trainer '../evil' is unknown"),
+        (["sft", "--num_processes", "2"], "--num_processes belongs to accelerate"),
+        (["sft", "--", "--config_file=x.yaml"], "--config_file=x.yaml belongs to accelerate"),
+    ],
+)
+def test_train_refuses_what_it_cannot_start(given, said, capsys, monkeypatch):
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("a process was started"))
+    assert main(["train", *given]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and "Traceback" not in printed
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def run_eval(*arguments: str) -> int:
+    return main(["eval", *map(str, arguments)])
+
+
+def test_eval_writes_what_evaluate_measures(model_folder, tmp_path, capsys):
+    output = tmp_path / "out" / "results.json"
+    status = run_eval(
+        "--model", model_folder, "--task", "few_clue_sudoku,countdown",
+        "--task-args", '{"countdown": {"size": 6, "numbers": 4}, "few_clue_sudoku": {"size": 8}}',
+        "--schedule", "random", "--steps", "4,8", "--block-length", "4", "--canvas-length", "16", "--limit", "5",
+        "--temperature", "0.7", "--seed", "3", "--batch-rows", "2", "--num-samples", "2", "--chosen-by", "last",
+        "--output", output,
+    )  # fmt: skip
+    assert status == 0
+    sudoku, countdown = json.loads(output.read_text())["results"]
+    assert (sudoku["task"], countdown["task"]) == ("few_clue_sudoku", "countdown")
+    assert sudoku["model"] == str(model_folder) and sudoku["chosen_by"] == "last" and sudoku["seed"] == 3
+
+    decodings = {
+        n: DecodingConfig(canvas_length=16, schedule="random", steps=n, block_length=4, temperature=0.7) for n in (4, 8)
+    }
+    for written, task in (
+        (sudoku, load_task("few_clue_sudoku", size=8)),
+        (countdown, load_task("countdown", size=6, numbers=4)),
+    ):
+        model = load_denoiser(model_folder)
+        direct = evaluate(model, tiny_tokenizer(), task, decodings=decodings, limit=5, num_samples=2, seed=3)
+        expected = {label: asdict(replace(m, seconds=0)) for label, m in direct.measurements.items()}
+        found = {label: {**values, "seconds": 0} for label, values in written["measurements"].items()}
+        assert found == json.loads(json.dumps(expected))
+        assert written["measurements"]["8"]["nfe"] > written["measurements"]["4"]["nfe"]
+
+    printed = capsys.readouterr().out
+    for word in ("few_clue_sudoku", "countdown", "solved", "NFE", "tokens/forward"):
+        assert word in printed
+
+
+def test_eval_takes_a_schedule_without_steps(model_folder, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    status = run_eval(
+        "--model", model_folder, "--task", "few_clue_sudoku", "--schedule", "threshold",
+        "--schedule-args", '{"threshold": 0}', "--canvas-length", "16", "--limit", "3", "--output", output,
+    )  # fmt: skip
+    assert status == 0
+    (measured,) = json.loads(output.read_text())["results"][0]["measurements"].items()
+    assert measured[0] == "threshold"
+    assert measured[1]["nfe"] == 1  # every candidate reaches a threshold of 0
+
+
+@pytest.fixture(scope="module")
+def broken_models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("broken")
+    tokenizer = tiny_tokenizer()
+    no_spec = tiny_llada()
+    del no_spec.config.diffusion
+    no_spec.save_pretrained(folder / "no_spec")
+    tokenizer.save_pretrained(folder / "no_spec")
+    tokenizer.mask_token = None
+    save_denoiser(tiny_llada(), folder / "no_mask", tokenizer)
+    return {name: str(folder / name) for name in ("no_spec", "no_mask", "absent")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"--schedule": "fast"}, "schedule='fast' is unknown; choose one of low_confidence, random, threshold"),
+        ({"--task": "chess"}, "unknown task 'chess'; known tasks: countdown, few_clue_sudoku"),
+        ({"--task": "sudoku,sudoku"}, "names one thing twice"),
+        ({"--task": ","}, "task=',' names nothing"),
+        ({"--task-args": "{"}, "task-args='{' is not JSON"),
+        ({"--task-args": "[1]"}, "task-args=[1] is not a mapping"),
+        ({"--task-args": '{"color": 1}'}, "has no option 'color'"),
+        ({"--task": "sudoku,countdown", "--task-args": '{"size": 3}'}, "with several tasks, give each one's options"),
+        ({"--task": "sudoku,countdown", "--task-args": '{"math": {}}'}, "task-args names 'math'"),
+        ({"--split": "holdout"}, "no split 'holdout'"),
+        ({"--steps": "4,many"}, "steps='4,many' is not a list of whole numbers"),
+        ({"--steps": "3", "--block-length": "8"}, "steps=3 cannot be shared out over 2 blocks"),
+        ({"--steps": "4", "--schedule": "threshold"}, "steps=4 has no meaning for schedule='threshold'"),
+        ({"--block-length": "5"}, "block_length=5 does not divide canvas_length=16"),
+        ({"--temperature": "-1"}, "temperature=-1.0 is not allowed"),
+        ({"--cache": "magic"}, "cache='magic' is unknown"),
+        ({"--schedule-args": '{"threshold": 1}'}, "schedule_args has unknown settings ['threshold']"),
+        ({"--model": "absent"}, "there is no model folder"),
+        ({"--model": "no_spec"}, "config.diffusion"),
+        ({"--model": "no_mask"}, "no mask token"),
+        ({"--device": "toaster"}, "device='toaster' cannot be used"),
+        ({"--output": "."}, "output='.' is a folder"),
+    ],
+)
+def test_eval_names_bad_input_before_it_computes(settings, said, model_folder, broken_models, capsys, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "__init__", lambda *_, **__: pytest.fail("a model was built"))
+    given = {"--model": str(model_folder), "--task": "few_clue_sudoku", "--canvas-length": "16", **settings}
+    given["--model"] = broken_models.get(given["--model"], given["--model"])
+    assert run_eval(*[word for pair in given.items() for word in pair]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.startswith("rl4dlm: error: ") and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (["--limit", "0"], "--limit: 0 is not allowed"),
+        (["--num-samples", "x"], "--num-samples"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--step", "4"], "--step"),  # no abbreviations
+    ],
+)
+def test_eval_names_a_flag_it_cannot_read(setting, said, model_folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_eval("--model", model_folder, "--task", "sudoku", *setting)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_overlong_prompt_is_named(model_folder, capsys):
+    assert run_eval("--model", model_folder, "--task", "sudoku", "--canvas-length", "1000", "--limit", "1") == 2
+    assert "exceeds the model's 1024 positions" in capsys.readouterr().err

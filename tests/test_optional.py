@@ -1,0 +1,26 @@
+"""A missing optional dependency is named together with the extra that brings it."""
+
+from __future__ import annotations
+
+import pytest
+
+from rl4dlm import _optional
+
+
+def test_an_installed_package_is_returned():
+    import json.decoder
+
+    assert _optional.require("json.decoder", extra="plots", purpose="a test") is json.decoder
+
+
+@pytest.mark.parametrize("module", ["no_such_package", "no_such_package.pyplot"])
+def test_a_missing_package_is_named_with_its_extra(module):
+    with pytest.raises(ImportError, match=r"the plot needs no_such_package.*pip install 'rl4dlm\[plots\]'"):
+        _optional.require(module, extra="plots", purpose="the plot")
+
+
+def test_a_package_broken_inside_keeps_its_own_error(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        _optional.require("broken_package", extra="plots", purpose="the plot")
