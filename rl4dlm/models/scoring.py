@@ -1,0 +1,176 @@
+"""The one owner of the vocabulary head.
+
+`attach_scoring` extends a model's own forward: given positions it returns what a reduction makes of the logits there
+(log-probabilities and entropies by default), a chunk of positions at a time, so that a `[B, T, V]` tensor never exists.
+It runs inside the wrapped module, where the shards of FSDP and ZeRO-3 are gathered. Rollout and likelihood both call
+this and nothing else touches the head. Owns neither what is masked nor what the numbers are used for.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rl4dlm.models.attention import attention_mask as build_mask, check_attention, position_ids as build_positions
+from rl4dlm.models.spec import DiffusionSpec
+
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once, in elements: 256 MiB in float32."""
+
+Reduction = Callable[[Tensor, slice], tuple[Tensor, ...]]
+"""Maps logits `[c, V]` of some scored positions, and which slice of all of them they are, to tensors `[c, ...]`."""
+
+
+class TokenScores(NamedTuple):
+    """What the default reduction returns, one entry per scored position in row-major order."""
+
+    log_probs: Tensor  # [n]
+    entropies: Tensor  # [n], in nats
+
+
+def attach_scoring(model: Any) -> Any:
+    """Teaches `model.forward` to score positions; returns the model. Attaching twice changes nothing.
+
+    Call it before the model is wrapped (PEFT, DDP, FSDP, DeepSpeed), and never `copy.deepcopy` the model afterwards:
+    the copy's forward would still use the original's weights. Afterwards
+
+        model(input_ids, attention_mask, position_ids, score_positions=..., score_targets=..., ...)
+
+    returns `TokenScores` instead of logits, where
+
+    - `input_ids`: long `[R, T]`; `attention_mask`: bool or long `[R, T]` marking real tokens (None: all are), or a
+      ready 4-D mask or BlockMask; `position_ids`: long `[R, T]`, counted from the first real token when None;
+    - `score_positions`: bool `[R, T]`, the positions whose token is scored;
+    - `score_targets`: long `[R, T]`, the token scored at each of them;
+    - `score_temperature`: float, divides the logits;
+    - `score_cfg_scale`: float w; if > 0, classifier-free guidance `u + (w + 1)(c - u)` combines the logits c of the
+      first half of the rows with u of the second, and positions and targets are given for the first half only;
+    - `score_reduce`: a `Reduction` instead of the default one; `score_targets` is then not needed.
+
+    Log-probabilities are those of the softmax over the whole vocabulary, mask token included, in float32 or the model's
+    dtype, whichever is wider. The logit shift of the spec is applied here. Without `score_positions` the forward is the
+    model's own.
+
+    Raises:
+        ValueError: the model has no spec, or its logits are not its head applied to its last hidden state.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "_scores_positions", False):
+        return model
+    spec = DiffusionSpec.of(base)
+    check_attention(spec, getattr(base.config, "_attn_implementation", None))
+    _check_head(base)
+    original = base.forward
+
+    @functools.wraps(type(base).forward)
+    def forward(self: Any, *args: Any, score_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        if score_positions is None:
+            return original(*args, **kwargs)
+        return _score(self, spec, *args, score_positions=score_positions, **kwargs)
+
+    base.forward = types.MethodType(forward, base)
+    base._scores_positions = True
+    return model
+
+
+def _score(
+    model: Any,
+    spec: DiffusionSpec,
+    input_ids: Tensor,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    *,
+    score_positions: Tensor,
+    score_targets: Tensor | None = None,
+    score_temperature: float = 1.0,
+    score_cfg_scale: float = 0.0,
+    score_reduce: Reduction | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        keys = attention_mask.bool()
+        if position_ids is None:
+            position_ids = build_positions(keys)
+        attention_mask = build_mask(keys, input_ids.shape[1], model.config._attn_implementation, model.dtype)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
+    ).last_hidden_state  # [R, T, D]
+    rows, columns = score_positions.nonzero(as_tuple=True)
+    sources = (columns - spec.logit_shift).clamp(min=0)
+    picked = hidden[rows, sources]  # [n, D]
+    guide = hidden[rows + len(score_positions), sources] if score_cfg_scale > 0 else None
+    if score_reduce is None:
+        if score_targets is None:
+            raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
+        score_reduce = _log_prob_reduction(score_targets[rows, columns])
+
+    def chunk(start: int, stop: int) -> tuple[Tensor, ...]:
+        logits = _logits(model, picked[start:stop])
+        if guide is not None:
+            unconditional = _logits(model, guide[start:stop])
+            logits = unconditional + (score_cfg_scale + 1) * (logits - unconditional)
+        if score_temperature != 1.0:
+            logits = logits / score_temperature
+        return score_reduce(logits, slice(start, stop))
+
+    size = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+    bounds = [(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [(0, 0)]
+    recompute = torch.is_grad_enabled() and len(bounds) > 1
+    parts = [checkpoint(chunk, *b, use_reentrant=False) if recompute else chunk(*b) for b in bounds]
+    columns_of = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return TokenScores(*columns_of) if isinstance(parts[0], TokenScores) else tuple(columns_of)
+
+
+def _log_prob_reduction(targets: Tensor) -> Reduction:
+    def reduce(logits: Tensor, part: slice) -> TokenScores:
+        log_probs = logits.log_softmax(-1)
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+        return TokenScores(log_probs.gather(-1, targets[part, None]).squeeze(-1), entropies)
+
+    return reduce
+
+
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    """The head on hidden states `[c, D]`: logits `[c, V]` in float32 or wider, scaled and capped as the config says."""
+    logits = model.get_output_embeddings()(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    config = model.config.get_text_config()
+    if getattr(config, "logits_scaling", None) is not None:
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None) is not None:
+        logits = logits * config.logit_scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@torch.no_grad()
+def _check_head(model: Any) -> None:
+    """Compares `_logits` with the model's own logits on three tokens; a head with a transform would differ silently."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings, so there is nothing to score tokens with")
+    sharded = any(hasattr(p, "ds_id") or p.is_meta or p.numel() == 0 for p in model.parameters())
+    if sharded:  # ZeRO-3 partitions parameters at loading; outside the wrapped forward there is nothing to compare
+        return
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids, use_cache=False).logits[0]
+    actual = _logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    model.train(was_training)
+    expected = expected.to(actual.dtype)
+    tolerance = 1e-5 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
+    error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
+    if not error <= tolerance:
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not its output embeddings applied to its last hidden state "
+            f"(relative difference {error:.2g}); such heads are not supported"
+        )

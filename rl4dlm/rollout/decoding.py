@@ -1,0 +1,128 @@
+"""Decoding settings, and the registry of named schedules that they choose from.
+
+Owns validation: a `DecodingConfig` that exists can be run. How schedules decide is in `schedules/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from rl4dlm.rollout.caches import available_caches
+from rl4dlm.rollout.schedules import registry
+from rl4dlm.rollout.schedules.parts import Schedule
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How prompts are turned into completions.
+
+    Args:
+        canvas_length: completion slots L, in tokens.
+        schedule: name of the schedule, see `available_schedules()`.
+        steps: denoising steps S for the whole canvas; a multiple of the number of blocks. None: half the canvas length
+            (two tokens per step), rounded up to a whole number per block. Schedules that decide for themselves how many
+            steps they take (`threshold`) allow None only.
+        block_length: length of the blocks that are written left to right; divides `canvas_length`. None: one block.
+        temperature: 0 takes the most probable token.
+        top_p: keep the smallest set of tokens whose probability reaches it. top_k: keep that many tokens; 0 is off.
+        cfg_scale: weight w of classifier-free guidance `u + (w + 1)(c - u)`; 0 is off, otherwise each step costs two
+            forwards.
+        cache: name of the cache policy, see `available_caches()`.
+        stop_at_eos: finish a row as soon as an end-of-sequence token is written and every slot before it is too. The
+            valid part is the same either way, because committed tokens never change; the slots behind it are not
+            decoded.
+        suppress_token_ids: ids taken out of the model's distribution (their logits become -inf).
+        defer_token_ids: ids that may be candidates but are committed only when nothing else can be; for instruction
+            models decoding one long block, which otherwise end too early (LLaDA, arXiv 2502.09992, appendix B.4).
+        schedule_args: further settings of the schedule.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    canvas_length: int = 256
+    schedule: str = "low_confidence"
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    cfg_scale: float = 0.0
+    cache: str = "none"
+    stop_at_eos: bool = True
+    suppress_token_ids: tuple[int, ...] = ()
+    defer_token_ids: tuple[int, ...] = ()
+    schedule_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("suppress_token_ids", "defer_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.canvas_length < 1:
+            raise ValueError(f"canvas_length={self.canvas_length} is not allowed; it must be 1 or larger")
+        if self.block_length is not None and (self.block_length < 1 or self.canvas_length % self.block_length):
+            raise ValueError(
+                f"block_length={self.block_length} does not divide canvas_length={self.canvas_length}; "
+                "allowed: its divisors, or None for one block"
+            )
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} is not allowed; it must be 0 or larger")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not allowed; it must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is not allowed; it must be 0 (off) or larger")
+        if not self.cfg_scale >= 0:
+            raise ValueError(f"cfg_scale={self.cfg_scale} is not allowed; it must be 0 (off) or larger")
+        if self.cache not in available_caches():
+            raise ValueError(f"cache={self.cache!r} is unknown; choose one of {', '.join(available_caches())}")
+        entry = registry.lookup(self.schedule)
+        if not entry.takes_steps and self.steps is not None:
+            raise ValueError(
+                f"steps={self.steps} has no meaning for schedule={self.schedule!r}, which takes as many steps as it "
+                "needs; leave it None"
+            )
+        if self.steps is not None and (self.steps < self.num_blocks or self.steps % self.num_blocks):
+            raise ValueError(
+                f"steps={self.steps} cannot be shared out over {self.num_blocks} blocks (canvas_length="
+                f"{self.canvas_length}, block_length={self.block_length}); it must be a positive multiple of "
+                f"{self.num_blocks}"
+            )
+        self.arguments()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the canvas."""
+        return self.canvas_length // (self.block_length or self.canvas_length)
+
+    @property
+    def steps_per_block(self) -> int:
+        """Denoising steps in each block."""
+        if self.steps is not None:
+            return self.steps // self.num_blocks
+        return -(-self.canvas_length // (2 * self.num_blocks))
+
+    def arguments(self) -> Any:
+        """`schedule_args` as the schedule's own settings dataclass. Raises ValueError on unknown or bad settings."""
+        arguments = registry.lookup(self.schedule).arguments
+        allowed = [f.name for f in fields(arguments)]
+        unknown = sorted(set(self.schedule_args) - set(allowed))
+        if unknown:
+            raise ValueError(
+                f"schedule_args has unknown settings {unknown} for schedule={self.schedule!r}; allowed: {allowed}"
+            )
+        return arguments(**self.schedule_args)
+
+    def build_schedule(self) -> Schedule:
+        """The schedule with these settings."""
+        return registry.lookup(self.schedule).build(self.arguments(), self)
+
+
+def available_schedules() -> list[str]:
+    """Names that `DecodingConfig.schedule` allows."""
+    return registry.names()
+
+
+def schedule_arguments(name: str) -> type:
+    """The settings dataclass of a schedule, for `schedule_args`. Raises ValueError for an unknown name."""
+    return registry.lookup(name).arguments
