@@ -1,0 +1,90 @@
+"""What every task offers: rows for a split, an exact checker, metrics.
+
+Owns that contract and the settings that tasks share. Rows are plain dicts; `datasets` is imported only when a dataset
+is made.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+# Draws in a row that a generator may reject before it says that a split has too few instances.
+MOST_MISSES = 50_000
+
+
+class Task(ABC):
+    """A source of prompts and the judge of what comes back.
+
+    The column `prompt` is a string, or a list of chat messages. Where it ends with an assistant message, the model
+    continues that message (TRL renders it so; with a tokenizer: `apply_chat_template(...,
+    continue_final_message=True)`).
+    """
+
+    name: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+
+    def dataset(self, split: str) -> Dataset:
+        """`rows` as a dataset."""
+        from datasets import Dataset
+
+        return Dataset.from_list(self.rows(split))
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of a split, always the same for the same options.
+
+        Raises:
+            ValueError: the task has no such split, or a file that cannot be read.
+        """
+        if split not in self.splits:
+            raise ValueError(f"task {self.name!r} has no split {split!r}; its splits: {', '.join(self.splits)}")
+        return self._rows(split)
+
+    @abstractmethod
+    def _rows(self, split: str) -> list[Row]:
+        """The rows of one of `splits`, all with the same keys."""
+
+    @abstractmethod
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
+        """Whether a completion solves a row, exactly; `None` where the row says too little to tell."""
+
+    def check_many(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+        """`check` for each pair."""
+        return [self.check(completion, row) for completion, row in zip(completions, rows, strict=True)]
+
+    def metrics(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """`solved`, the share of checked completions that solve their row, and what else the task's papers report.
+
+        A metric over no completions is `nan`.
+        """
+        verdicts = [verdict for verdict in self.check_many(completions, rows) if verdict is not None]
+        return {"solved": share(sum(verdicts), len(verdicts))}
+
+
+def share(part: float, whole: float) -> float:
+    """`part / whole`, and `nan` of nothing."""
+    return part / whole if whole else float("nan")
+
+
+def tenth(key: str) -> int:
+    """Which of ten parts an instance belongs to, 0 to 9: a property of the instance, not of a seed or an order."""
+    return zlib.crc32(key.encode()) % 10
+
+
+def check_size(size: int | None) -> None:
+    """Refuse a `size` that is not a positive number of rows or `None`."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"size={size!r}; give a positive number of rows, or None for the task's own")
+
+
+def check_style(style: str, allowed: Sequence[str]) -> None:
+    """Refuse a `style` of prompt that does not exist."""
+    if style not in allowed:
+        raise ValueError(f"style={style!r}; the prompt styles are {', '.join(allowed)}")

@@ -1,0 +1,78 @@
+"""GSM8K, grade-school word problems with an integer answer (arXiv 2110.14168).
+
+Owns the reader, from the hub or a file, and the checker. Prompts are d1's (arXiv 2504.12216).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rl4dlm.grading.text import answer_or_text, hash_answer, last_boxed, last_number, parse_number
+from rl4dlm.tasks import prompts
+from rl4dlm.tasks.base import Row, Task, check_size, check_style
+from rl4dlm.tasks.files import Paths, files_by_split, read_hub, read_rows
+
+
+@dataclass(frozen=True)
+class GSM8K(Task):
+    """Rows `prompt` (chat messages), `question`, `answer` (the text after `####`) and `solution` (the whole worked
+    answer).
+
+    Args:
+        style: of the prompt; "spg" is the same as "d1".
+        size: at most this many rows, from the beginning.
+        path: a CSV, JSON, JSONL or parquet file with columns `question` and `answer` for the test split, or a mapping
+            from splits to files. Splits without a file come from the hub.
+        hub_id: dataset on the hub with the same columns.
+        hub_config: its configuration.
+    """
+
+    name: ClassVar[str] = "gsm8k"
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+
+    style: str = "d1"
+    size: int | None = None
+    path: Paths = None
+    hub_id: str = "openai/gsm8k"
+    hub_config: str | None = "main"
+
+    def __post_init__(self) -> None:
+        check_style(self.style, prompts.STYLES)
+        check_size(self.size)
+        files_by_split(self.path, self.splits)
+
+    def _rows(self, split: str) -> list[Row]:
+        files = files_by_split(self.path, self.splits)
+        if split in files:
+            source = read_rows(files[split], "question", "answer")
+        else:
+            source = read_hub(self.hub_id, self.hub_config, split)
+        rows = []
+        for row in source[: self.size]:
+            answer = hash_answer(row["answer"])
+            rows.append(
+                {
+                    "prompt": prompts.gsm8k(row["question"], evaluation=split != "train"),
+                    "question": row["question"],
+                    "answer": row["answer"].strip() if answer is None else answer,
+                    "solution": row["answer"],
+                }
+            )
+        return rows
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
+        """Whether the answer is numerically equal to the reference; `None` if the row has none.
+
+        Read are what follows the last `<answer>`, or the whole text without one; in it the last `\\boxed{}` if there is
+        one; and of that the number it is, or else its last number.
+        """
+        gold = parse_number(row.get("answer") or "")
+        if gold is None:
+            return None
+        text = answer_or_text(completion)
+        boxed = last_boxed(text)
+        text = text if boxed is None else boxed
+        number = parse_number(text)
+        return (last_number(text) if number is None else number) == gold

@@ -1,0 +1,92 @@
+"""MATH, competition problems with LaTeX answers (arXiv 2103.03874), and its test subset MATH-500.
+
+Owns the reader, from the hub or a file, and the checker, which compares answers as mathematics. Prompts are d1's
+(arXiv 2504.12216).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rl4dlm.grading.latex import equivalent
+from rl4dlm.grading.text import answer_or_text, last_boxed
+from rl4dlm.tasks import prompts
+from rl4dlm.tasks.base import Row, Task, check_size, check_style
+from rl4dlm.tasks.files import Paths, files_by_split, read_hub, read_rows
+
+
+@dataclass(frozen=True)
+class Math(Task):
+    """Rows `prompt` (chat messages), `problem`, `answer` (LaTeX, unboxed) and `solution` (the whole worked answer).
+
+    Args:
+        style: of the prompt; "spg" is the same as "d1".
+        size: at most this many rows, from the beginning.
+        path: a CSV, JSON, JSONL or parquet file with columns `problem` and `solution` for the test split, or a mapping
+            from splits to files. A column `answer` comes before the last box of the solution. Splits without a file
+            come from the hub.
+        hub_id: dataset on the hub for training, all its configurations; d1 trained on "ankner/math-500".
+        test_hub_id: dataset on the hub for test.
+        deadline: seconds that comparing one answer may take; one that takes longer is wrong.
+    """
+
+    name: ClassVar[str] = "math"
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+
+    style: str = "d1"
+    size: int | None = None
+    path: Paths = None
+    hub_id: str = "EleutherAI/hendrycks_math"
+    test_hub_id: str = "HuggingFaceH4/MATH-500"
+    deadline: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_style(self.style, prompts.STYLES)
+        check_size(self.size)
+        files_by_split(self.path, self.splits)
+        if not 0 < self.deadline < float("inf"):
+            raise ValueError(f"deadline={self.deadline} seconds; it must be positive and finite")
+
+    def _rows(self, split: str) -> list[Row]:
+        files = files_by_split(self.path, self.splits)
+        if split in files:
+            source = read_rows(files[split], "problem", "solution")
+        else:
+            source = read_hub(self.test_hub_id if split == "test" else self.hub_id, None, split)
+        return [
+            {
+                "prompt": prompts.math(row["problem"], evaluation=split != "train"),
+                "problem": row["problem"],
+                "answer": row.get("answer") or last_boxed(row["solution"]),
+                "solution": row["solution"],
+            }
+            for row in source[: self.size]
+        ]
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
+        """Whether the answer equals the reference as mathematics; `None` if the row has none. See `read_answer`."""
+        return self.check_many([completion], [row])[0]
+
+    def check_many(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+        """`check` for each pair, several at a time."""
+        pairs = [
+            (gold_answer(row["answer"]), read_answer(completion))
+            for completion, row in zip(completions, rows, strict=True)
+            if row.get("answer")
+        ]
+        verdicts = iter(equivalent(pairs, deadline=self.deadline))
+        return [next(verdicts) if row.get("answer") else None for row in rows]
+
+
+def read_answer(completion: str) -> str:
+    r"""The last `\boxed{}` of a completion; without one, what follows its last `<answer>`; without that, all of it."""
+    boxed = last_boxed(completion)
+    return answer_or_text(completion) if boxed is None else boxed
+
+
+def gold_answer(answer: str) -> str:
+    """The reference answer, from the answer alone or from a solution that boxes it."""
+    boxed = last_boxed(answer)
+    return answer if boxed is None else boxed

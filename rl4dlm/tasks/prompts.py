@@ -1,0 +1,115 @@
+r"""The prompts of the papers.
+
+Owns wording only. The instruction strings are those with which d1 (arXiv 2504.12216) and SPG (arXiv 2510.09541) trained
+and
+evaluated: a published number belongs to a prompt, to its last space. SPG took d1's prompts and changed Sudoku's.
+
+Training and evaluation differ in both papers: at evaluation the mathematical tasks ask for a `\boxed{}` answer,
+Countdown is stated in other words, and the assistant's turn begins with `<reasoning>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+STYLES = ("d1", "spg")
+
+Messages = list[dict[str, str]]
+
+_FORMAT = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
+
+_BOXED_FORMAT = (
+    "Respond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"
+    "<answer>\n\\boxed{...}\n</answer>"
+)
+
+_EXPERT = (
+    "You are a math expert. You will be given a question to solve. Solve it step by step. "
+    "Wrap the final answer in a \\boxed{}."
+)
+
+_COUNTDOWN = (
+    "Using only the provided numbers, create an arithmetic expression that evaluates to exactly the provided target "
+    "number. You may use the operations +, -, *, and / as needed, but each number must be used exactly once. Think "
+    "step-by-step. After reasoning, provide only your final expression inside \\boxed{} tags without including an "
+    "equals sign or the target number. For example: \\boxed{a + b * c}"
+)
+
+_SUDOKU = (
+    "\nPlease solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string reading "
+    "left-to-right, top-to-bottom, where '0' represents empty cells.\n\nRules:\n- Fill empty cells with digits 1-4\n"
+    "- Each row must contain digits 1-4 exactly once\n- Each column must contain digits 1-4 exactly once\n"
+    "- Each 2x2 box must contain digits 1-4 exactly once\n\n"
+    "Important: Your solution must be a COMPLETE 16-character string with only the digits 1-4, representing your final "
+    "solved grid.\n\nRespond in this exact format:\n<reasoning>\nYour step-by-step solving process\n</reasoning>\n"
+    "<answer>\n[16-character solution string with no spaces or separators]\n</answer>\n"
+)
+
+# The puzzles that SPG shows solved in its prompt, with the cells in the order in which they can be filled one by one.
+# The text around them is ours: SPG's numbers are comparable only up to that.
+_SHOWN = (
+    ("3014002020004130", "3214142323414132", (1, 4, 5, 7, 9, 10, 11, 15)),
+    ("0000100420013142", "4213132424313142", (0, 3, 1, 2, 5, 6, 9, 10)),
+    ("2001403002001420", "2341413232141423", (1, 2, 5, 7, 8, 10, 11, 15)),
+)
+
+SHOWN_PUZZLES = tuple(puzzle for puzzle, _, _ in _SHOWN)
+
+
+def gsm8k(question: str, *, evaluation: bool) -> Messages:
+    """The prompt for a grade-school problem."""
+    if evaluation:
+        return _prefilled(f"{_EXPERT} \n{_BOXED_FORMAT}\n\n{question}")
+    return _user(f"{_FORMAT}\n\n{question}")
+
+
+def math(problem: str, *, evaluation: bool) -> Messages:
+    """The prompt for a competition problem. The stray quotation mark at evaluation is the original's."""
+    if evaluation:
+        return _prefilled(f'{_EXPERT}\n{_BOXED_FORMAT}" \n\n\n{problem}')
+    return _user(f"{_FORMAT}\n\n{_EXPERT} \n\n{problem}")
+
+
+def countdown(numbers: Sequence[int], target: int, *, evaluation: bool) -> Messages:
+    """The prompt for a Countdown instance."""
+    if evaluation:
+        return _prefilled(f"{_COUNTDOWN}{_BOXED_FORMAT}\n\nNumbers: {list(numbers)}\nTarget: {target}")
+    return _user(
+        f"{_FORMAT}\nUsing only the numbers {list(numbers)}, create an arithmetic expression that evaluates to exactly "
+        f"{target}. You must use all numbers from the list, and each number must be used exactly once. You may use the "
+        "operations +, -, *, and / as needed. After reasoning, provide only your final expression inside "
+        "<answer></answer> tags without including an equals sign or the target number. For example, if the numbers "
+        "are [2, 3, 4] and the target is 5, a valid answer is: <answer>\n2*4-3\n</answer>"
+    )
+
+
+def sudoku(puzzle: str, *, style: str, evaluation: bool) -> Messages:
+    """The prompt for a 4x4 puzzle: zero-shot in style "d1", with three solved puzzles in style "spg"."""
+    question = f"Solve the following Sudoku puzzle: {puzzle}\n"
+    if style == "spg":
+        shown = "\n\n".join(_solved_example(*example) for example in _SHOWN)
+        # The evaluation code adds a line break of its own.
+        question = f"{shown}\n\nQuestion: {question}" + ("\nAnswer:\n" if evaluation else "Answer:\n")
+    return (_prefilled if evaluation else _user)(f"{_SUDOKU}\n\n{question}")
+
+
+def _user(content: str) -> Messages:
+    return [{"role": "user", "content": content}]
+
+
+def _prefilled(content: str) -> Messages:
+    return [*_user(content), {"role": "assistant", "content": "<reasoning>"}]
+
+
+def _solved_example(puzzle: str, solution: str, order: Sequence[int]) -> str:
+    steps = "\n".join(f"R{cell // 4 + 1}C{cell % 4 + 1} can only be {solution[cell]}." for cell in order)
+    return (
+        f"Question:\nSolve the following Sudoku puzzle: {puzzle}\nAnswer:\n"
+        f"<reasoning>\nThe rows are\n{_rows(puzzle)}\n\n"
+        f"Fill the cells that have one candidate left:\n{steps}\n\nThe rows are now\n{_rows(solution)}\n</reasoning>\n"
+        f"<answer>\n{solution}\n</answer>"
+    )
+
+
+def _rows(grid: str) -> str:
+    return "\n".join(f"R{row + 1}: {' '.join(grid[4 * row : 4 * row + 4])}" for row in range(4))

@@ -1,0 +1,51 @@
+"""Equality of mathematical answers, computed in other processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rl4dlm.grading.latex import equivalent
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the worker pool is for POSIX systems")
+
+
+def test_mathematics_not_spelling_decides() -> None:
+    pairs = [
+        (r"\frac{1}{2}", "0.5"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"\{1,2\}", r"\{2,1\}"),
+        ("1000", "1,000"),
+        (r"-\frac12", "-1/2"),
+    ]
+    assert equivalent(pairs, deadline=60) == [True] * len(pairs)
+    assert equivalent([("5", "6"), ("x", "y"), ("5", ""), ("5", "5 " * 1000)], deadline=60) == [False] * 4
+
+
+def test_answer_that_never_ends_is_wrong_and_harms_no_other() -> None:
+    assert equivalent([("3", "9^{9^{9^9}}"), ("4", r"\sqrt{16}")], deadline=3.0) == [False, True]
+
+
+def test_off_the_main_thread() -> None:
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.extend(equivalent([(r"\frac{2}{4}", "0.5")], deadline=60)))
+    thread.start()
+    thread.join()
+    assert results == [True]
+
+
+def test_latex_is_never_parsed_in_this_process() -> None:
+    program = (
+        "import sys\n"
+        "from rl4dlm.grading.latex import equivalent\n"
+        "assert equivalent([('2', '1+1')], deadline=60) == [True]\n"
+        "print(sorted({'sympy', 'math_verify', 'torch'} & set(sys.modules)))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
