@@ -5,6 +5,7 @@ Owns validation: a `DecodingConfig` that exists can be run. How schedules decide
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -58,7 +59,17 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            ids = tuple(getattr(self, name))
+            object.__setattr__(self, name, ids)
+            if not all(isinstance(i, int) and i >= 0 for i in ids):
+                raise ValueError(f"{name}={ids!r} is not allowed; token ids are integers from 0 on")
+        for name in ("canvas_length", "steps", "block_length", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name in ("canvas_length", "top_k")):
+                raise ValueError(f"{name}={value!r} is not allowed; it must be an integer")
+        for name in ("temperature", "top_p", "cfg_scale"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number")
         if self.canvas_length < 1:
             raise ValueError(f"canvas_length={self.canvas_length} is not allowed; it must be 1 or larger")
         if self.block_length is not None and (self.block_length < 1 or self.canvas_length % self.block_length):
@@ -66,14 +77,14 @@ class DecodingConfig:
                 f"block_length={self.block_length} does not divide canvas_length={self.canvas_length}; "
                 "allowed: its divisors, or None for one block"
             )
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} is not allowed; it must be 0 or larger")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} is not allowed; it must be 0 or larger, and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not allowed; it must be in (0, 1]")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is not allowed; it must be 0 (off) or larger")
-        if not self.cfg_scale >= 0:
-            raise ValueError(f"cfg_scale={self.cfg_scale} is not allowed; it must be 0 (off) or larger")
+        if not 0 <= self.cfg_scale < math.inf:
+            raise ValueError(f"cfg_scale={self.cfg_scale} is not allowed; it must be 0 (off) or larger, and finite")
         if self.cache not in available_caches():
             raise ValueError(f"cache={self.cache!r} is unknown; choose one of {', '.join(available_caches())}")
         entry = registry.lookup(self.schedule)
@@ -106,6 +117,8 @@ class DecodingConfig:
         """`schedule_args` as the schedule's own settings dataclass. Raises ValueError on unknown or bad settings."""
         arguments = registry.lookup(self.schedule).arguments
         allowed = [f.name for f in fields(arguments)]
+        if not isinstance(self.schedule_args, Mapping):
+            raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping from setting to value")
         unknown = sorted(set(self.schedule_args) - set(allowed))
         if unknown:
             raise ValueError(

@@ -52,7 +52,13 @@ class RolloutEngine:
         if max_batch_rows is not None and max_batch_rows < 1:
             raise ValueError(f"max_batch_rows={max_batch_rows} is not allowed; it must be 1 or larger, or None")
         self.model = attach_scoring(model)
-        self.spec = spec or DiffusionSpec.of(model)
+        own = DiffusionSpec.of(model)
+        self.spec = spec or own
+        if (self.spec.logit_shift, self.spec.attention) != (own.logit_shift, own.attention):
+            raise ValueError(
+                f"spec has logit_shift={self.spec.logit_shift} and attention={self.spec.attention!r}, but the model "
+                f"says logit_shift={own.logit_shift} and attention={own.attention!r}"
+            )
         if self.spec.noise != "mask":
             raise ValueError(f"noise={self.spec.noise!r} cannot be decoded by this engine; supported: mask")
         self.max_batch_rows = max_batch_rows
@@ -89,6 +95,8 @@ class RolloutEngine:
         Raises:
             ValueError: a bad prompt, row id or hint, or logits that are not numbers.
         """
+        if num_generations < 1:
+            raise ValueError(f"num_generations={num_generations} is not allowed; it must be 1 or larger")
         rows = [list(map(int, prompt)) for prompt in prompts for _ in range(num_generations)]
         ids = list(range(len(rows))) if row_ids is None else [int(i) for i in row_ids]
         self._check(prompts, rows, ids, hints, config)
@@ -146,6 +154,12 @@ class RolloutEngine:
         text = self.model.config.get_text_config()
         mask, vocabulary = self.spec.mask_token_id, text.vocab_size
         limit = getattr(text, "max_position_embeddings", None)
+        for name in ("suppress_token_ids", "defer_token_ids"):
+            outside = [i for i in getattr(config, name) if i >= vocabulary]
+            if outside:
+                raise ValueError(f"{name} has ids {outside} outside 0..{vocabulary - 1}, the model's vocabulary")
+        if len({*config.suppress_token_ids, mask}) == vocabulary:
+            raise ValueError("suppress_token_ids leaves nothing to draw but the mask token")
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompts[{i}] is empty; a prompt has at least one token")

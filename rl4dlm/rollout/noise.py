@@ -72,8 +72,8 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: float64 `[n]` in (0, 1).
 
     Returns:
-        long `[n]`. The sums run in float64: in float32 the tail of a large vocabulary would be lost. Where probabilities
-        are not numbers it is any id, so that the caller can say so.
+        long `[n]`. The sums run in float64: in float32 the tail of a large vocabulary would be lost. Where
+        probabilities are not numbers it is any id, so that the caller can say so.
     """
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]

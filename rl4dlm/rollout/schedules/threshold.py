@@ -22,8 +22,9 @@ class ThresholdArguments:
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold={self.threshold} is not allowed; it must be 0 or larger")
+        value: Any = self.threshold
+        if not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"threshold={value!r} is not allowed; it must be a number, 0 or larger")
 
 
 @register("threshold", ThresholdArguments, takes_steps=False)
