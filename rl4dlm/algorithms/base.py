@@ -1,0 +1,412 @@
+"""The trainer every RL algorithm extends: TRL's GRPO loop with rollouts and likelihoods of a denoiser.
+
+TRL keeps its loop, buffers, advantages, losses and logs. This file replaces how completions come about (the rollout
+engine) and how log-probabilities do (views, scored inside the wrapped model). It owns neither an estimator nor a loss:
+those are an algorithm's. TRL's private names are used here, and checked when the file is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import trl.trainer.grpo_trainer as grpo
+from torch import Tensor
+from trl import GRPOTrainer
+
+from rl4dlm.algorithms.checks import check_columns, check_prompt, check_prompts, checked_rewards
+from rl4dlm.algorithms.contract import check_contract
+from rl4dlm.algorithms.metrics import identical_groups, rollout_gap, rollout_metrics
+from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig
+from rl4dlm.algorithms.resume import ResumableGRPOTrainer
+from rl4dlm.algorithms.setup import base_model, copy_of, prepared, swapped
+from rl4dlm.likelihood.estimator import Estimator
+from rl4dlm.likelihood.scoring import score_views
+from rl4dlm.likelihood.views import Rows
+from rl4dlm.models.loading import check_tokenizer, load_denoiser
+from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.schedules import registry
+
+__all__ = ["DiffusionPolicyConfig", "DiffusionPolicyTrainer", "PolicyScores"]
+
+check_contract(
+    GRPOTrainer,
+    parameters={
+        "__init__": [
+            "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "rollout_func",
+        ],
+        "_generate_and_score_completions": ["inputs"],
+        "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep"],
+        "_compute_loss": ["model", "inputs"],
+        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+        "_tokenize_prompts": ["prompts"],
+        "_log_metric": ["name", "value"],
+        "_log_completion_extra": ["column", "values"],
+    },
+    attributes=["_step", "_metrics", "_logs", "_dist", "_tokenizer", "eos_token_ids", "ref_model"],
+    keys={
+        "_generate_and_score_completions": [
+            "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "prompt_ids", "prompt_mask",
+            "old_per_token_logps", "ref_per_token_logps",
+        ],
+        "_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"],
+    },
+    module=grpo,
+    names=["create_model_from_path", "disable_gradient_checkpointing", "unwrap_model_for_generation", "use_adapter"],
+)  # fmt: skip
+
+_ROWS_PER_CYCLE = 2**24  # more than any generation batch has rows, so that row ids of different cycles never meet
+_EVALUATION_ROWS = 2**62  # row ids of evaluation start here
+
+
+class PolicyScores(NamedTuple):
+    """What a loss is computed from, per completion token; zero where nothing is scored."""
+
+    log_probs: Tensor  # [B, C]
+    entropies: Tensor  # [B, C], in nats
+
+
+class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
+    """RL for a denoiser, in TRL's loop.
+
+    An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
+    `advantages` and `loss`.
+
+    Args:
+        model: a model or `PeftModel` with a spec, or the path of one (a folder, a hub id, an adapter folder).
+        reward_funcs: TRL's: functions `f(prompts, completions, **columns) -> list[float | None]`, or reward models.
+        args: the algorithm's config; None: its defaults.
+        train_dataset: with a column `"prompt"`, text or chat messages; other columns reach the reward functions.
+        eval_dataset: the same, or a dict of such.
+        processing_class: the tokenizer; None loads the one saved with the model.
+        kwargs: TRL's further arguments: `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`,
+            `peft_config`.
+
+    Raises:
+        ValueError: a model without spec, a tokenizer without mask token, a dataset without prompts, a bad prompt.
+        TypeError: an argument that has no meaning here.
+    """
+
+    config_class: type[DiffusionPolicyConfig] = DiffusionPolicyConfig
+    _tag_names = ["trl", "rl4dlm"]  # noqa: RUF012  (TRL's own form)
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: DiffusionPolicyConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = self.config_class() if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args is a {type(args).__name__}; a {self.config_class.__name__} is needed")
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if kwargs.pop(name, None) is not None:
+                raise TypeError(f"{name} is not supported: completions come from the rollout engine")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_columns(dataset, name, "prompt")
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        policy = None if isinstance(model, str) else prepared(model)
+        if policy is not None and processing_class is not None:
+            check_tokenizer(processing_class, DiffusionSpec.of(policy))
+
+        def load(path: str, architecture: Any = None, **options: Any) -> Any:
+            # The reference of a policy given as an instance is a copy of it: the folder it came from may differ.
+            return copy_of(policy) if policy is not None else prepared(load_denoiser(path, **options))
+
+        self._current_rollout: Rollout | None = None
+        self._current_scores: PolicyScores | None = None
+        self._rewards_per_func: Tensor | None = None
+        self._eval_rows = 0
+        with swapped(grpo, "create_model_from_path", load), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+            super().__init__(
+                model,
+                checked_rewards(reward_funcs),
+                args,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                rollout_func=_roll_out,
+                **kwargs,
+            )
+        base = base_model(self.model)
+        self.spec = DiffusionSpec.of(base)
+        self.decoding = args.decoding()
+        self.estimator = self.build_estimator()
+        self.eos_token_ids = list(self.spec.eos_token_ids)
+        check_tokenizer(self._tokenizer, self.spec)
+        if self.aux_loss_enabled:
+            raise ValueError("the model adds a router loss, which is not supported; set router_aux_loss_coef=0.0")
+        if args.disable_dropout:
+            for module in [*self.model.modules(), *(self.ref_model.modules() if self.ref_model is not None else ())]:
+                if isinstance(getattr(module, "attention_dropout", None), float):  # not an nn.Dropout, so TRL misses it
+                    module.attention_dropout = 0.0
+        self._check_forward_counts()
+        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        limits = [args.max_prompt_length, positions and positions - self.decoding.canvas_length]
+        self._prompt_limit = min((limit for limit in limits if limit is not None), default=None)
+        for name in ("train_dataset", "eval_dataset"):
+            checked = check_prompts(
+                getattr(self, name),
+                name,
+                lambda prompts: self._tokenize_prompts(prompts)[0],
+                mask_token_id=self.spec.mask_token_id,
+                limit=self._prompt_limit,
+                overlong=args.overlong_prompts,
+            )
+            setattr(self, name, checked)
+
+    # --- what an algorithm defines ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_estimator(self) -> Estimator:
+        """The likelihood estimator, from `self.args`."""
+
+    def advantages(self, rewards: Tensor) -> Tensor | None:
+        """Advantages `[N, G]` from rewards `[N, G]` of all processes (NaN: not scorable). None: TRL's own."""
+        return None
+
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        """The loss of a micro-batch, scaled for gradient accumulation; TRL's by default, with all of its settings.
+
+        Args:
+            scores: of the current policy, with gradients.
+            batch: TRL's: `advantages` `[B]`; `completion_ids`, `completion_mask`, and where they are needed
+                `old_per_token_logps` and `ref_per_token_logps`, all `[B, C]`; `num_items_in_batch`, the tokens of the
+                whole generation batch.
+        """
+        self._current_scores = scores
+        try:
+            return super()._compute_loss(self.model_wrapped, batch)
+        finally:
+            self._current_scores = None
+
+    # --- rollout ------------------------------------------------------------------------------------------------------
+
+    def rollout(self, prompts: list[Any]) -> Rollout:
+        """Decodes one completion for each of this process's prompts (already repeated `num_generations` times)."""
+        training = self.model.training
+        ids = self._tokenize_prompts(prompts)[0]
+        for i, prompt in enumerate(ids):
+            check_prompt(prompt, f"prompt {i}", self.spec.mask_token_id)
+            if self._prompt_limit is not None and len(prompt) > self._prompt_limit:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; at most {self._prompt_limit} are allowed")
+        with (
+            grpo.unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),
+        ):
+            engine = RolloutEngine(
+                model,
+                self.spec,
+                max_batch_rows=self.args.rollout_batch_size,
+                progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+            )
+            engine.weight_version = self.state.global_step
+            started = time.perf_counter()
+            row_ids = self._row_ids(len(ids), training)
+            rollout = engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed)
+            seconds = time.perf_counter() - started
+        for name, value in rollout_metrics(rollout, seconds, self.accelerator.num_processes).items():
+            self._log_metric(name, value)
+        if self.args.log_completions:
+            self._log_completion_extra("nfe", rollout.nfe.tolist())
+            self._log_completion_extra("stop_reason", rollout.stop_reason)
+        return rollout
+
+    def _row_ids(self, rows: int, training: bool) -> list[int]:
+        """Ids of this process's rows: unique in the run, and the same however rows are shared out over processes."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if training:
+            first = self._step // (self.args.steps_per_generation * self.num_iterations) * _ROWS_PER_CYCLE + rank * rows
+        else:  # counted from the start of each evaluation: all evaluations of a run decode with the same noise
+            first = _EVALUATION_ROWS + self._eval_rows + rank * rows
+            self._eval_rows += world * rows
+        return list(range(first, first + rows))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' evaluation loop; numbers its rows from zero."""
+        self._eval_rows = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _check_forward_counts(self) -> None:
+        """Sharded models run in step: every rank must decode with the same number of forwards."""
+        varies = self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).takes_steps
+        if not varies:
+            return
+        advice = "choose a schedule with a fixed number of steps (low_confidence, random) and stop_at_eos=False"
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                f"schedule={self.decoding.schedule!r} with stop_at_eos={self.decoding.stop_at_eos} takes a different "
+                f"number of forwards on each process, which deadlocks under FSDP; {advice}, or use DDP or DeepSpeed"
+            )
+        if self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
+            raise ValueError(f"ds3_gather_for_generation=False deadlocks when forwards differ per process; {advice}")
+
+    # --- generation batch ---------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func  # [N * G, F], of all processes
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions([dict(row) for row in inputs])
+        rollout, rewards = self._current_rollout, self._rewards_per_func
+        assert rollout is not None and rewards is not None
+        self._current_rollout = self._rewards_per_func = None
+        device, training = self.accelerator.device, self.model.training
+        mode, num_generations = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
+        # Batch-first tensors only: TRL shuffles and splits every entry along the first dimension.
+        batch["canvas_ids"] = rollout.canvas.to(device)
+        batch["canvas_valid"] = rollout.valid.to(device)
+        batch["row_ids"] = torch.tensor(rollout.row_ids, device=device)
+        batch["drawn"] = (rollout.trace.commit_step >= 0).to(device)
+        batch["drawn_log_probs"] = rollout.trace.raw_log_prob.to(device)
+        if self.estimator.scope == "canvas":
+            kept = batch["completion_mask"].any(-1, keepdim=True)  # false: masked out because it was truncated
+            batch["completion_ids"] = batch["canvas_ids"]
+            batch["completion_mask"] = kept.long().expand_as(batch["canvas_ids"]).contiguous()
+            batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        canvas, valid = (self.accelerator.gather(batch[name]) for name in ("canvas_ids", "canvas_valid"))
+        same = identical_groups(canvas, valid, num_generations)
+        self._metrics[mode]["diffusion/identical_completion_groups"].append(same)
+        self._replace_advantages(batch, rewards, num_generations)
+        self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
+        return batch
+
+    def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)  # [N * G]
+        rewards[rewards_per_func.isnan().all(-1)] = torch.nan
+        advantages = self.advantages(rewards.view(-1, num_generations))
+        if advantages is None:
+            return
+        everyone = advantages.nan_to_num(nan=0.0).flatten()
+        local = len(batch["advantages"])
+        start = self.accelerator.process_index * local
+        batch["advantages"] = everyone[start : start + local].to(batch["advantages"])
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(everyone))):
+            logged.pop()
+        logged.extend(everyone.tolist())
+
+    def _score_fixed_policies(self, batch: dict[str, Any], iterations: int) -> None:
+        """Replaces TRL's placeholders by old and reference scores in each iteration's views, `[B, n, C]`.
+
+        Whether they are needed is TRL's decision: it is whether the placeholder is there.
+        """
+        rows, width = _rows(batch), batch["completion_ids"].shape[1]
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        count = iterations if self.estimator.fresh else 1
+
+        def scores(model: Any) -> Tensor:
+            each = [self._score(model, rows, n, width, rows_per_forward=size).log_probs for n in range(count)]
+            return torch.stack(each, dim=1)
+
+        with torch.no_grad(), grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if "old_per_token_logps" in batch:
+                batch["old_per_token_logps"] = scores(self.model)
+            if "ref_per_token_logps" in batch:
+                with self._reference() as reference:
+                    batch["ref_per_token_logps"] = scores(reference)
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with grpo.use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield self.model
+
+    # --- scores and loss ----------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, None]:
+        # TRL asks twice: while it builds a batch, before views can be drawn (a placeholder will do), and in its loss.
+        if self._current_scores is not None:
+            return self._current_scores.log_probs, self._current_scores.entropies, None
+        nothing = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        return nothing, nothing, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        iteration = 0
+        if self.model.training:
+            # Passes over the batch, not micro-steps as in the papers' code, which skips views when it accumulates.
+            iteration = self._step // self.args.steps_per_generation % self.num_iterations
+        scores = self._score(model, _rows(inputs), iteration, inputs["completion_ids"].shape[1])
+        batch = dict(inputs)  # the buffered batch is used again: never change its tensors
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if batch.get(name) is not None:
+                batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
+        if iteration == 0:
+            self._log_rollout_gap(scores.log_probs, inputs)
+        return self.loss(scores, batch)
+
+    def _score(
+        self, model: Any, rows: Rows, iteration: int, width: int, rows_per_forward: int | None = None
+    ) -> PolicyScores:
+        """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
+        views = self.estimator.draw(rows, seed=self.args.seed, iteration=iteration)
+        with self.accelerator.autocast():
+            found = score_views(
+                model,
+                self.spec,
+                rows.ids,
+                rows.attention_mask,
+                views,
+                temperature=self.args.score_temperature,
+                cfg_scale=self.args.cfg_scale,
+                rows_per_forward=rows_per_forward,
+            )
+        entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
+        return PolicyScores(_resized(self.estimator.reduce(found.log_probs, views), width), _resized(entropies, width))
+
+    @torch.no_grad()
+    def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any]) -> None:
+        width = scores.shape[1]
+        mask = inputs["completion_mask"].bool() & _resized(inputs["drawn"], width)
+        local = rollout_gap(_resized(inputs["drawn_log_probs"], width), scores, mask)
+        total, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["diffusion/rollout_gap"].append(total / max(tokens, 1))
+
+
+def _roll_out(prompts: list[Any], trainer: DiffusionPolicyTrainer) -> dict[str, Any]:
+    """TRL's rollout hook. A function, since a bound method would tie the trainer to itself."""
+    rollout = trainer.rollout(prompts)
+    trainer._current_rollout = rollout
+    return {"prompt_ids": rollout.prompt_ids, "completion_ids": rollout.completion_ids, "logprobs": None}
+
+
+def _rows(batch: dict[str, Any]) -> Rows:
+    return Rows(
+        prompt_ids=batch["prompt_ids"],
+        prompt_mask=batch["prompt_mask"],
+        canvas_ids=batch["canvas_ids"],
+        valid=batch["canvas_valid"],
+        row_ids=batch["row_ids"],
+    )
+
+
+def _resized(values: Tensor, width: int) -> Tensor:
+    """`[B, L]` cut to, or padded with zeros to, `[B, width]`: TRL pads completions to their own longest."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

@@ -1,0 +1,80 @@
+"""diffu-GRPO (d1: Zhao et al., arXiv 2504.12216): GRPO with mean-field log-probabilities under random prompt masks.
+
+The score s of a completion token is its log-probability when the whole completion is hidden, and each prompt token too
+with probability p. With A = r - mean of the group's r and rho = exp(s - s_old), the loss per token is (section 3.1)
+
+    -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A) + beta (exp(s_ref - s) - (s_ref - s) - 1).
+
+A batch of completions is used for mu passes, each under prompt masks of its own (algorithm 1).
+
+Where the paper and its released code differ, or both are wrong, this is decided:
+- Averages: the paper's is per sequence, then over sequences; the code's over all tokens of a micro-batch
+  (`loss_type="bnpo"`). The default here, `"dapo"`, is over all tokens of a generation batch, so that splitting it into
+  micro-batches changes nothing.
+- Tokens after the first end of sequence count neither for the loss (as in paper and code) nor for the reward (unlike
+  in the code, which rewards the text of all slots).
+- The code's index of the prompt mask counts micro-steps, so that with gradient accumulation only some of the mu masks
+  are ever used. Here it counts passes.
+- The code attends to padding and may mask it; here padding is hidden.
+- The code re-seeds the global generators for every mask and has dropout on; here masks are keyed and dropout is off.
+- TRL multiplies the KL term by the policy ratio by default; the paper does not, so `use_bias_correction_kl` is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
+from rl4dlm.likelihood.mean_field import MeanField
+
+
+@dataclass
+class DiffuGRPOConfig(DiffusionPolicyConfig):
+    """Settings of diffu-GRPO; the defaults are the paper's.
+
+    Args:
+        p_mask_prompt: probability with which a prompt token is hidden from the policy when it is scored.
+        num_iterations: mu, passes over a batch of completions: 12 for GSM8K and MATH, 8 for Countdown and Sudoku.
+        epsilon: clip range. beta: weight of the KL term.
+        scale_rewards: `"none"`: advantages are not divided by the group's standard deviation.
+        temperature: of the rollout; scores are computed at `score_temperature` 1.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    p_mask_prompt: float = field(
+        default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
+    )
+    num_iterations: int = field(default=12, metadata={"help": "Passes over a batch of completions (mu)."})
+    epsilon: float = field(default=0.5, metadata={"help": "Clip range of the policy ratio."})
+    beta: float = field(default=0.04, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
+    )
+    temperature: float = field(default=0.9, metadata={"help": "Temperature of the rollout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        MeanField(self.p_mask_prompt)
+
+
+class DiffuGRPOTrainer(DiffusionPolicyTrainer):
+    """diffu-GRPO in TRL's GRPO loop; `DiffuGRPOConfig` has its settings, the module's docstring the algorithm."""
+
+    config_class = DiffuGRPOConfig
+    args: DiffuGRPOConfig
+    _tag_names = ["trl", "rl4dlm", "diffu-grpo"]  # noqa: RUF012  (TRL's own form)
+    _name = "diffu-GRPO"
+    _paper = {  # noqa: RUF012  (TRL's own form)
+        "title": "d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
+        "id": "2504.12216",
+    }
+
+    def build_estimator(self) -> MeanField:
+        """The mean-field estimator with this run's prompt masking."""
+        return MeanField(self.args.p_mask_prompt)

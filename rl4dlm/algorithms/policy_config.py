@@ -1,0 +1,161 @@
+"""The settings every RL algorithm shares: TRL's, those of decoding and scoring, and which of TRL's make no sense here.
+
+Owns validation. An algorithm's own settings are in its file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from rl4dlm.rollout.decoding import DecodingConfig
+
+OVERLONG_PROMPTS = ("error", "filter")
+
+_CAUSAL_GENERATION = "it belongs to left-to-right generation; completions come from the rollout engine here"
+_NOT_SUPPORTED = {
+    "use_vllm": _CAUSAL_GENERATION,
+    "use_transformers_continuous_batching": _CAUSAL_GENERATION,
+    "use_transformers_paged": _CAUSAL_GENERATION,
+    "transformers_continuous_batching_config": _CAUSAL_GENERATION,
+    "cache_implementation": f"{_CAUSAL_GENERATION}; choose a cache policy with `cache`",
+    "generation_kwargs": f"{_CAUSAL_GENERATION}; see `schedule_args`",
+    "min_p": f"{_CAUSAL_GENERATION}; use top_p or top_k",
+    "repetition_penalty": _CAUSAL_GENERATION,
+    "max_tool_calling_iterations": "tools are not supported",
+    "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
+    "neftune_noise_alpha": "noise on embeddings would make policy ratios random",
+    "label_smoothing_factor": "no loss here uses it",
+}
+
+
+@dataclass
+class DiffusionPolicyConfig(GRPOConfig):
+    """Settings of a `DiffusionPolicyTrainer`: those of `trl.GRPOConfig`, with these added or changed.
+
+    `temperature`, `top_p`, `top_k`, `seed` and `max_completion_length` (the canvas) keep TRL's names. TRL's settings
+    for left-to-right generation are refused when set.
+
+    Args:
+        schedule: which tokens are written when; see `available_schedules()`.
+        denoising_steps: steps for the whole canvas. None: half the canvas length.
+        block_length: blocks are written left to right; None: one block.
+        cfg_scale: classifier-free guidance, in decoding and in scoring; 0 is off.
+        cache: cache policy of the rollout, `"none"` or `"prefix"`.
+        stop_at_eos: stop a row once everything up to its first end-of-sequence token is written.
+        suppress_token_ids: ids that are never drawn. defer_token_ids: ids that are committed last.
+        schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
+        rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
+        score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
+        max_prompt_length: longest prompt allowed, in tokens of the rendered prompt. None: what the model can hold.
+        overlong_prompts: `"error"`, or `"filter"` to leave longer ones out. Prompts are never truncated.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args"]  # noqa: RUF012  (transformers' own form)
+
+    max_completion_length: int | None = field(
+        default=256, metadata={"help": "Length of the canvas, in tokens: the completion slots the model sees."}
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Switch dropout off in policy and reference, so that ratios start at exactly 1."},
+    )
+    schedule: str = field(
+        default="low_confidence", metadata={"help": "Name of the decoding schedule: which tokens are written when."}
+    )
+    denoising_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps for the whole canvas. Default: half the canvas length."}
+    )
+    block_length: int | None = field(
+        default=None, metadata={"help": "Length of the blocks written left to right. Default: one block."}
+    )
+    cfg_scale: float = field(default=0.0, metadata={"help": "Weight of classifier-free guidance; 0 switches it off."})
+    cache: str = field(default="none", metadata={"help": "Cache policy of the rollout: none or prefix."})
+    stop_at_eos: bool = field(
+        default=True, metadata={"help": "Stop a row once everything up to its first end-of-sequence token is written."}
+    )
+    suppress_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that are never drawn."})
+    defer_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Token ids that are committed only when nothing else can be."}
+    )
+    schedule_args: dict | str | None = field(
+        default=None, metadata={"help": "Further settings of the schedule, as a mapping (JSON on the command line)."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows each process decodes at a time. Default: its whole generation batch."}
+    )
+    score_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits that log-probabilities in the loss are computed from."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt allowed, in tokens. Default: what the model's positions hold."}
+    )
+    overlong_prompts: str = field(
+        default="error",
+        metadata={"help": "What to do with longer prompts: error or filter.", "choices": list(OVERLONG_PROMPTS)},
+    )
+
+    def __post_init__(self) -> None:
+        refused = set_but_not_supported(self, _NOT_SUPPORTED, prefixes=("vllm_",))
+        super().__post_init__()
+        if refused:
+            raise ValueError("; ".join(refused))
+        if self.router_aux_loss_coef:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is not supported; allowed: None or 0")
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length=None is not allowed: the canvas has a length; give an integer")
+        for name in ("rollout_batch_size", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not allowed; it must be 1 or larger, or None")
+        if not self.score_temperature > 0:
+            raise ValueError(f"score_temperature={self.score_temperature} is not allowed; it must be larger than 0")
+        if self.overlong_prompts not in OVERLONG_PROMPTS:
+            raise ValueError(
+                f"overlong_prompts={self.overlong_prompts!r} is not allowed; choose one of "
+                f"{', '.join(OVERLONG_PROMPTS)}"
+            )
+        if isinstance(self.schedule_args, str):
+            raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
+        self.decoding()
+
+    def decoding(self) -> DecodingConfig:
+        """How rollouts are decoded. Raises ValueError for settings that do not fit together, by their names here."""
+        assert self.max_completion_length is not None and not isinstance(self.schedule_args, str)
+        try:
+            return DecodingConfig(
+                canvas_length=self.max_completion_length,
+                schedule=self.schedule,
+                steps=self.denoising_steps,
+                block_length=self.block_length,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                cfg_scale=self.cfg_scale,
+                cache=self.cache,
+                stop_at_eos=self.stop_at_eos,
+                suppress_token_ids=tuple(self.suppress_token_ids or ()),
+                defer_token_ids=tuple(self.defer_token_ids or ()),
+                schedule_args=self.schedule_args or {},
+            )
+        except ValueError as error:
+            message = re.sub(r"\bcanvas_length\b", "max_completion_length", str(error))
+            raise ValueError(re.sub(r"\bsteps=", "denoising_steps=", message)) from None
+
+
+def set_but_not_supported(config: Any, reasons: dict[str, str], prefixes: tuple[str, ...] = ()) -> list[str]:
+    """One sentence for each setting of a config dataclass that differs from its default and is not supported."""
+    found = []
+    for entry in fields(config):
+        reason = reasons.get(entry.name) or (_CAUSAL_GENERATION if entry.name.startswith(prefixes) else None)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        value = getattr(config, entry.name)
+        if reason and value != default:
+            found.append(f"{entry.name}={value!r} is not supported: {reason}")
+    return found

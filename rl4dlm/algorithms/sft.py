@@ -1,0 +1,313 @@
+"""Masked supervised fine-tuning (LLaDA, arXiv 2502.09992, section 2.3; d1, arXiv 2504.12216, algorithm 2).
+
+Each row gets a level t ~ U(0, 1), floored as t <- (1 - eps) t + eps; each target token is hidden with probability t,
+and the loss is the sum of cross-entropies of hidden tokens, weighted by 1/t, over the number of target tokens. Prompt
+tokens are never hidden. Evaluation gives each example a level of its own on a fixed grid.
+
+TRL's SFT trainer prepares the data and runs the loop; this file replaces its loss. Differences from d1's released code:
+- The prompt ends where the chat template's generation prompt does, so that the assistant's header is never a target;
+  that it is a prefix of the whole is asserted. The code leaves the header out of the prompt.
+- The denominator counts the targets of all accumulated micro-batches and processes, so that splitting a batch changes
+  nothing. The code averages over micro-batches.
+- Padding is not seen and no target. `eos_padding="max_length"` is the code's way: padding is end-of-sequence tokens,
+  seen, hidden and counted like any other; `"longest"` is LLaDA's, which pads so within a batch.
+- Levels and masks are keyed by (seed, example, step). The evaluation grid has midpoints (i + 1/2)/n, not i/(n - 1),
+  whose first point hides next to nothing at weight 1/eps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trl.trainer.sft_trainer as sft
+from datasets import Dataset
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+from rl4dlm.algorithms.contract import check_contract
+from rl4dlm.algorithms.policy_config import set_but_not_supported
+from rl4dlm.algorithms.setup import base_model, prepared, swapped
+from rl4dlm.likelihood.scoring import score_views
+from rl4dlm.likelihood.views import Views
+from rl4dlm.models.loading import check_tokenizer, load_denoiser
+from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.objectives import denoising_cross_entropy
+from rl4dlm.rollout.noise import keyed_uniform
+
+EOS_PADDING = ("none", "longest", "max_length")
+NOT_A_TARGET = -100
+LEVEL_UNIT = 2**30  # levels travel as integers, since DeepSpeed casts a batch's floats to the model's dtype
+
+check_contract(
+    SFTTrainer,
+    parameters={
+        "__init__": ["model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"],
+        "_prepare_dataset": ["dataset"],
+        "_set_signature_columns_if_needed": [],
+        "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+        "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    },
+    attributes=["_metrics", "_total_train_tokens", "_tokenizer"],
+    module=sft,
+    names=["create_model_from_path", "common_prefix_length"],
+)
+
+_NOT_SUPPORTED = {
+    "packing": "rows packed together would see each other under bidirectional attention",
+    "eval_packing": "rows packed together would see each other under bidirectional attention",
+    "padding_free": "rows packed together would see each other under bidirectional attention",
+    "loss_type": "the loss is the masked cross-entropy",
+    "label_smoothing_factor": "the loss is the masked cross-entropy",
+}
+
+
+@dataclass
+class DiffusionSFTConfig(SFTConfig):
+    """Settings of masked SFT: those of `trl.SFTConfig`, with these added.
+
+    Args:
+        noise_floor: eps, the smallest level; weights are at most 1/eps.
+        eos_padding: `"none"`: padding is hidden and no target. `"longest"` and `"max_length"`: rows are padded with
+            end-of-sequence tokens, targets like any other, to the batch's longest or to `max_length`, so that the model
+            learns to fill a canvas after its answer.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    noise_floor: float = field(default=1e-3, metadata={"help": "Smallest share of tokens that a level hides."})
+    eos_padding: str = field(
+        default="none",
+        metadata={
+            "help": "Pad with end-of-sequence tokens that are trained on: none, longest (of the batch) or max_length.",
+            "choices": list(EOS_PADDING),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        refused = set_but_not_supported(self, _NOT_SUPPORTED)
+        super().__post_init__()
+        if refused:
+            raise ValueError("; ".join(refused))
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+            raise ValueError(
+                "dataset_kwargs={'skip_prepare_dataset': True} is not supported: examples must be numbered. A dataset "
+                "with a column `input_ids` (and `labels`) is used as it is."
+            )
+        if not 0 < self.noise_floor <= 1:
+            raise ValueError(f"noise_floor={self.noise_floor} is not allowed; it must be in (0, 1]")
+        if self.eos_padding not in EOS_PADDING:
+            raise ValueError(f"eos_padding={self.eos_padding!r} is not allowed; choose one of {', '.join(EOS_PADDING)}")
+        if self.eos_padding == "max_length" and self.max_length is None:
+            raise ValueError("eos_padding='max_length' needs max_length, which is None")
+
+
+class DiffusionSFTTrainer(SFTTrainer):
+    """Masked SFT of a denoiser, in TRL's loop.
+
+    Args:
+        model: a model or `PeftModel` with a spec, or the path of one (a folder, a hub id, an adapter folder).
+        args: None: the defaults of `DiffusionSFTConfig`.
+        train_dataset: with columns `prompt` and `completion`, or `messages`, or `text`, as TRL takes them.
+        eval_dataset: the same, with a length.
+        processing_class: the tokenizer; None loads the one saved with the model.
+        kwargs: TRL's further arguments: `callbacks`, `optimizers`, `quantization_config`, `peft_config`,
+            `formatting_func`.
+
+    Raises:
+        ValueError: a model without spec, a tokenizer without mask token, a prompt that is no prefix of its rendering.
+        TypeError: an argument that has no meaning here.
+    """
+
+    loss_is_scaled_for_ga = True
+    args: DiffusionSFTConfig
+    _tag_names = ["trl", "rl4dlm", "masked-sft"]  # noqa: RUF012  (TRL's own form)
+    _name = "masked SFT"
+
+    def __init__(
+        self,
+        model: Any,
+        args: DiffusionSFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = DiffusionSFTConfig() if args is None else args
+        if not isinstance(args, DiffusionSFTConfig):
+            raise TypeError(f"args is a {type(args).__name__}; a DiffusionSFTConfig is needed")
+        for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.pop(name, None) is not None:
+                raise TypeError(f"{name} is not supported: the loss is computed without building logits")
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if not isinstance(model, str):
+            model = prepared(model)
+            if processing_class is not None:
+                check_tokenizer(processing_class, DiffusionSpec.of(base_model(model)))
+
+        def load(path: str, architecture: Any = None, **options: Any) -> Any:
+            return prepared(load_denoiser(path, **options))
+
+        with swapped(sft, "create_model_from_path", load):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        self.spec = DiffusionSpec.of(base_model(self.model))
+        check_tokenizer(self._tokenizer, self.spec)
+        self.data_collator = DenoisingCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=self._tokenizer.eos_token_id,
+            mask_token_id=self.spec.mask_token_id,
+            eos_padding=args.eos_padding,
+            max_length=args.max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        dataset = _numbered(dataset)
+        with swapped(sft, "common_prefix_length", _prompt_length):
+            return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for column in ("example_id", "noise_level"):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step, and the number of their target tokens over all processes."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = torch.stack([(s["labels"] != NOT_A_TARGET).sum() for s in samples]).sum().to(device)
+        if self.args.average_tokens_across_devices:
+            targets = self.accelerator.gather(targets).sum()
+        return samples, targets
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """The masked cross-entropy of a micro-batch, in nats per target token."""
+        if return_outputs:
+            raise ValueError("return_outputs=True is not supported: logits are never built")
+        views = self.draw(inputs)
+        scores = score_views(model, self.spec, inputs["input_ids"], inputs["attention_mask"], views)
+        targets = inputs["labels"] != NOT_A_TARGET
+        loss = denoising_cross_entropy(
+            scores.log_probs, views.weight, targets.sum() if num_items_in_batch is None else num_items_in_batch
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the denominator is global, and DDP averages gradients
+        self._log(scores.log_probs, scores.entropies, views, inputs["attention_mask"])
+        return loss
+
+    def draw(self, inputs: Any) -> Views:
+        """One view per row of a micro-batch: `hidden` and `weight` (1/t where hidden) `[B, 1, T]`.
+
+        A function of (seed, example, optimizer step); in evaluation of the example alone.
+        """
+        ids = inputs["example_id"]  # [B]
+        if self.model.training:
+            step = torch.tensor(self.state.global_step, device=ids.device)
+            level = keyed_uniform(self.args.seed, "sft level", ids, step)
+            purpose = "sft mask"
+        else:
+            if "noise_level" not in inputs:
+                raise ValueError("an eval_dataset needs a length, to place its examples on a grid of noise levels")
+            step, level, purpose = torch.zeros_like(ids[0]), inputs["noise_level"] / LEVEL_UNIT, "sft evaluation mask"
+        level = (1 - self.args.noise_floor) * level + self.args.noise_floor
+        position = torch.arange(inputs["input_ids"].shape[1], device=ids.device)
+        uniform = keyed_uniform(self.args.seed, purpose, ids[:, None], step, position)  # [B, T]
+        hidden = (uniform < level[:, None]) & (inputs["labels"] != NOT_A_TARGET)
+        return Views(hidden[:, None], (hidden / level[:, None]).float()[:, None])
+
+    @torch.no_grad()
+    def _log(self, log_probs: Tensor, entropies: Tensor, views: Views, attention_mask: Tensor) -> None:
+        hidden = views.scored.sum()
+        local = torch.stack([entropies.sum(), -log_probs.sum(), hidden, attention_mask.sum()]).double()
+        entropy, nll, count, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        if count:
+            self._metrics[mode]["entropy"].append(entropy / count)
+            self._metrics[mode]["diffusion/masked_nll"].append(nll / count)
+        if mode == "train":
+            self._total_train_tokens += int(tokens)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+@dataclass
+class DenoisingCollator:
+    """Pads examples on the right; see `DiffusionSFTConfig.eos_padding`.
+
+    Takes dictionaries with `input_ids`, `labels` (-100: no target), `example_id` and perhaps `noise_level`. Returns
+    `input_ids`, `labels` and `attention_mask`, long `[B, T]`, `example_id` and `noise_level`, long `[B]`.
+
+    Raises ValueError for a text that contains the mask token.
+    """
+
+    pad_token_id: int
+    eos_token_id: int
+    mask_token_id: int
+    eos_padding: str = "none"
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        for example in examples:
+            if self.mask_token_id in example["input_ids"]:
+                raise ValueError(f"example {example['example_id']} contains the mask token (id {self.mask_token_id})")
+        width = max(len(example["input_ids"]) for example in examples)
+        if self.eos_padding == "max_length":
+            width = max(width, self.max_length or 0)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        visible = self.eos_padding != "none"
+        fill = self.eos_token_id if visible else self.pad_token_id
+
+        def padded(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+        ids = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": padded(ids, fill),
+            "labels": padded([example["labels"] for example in examples], fill if visible else NOT_A_TARGET),
+            "attention_mask": padded([[1] * len(row) for row in ids], int(visible)),
+            "example_id": torch.tensor([example["example_id"] for example in examples]),
+        }
+        if "noise_level" in examples[0]:
+            batch["noise_level"] = torch.tensor([example["noise_level"] for example in examples])
+        return batch
+
+
+def _numbered(dataset: Any) -> Any:
+    """Adds `example_id`, which keys an example's noise, and, where the length is known, its level in evaluation."""
+    if isinstance(dataset, Dataset):
+        for column, values in (
+            ("example_id", list(range(len(dataset)))),
+            ("noise_level", [(2 * i + 1) * LEVEL_UNIT // (2 * len(dataset)) for i in range(len(dataset))]),
+        ):
+            if column not in dataset.column_names:
+                dataset = dataset.add_column(column, values)
+        return dataset
+    return dataset.map(lambda row, i: {**row, "example_id": i}, with_indices=True)
+
+
+def _prompt_length(prompt_ids: list[int], ids: list[int]) -> int:
+    """Length of the prompt in tokens. Raises ValueError unless it is a prefix of prompt and completion."""
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            f"the tokens of a prompt, rendered with the generation prompt ({prompt_ids[-8:]} at its end), are not a "
+            f"prefix of those of prompt and completion ({ids[: len(prompt_ids)][-8:]} there), so where the completion "
+            "starts is not known. End the prompt on a token boundary, or use a chat template that renders it the same "
+            "way in both"
+        )
+    return len(prompt_ids)

@@ -1,0 +1,37 @@
+"""What a likelihood estimator is: a pure function from rows to views, and a reduction from log-probabilities to scores.
+
+Owns the contract and the linear reduction. One file per estimator; forwards are `scoring.py`'s.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from rl4dlm.likelihood.views import Rows, Views
+
+SCOPES = ("valid", "canvas")
+
+
+class Estimator(ABC):
+    """Draws views and reduces the log-probabilities of what they hide to scores.
+
+    Attributes:
+        scope: which tokens the loss is about: `"valid"` ones (up to the first end of sequence) or the whole `"canvas"`.
+        fresh: whether each inner iteration sees other views than the one before.
+    """
+
+    scope: str = "valid"
+    fresh: bool = True
+
+    @abstractmethod
+    def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
+        """Views of `rows`: a function of (seed, row id, iteration) and the row's own tokens, nothing else.
+
+        So a row has the same views in every batch, on every rank, for the old, the reference and the current policy.
+        """
+
+    def reduce(self, log_probs: Tensor, views: Views) -> Tensor:
+        """Scores `[B, L]` from log-probabilities `[B, K, L]`: their weighted sum over views."""
+        return (log_probs * views.weight).sum(1)

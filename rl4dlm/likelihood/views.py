@@ -1,0 +1,108 @@
+"""The data of likelihood estimation: rows to be scored, and the corrupted copies (views) they are scored in.
+
+Owns the two records and what is checked about them. Which tokens a view hides is an estimator's business, forwards are
+`scoring.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """Prompts and canvases of a batch, one row per sequence. T = P + L.
+
+    Args:
+        prompt_ids: long `[B, P]`, padded on the left.
+        prompt_mask: bool or long `[B, P]`, true for real prompt tokens.
+        canvas_ids: long `[B, L]`, every completion slot the model saw.
+        valid: bool `[B, L]`, the canvas up to and including the first end-of-sequence token.
+        row_ids: long `[B]`, what keys a row's randomness; unique in a run.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    canvas_ids: Tensor
+    valid: Tensor
+    row_ids: Tensor
+
+    def __post_init__(self) -> None:
+        self.prompt_mask, self.valid = self.prompt_mask.bool(), self.valid.bool()
+        if self.prompt_ids.shape != self.prompt_mask.shape or self.canvas_ids.shape != self.valid.shape:
+            raise ValueError(
+                f"prompt_ids {list(self.prompt_ids.shape)} and prompt_mask {list(self.prompt_mask.shape)}, or "
+                f"canvas_ids {list(self.canvas_ids.shape)} and valid {list(self.valid.shape)}, differ in shape"
+            )
+        if not len(self.prompt_ids) == len(self.canvas_ids) == len(self.row_ids):
+            raise ValueError(
+                f"{len(self.prompt_ids)} prompts, {len(self.canvas_ids)} canvases and {len(self.row_ids)} row_ids "
+                "are not one batch"
+            )
+
+    def __len__(self) -> int:
+        return len(self.canvas_ids)
+
+    def __getitem__(self, rows: slice | Tensor) -> Rows:
+        return Rows(
+            self.prompt_ids[rows], self.prompt_mask[rows], self.canvas_ids[rows], self.valid[rows], self.row_ids[rows]
+        )
+
+    @property
+    def ids(self) -> Tensor:
+        """Prompt and canvas, long `[B, T]`."""
+        return torch.cat([self.prompt_ids, self.canvas_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """bool `[B, T]`: padding is hidden, the whole canvas is seen, as it was while decoding."""
+        return torch.cat([self.prompt_mask, torch.ones_like(self.valid)], dim=1)
+
+
+@dataclass
+class Views:
+    """K corrupted copies of each row and what their tokens' log-probabilities count for. Batch first, tensors only.
+
+    Indexing with a slice, a permutation or a mask picks rows, so views may be shuffled and split like the batch itself.
+
+    Args:
+        hidden: bool `[B, K, T]`, the tokens of prompt and canvas that a view replaces.
+        weight: float `[B, K, L]`, what the log-probability of a canvas token in a view counts for; zero: not computed.
+        ids: long `[B, K, T]`, what hidden tokens are replaced by where that is not the mask token.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden.dim() != 3 or self.weight.dim() != 3 or self.hidden.shape[:2] != self.weight.shape[:2]:
+            raise ValueError(
+                f"hidden must be [B, K, T] and weight [B, K, L]; got {list(self.hidden.shape)} and "
+                f"{list(self.weight.shape)}"
+            )
+        if self.hidden.dtype != torch.bool or not self.weight.is_floating_point():
+            raise ValueError(f"hidden must be bool and weight float; got {self.hidden.dtype} and {self.weight.dtype}")
+        if self.weight.shape[2] > self.hidden.shape[2]:
+            raise ValueError(f"a canvas of {self.weight.shape[2]} tokens does not fit into {self.hidden.shape[2]}")
+        if self.ids is not None and self.ids.shape != self.hidden.shape:
+            raise ValueError(f"ids must be shaped as hidden, {list(self.hidden.shape)}; got {list(self.ids.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: slice | Tensor) -> Views:
+        return Views(self.hidden[rows], self.weight[rows], None if self.ids is None else self.ids[rows])
+
+    @property
+    def scored(self) -> Tensor:
+        """bool `[B, K, L]`, the canvas tokens whose log-probabilities are computed."""
+        return self.weight != 0
+
+    def apply(self, ids: Tensor, mask_token_id: int) -> Tensor:
+        """The corrupted copies of `ids` (long `[B, T]`), long `[B, K, T]`."""
+        replacement = torch.tensor(mask_token_id, device=ids.device) if self.ids is None else self.ids
+        return torch.where(self.hidden, replacement, ids[:, None])
