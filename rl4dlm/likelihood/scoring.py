@@ -2,6 +2,13 @@
 
 Owns how views become a model batch and how its answers find their places. The head, the shift and the attention mask
 are `attach_scoring`'s; which views to score is an estimator's business.
+
+A view means what the model's attention makes of it. With `full` and `causal` attention a hidden token is predicted from
+everything the view shows that attention lets it see. A model that denoises block by block never predicts a block from
+noisy ones: there every block of the canvas is scored given its own tokens as the view shows them and the finished
+tokens of all blocks before it, whatever the view hides of those; prompt tokens that a view hides stay hidden. One
+forward of a noisy and a clean copy gives all blocks (block diffusion, arXiv 2503.09573), so that a view is a state of
+every block at once, and K views replay K steps of all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.views import Views
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 
 
@@ -32,6 +40,7 @@ def score_views(
     temperature: float = 1.0,
     cfg_scale: float = 0.0,
     rows_per_forward: int | None = None,
+    prompt_lengths: Tensor | None = None,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
 
@@ -46,6 +55,8 @@ def score_views(
             whole prompt hidden; 0 is off, otherwise the forward has twice the rows.
         rows_per_forward: score so many rows at a time. Only where no gradient is wanted: several forwards before one
             backward give wrong gradients under DDP and ZeRO with re-entrant checkpointing.
+        prompt_lengths: long `[B]`, real tokens before each row's response, where a block grid may start. None: those
+            before the last L positions.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -59,14 +70,18 @@ def score_views(
             f"ids {list(ids.shape)}, attention_mask {list(attention_mask.shape)} and views "
             f"{list(views.hidden.shape)} do not describe the same [B, T] batch"
         )
+    if prompt_lengths is None:
+        prompt_lengths = attention_mask[:, : ids.shape[1] - views.weight.shape[2]].bool().sum(-1)
+
+    def forward(rows: slice) -> ViewScores:
+        batch = ids[rows], attention_mask[rows], views[rows], prompt_lengths[rows]
+        return _forward(model, spec, *batch, temperature, cfg_scale)
+
     if rows_per_forward is None or rows_per_forward >= len(ids):
-        return _forward(model, spec, ids, attention_mask, views, temperature, cfg_scale)
+        return forward(slice(None))
     if torch.is_grad_enabled():
         raise ValueError(f"rows_per_forward={rows_per_forward} needs torch.no_grad(): gradients need a single forward")
-    parts = [
-        _forward(model, spec, ids[part], attention_mask[part], views[part], temperature, cfg_scale)
-        for part in (slice(start, start + rows_per_forward) for start in range(0, len(ids), rows_per_forward))
-    ]
+    parts = [forward(slice(start, start + rows_per_forward)) for start in range(0, len(ids), rows_per_forward)]
     return ViewScores(torch.cat([p.log_probs for p in parts]), torch.cat([p.entropies for p in parts]))
 
 
@@ -76,26 +91,35 @@ def _forward(
     ids: Tensor,
     attention_mask: Tensor,
     views: Views,
+    prompt_lengths: Tensor,
     temperature: float,
     cfg_scale: float,
 ) -> ViewScores:
     batch, num_views, length = views.hidden.shape
     canvas = views.weight.shape[2]
     inputs = views.apply(ids, spec.mask_token_id).flatten(0, 1)  # [B * K, T]
+    targets = ids.repeat_interleave(num_views, dim=0)
     keys = attention_mask.bool().repeat_interleave(num_views, dim=0)
     scored = views.scored.flatten(0, 1)  # [B * K, L]
     positions = torch.cat([scored.new_zeros(batch * num_views, length - canvas), scored], dim=1)
+    copies = 2 if cfg_scale > 0 else 1
     if cfg_scale > 0:
         unconditional = inputs.clone()
         unconditional[:, : length - canvas] = spec.mask_token_id
         inputs, keys = torch.cat([inputs, unconditional]), torch.cat([keys, keys])
+    extra: dict[str, Tensor] = {}
+    if spec.attention in BLOCK_KINDS:
+        finished = targets[:, length - canvas :].repeat(copies, 1)
+        extra["score_clean_ids"] = torch.cat([inputs[:, : length - canvas], finished], dim=1)
+        extra["score_prompt_lengths"] = prompt_lengths.repeat_interleave(num_views).repeat(copies)
     scores = model(
         input_ids=inputs,
         attention_mask=keys,
         score_positions=positions,
-        score_targets=ids.repeat_interleave(num_views, dim=0),
+        score_targets=targets,
         score_temperature=temperature,
         score_cfg_scale=cfg_scale,
+        **extra,
     )
 
     def place(values: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class Views:
     Indexing with a slice, a permutation or a mask picks rows, so views may be shuffled and split like the batch itself.
 
     Args:
-        hidden: bool `[B, K, T]`, the tokens of prompt and canvas that a view replaces.
+        hidden: bool `[B, K, T]`, the tokens of prompt and canvas that a view replaces. What is predicted from them
+            depends on the model's attention, see `scoring.py`.
         weight: float `[B, K, L]`, what the log-probability of a canvas token in a view counts for; zero: not computed.
         ids: long `[B, K, T]`, what hidden tokens are replaced by where that is not the mask token.
     """

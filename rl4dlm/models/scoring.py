@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rl4dlm.models.attention import attention_mask as build_mask, check_attention, position_ids as build_positions
+from rl4dlm.models.attention import (
+    BLOCK_KINDS,
+    Sight,
+    attention_mask as build_mask,
+    block_starts,
+    check_attention,
+    one_copy,
+    position_ids as build_positions,
+    two_copies,
+)
 from rl4dlm.models.spec import DiffusionSpec
 
 CHUNK_ELEMENTS = 2**26
@@ -51,14 +60,19 @@ def attach_scoring(model: Any) -> Any:
     - `score_temperature`: float, divides the logits;
     - `score_cfg_scale`: float w; if > 0, classifier-free guidance `u + (w + 1)(c - u)` combines the logits c of the
       first half of the rows with u of the second, and positions and targets are given for the first half only;
-    - `score_reduce`: a `Reduction` instead of the default one; `score_targets` is then not needed.
+    - `score_reduce`: a `Reduction` instead of the default one; `score_targets` is then not needed;
+    - `score_prompt_lengths`: long `[R]`, real tokens before the response; needed where a block grid starts there;
+    - `score_clean_ids`: long `[R, T]`, for models that denoise block by block: the finished sequence of which
+      `input_ids` is a noisy copy. Each position is then scored given its own block of the noisy copy and the blocks
+      before it of the clean one, all blocks in one forward. Without it `input_ids` is all there is, as while decoding.
 
     Log-probabilities are those of the softmax over the whole vocabulary, mask token included, in float32 or the model's
     dtype, whichever is wider. The logit shift of the spec is applied here. Without `score_positions` the forward is the
     model's own.
 
     Raises:
-        ValueError: the model has no spec, or its logits are not its head applied to its last hidden state.
+        ValueError: the model has no spec, its attention implementation cannot run its attention kind, or its logits
+            are not its head applied to its last hidden state.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(base, "_scores_positions", False):
@@ -91,20 +105,40 @@ def _score(
     score_temperature: float = 1.0,
     score_cfg_scale: float = 0.0,
     score_reduce: Reduction | None = None,
+    score_prompt_lengths: Tensor | None = None,
+    score_clean_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        keys = attention_mask.bool()
-        if position_ids is None:
-            position_ids = build_positions(keys)
-        attention_mask = build_mask(keys, input_ids.shape[1], model.config._attn_implementation, model.dtype)
+    rows, columns = score_positions.nonzero(as_tuple=True)
+    sources = (columns - spec.logit_shift).clamp(min=0)  # [n], which of the fed columns predicts each position
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    sight: Sight | None = None
+    keys = attention_mask.bool() if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
     if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        position_ids = build_positions(torch.ones_like(input_ids) if keys is None else keys)
+    if score_clean_ids is not None:
+        if keys is None or spec.attention not in BLOCK_KINDS:
+            raise ValueError(
+                f"score_clean_ids has a meaning for attention {' and '.join(BLOCK_KINDS)} and a 2-D attention_mask "
+                f"only; here attention={spec.attention!r}"
+            )
+        starts = block_starts(spec, position_ids, score_prompt_lengths)
+        first = _first_noisy(spec, keys, score_prompt_lengths, columns)
+        sight = two_copies(spec, position_ids, score_prompt_lengths, first)
+        # The token before a block is finished when the block is denoised: a shifted model predicts from its clean copy.
+        finished = position_ids[rows, sources] < starts[rows, columns]
+        sources = sources - first + finished.long() * input_ids.shape[1]
+        input_ids = torch.cat([input_ids[:, first:], score_clean_ids], dim=1)
+        position_ids = torch.cat([position_ids[:, first:], position_ids], dim=1)
+        keys = torch.cat([keys[:, first:], keys], dim=1)
+    elif keys is not None:
+        sight = one_copy(spec, position_ids, score_prompt_lengths)
+    if keys is not None:
+        attention_mask = build_mask(keys, input_ids.shape[1], model.config._attn_implementation, model.dtype, sight)
     hidden = model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
     ).last_hidden_state  # [R, T, D]
-    rows, columns = score_positions.nonzero(as_tuple=True)
-    sources = (columns - spec.logit_shift).clamp(min=0)
     picked = hidden[rows, sources]  # [n, D]
     guide = hidden[rows + len(score_positions), sources] if score_cfg_scale > 0 else None
     if score_reduce is None:
@@ -127,6 +161,17 @@ def _score(
     parts = [checkpoint(chunk, *b, use_reentrant=False) if recompute else chunk(*b) for b in bounds]
     columns_of = [torch.cat(column) for column in zip(*parts, strict=True)]
     return TokenScores(*columns_of) if isinstance(parts[0], TokenScores) else tuple(columns_of)
+
+
+def _first_noisy(spec: DiffusionSpec, keys: Tensor, prompt_lengths: Tensor | None, columns: Tensor) -> int:
+    """First column of the noisy copy: early enough for the whole block of every scored column, the same in every batch
+    of rows whose responses start at the same column."""
+    if prompt_lengths is None:
+        return 0
+    responses = keys.long().argmax(-1) + prompt_lengths  # [R], behind the padding and the prompt
+    first = int(torch.cat([responses, columns]).min())
+    assert spec.block_length is not None
+    return max(0, first - spec.block_length + 1)
 
 
 def _log_prob_reduction(targets: Tensor) -> Reduction:

@@ -20,7 +20,8 @@ class DiffusionSpec:
     """How a model denoises.
 
     Args:
-        mask_token_id: id of the token that stands for "not yet written".
+        mask_token_id: id of the token that stands for "not yet written"; None where `noise` is `"uniform"` and there is
+            no such token. Code for `"mask"` noise may rely on an id.
         eos_token_ids: ids that end a completion; the first of any of them does.
         logit_shift: 0 if the logits at position i predict token i (LLaDA), 1 if those at i - 1 do (Dream).
         attention: which positions see which: `"full"`, `"block_causal"`, `"context_causal"` or `"causal"`.
@@ -38,8 +39,18 @@ class DiffusionSpec:
     noise: str = "mask"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eos_token_ids", tuple(int(i) for i in self.eos_token_ids))
-        if self.mask_token_id < 0:
+        ids: Any = self.eos_token_ids
+        if isinstance(ids, int):
+            raise ValueError(f"eos_token_ids={ids} is not allowed; it must be a tuple of token ids")
+        object.__setattr__(self, "eos_token_ids", tuple(int(i) for i in ids))
+        mask: Any = self.mask_token_id
+        if mask is None:
+            if self.noise == "mask":
+                raise ValueError(
+                    "mask_token_id is not known: no file of the checkpoint states it. Pass mask_token_id=... to "
+                    "load_denoiser, or add `mask_token_id` to the checkpoint's config.json"
+                )
+        elif mask < 0:
             raise ValueError(f"mask_token_id={self.mask_token_id} is not a token id; it must be 0 or larger")
         if self.mask_token_id in self.eos_token_ids:
             raise ValueError(f"mask_token_id={self.mask_token_id} is also in eos_token_ids={self.eos_token_ids}")

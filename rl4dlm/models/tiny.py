@@ -1,13 +1,33 @@
-"""Small denoisers and a tokenizer made from nothing, for tests, examples and the demo; nothing is downloaded."""
+"""Small denoisers and a tokenizer made from nothing, for tests, examples and the demo; nothing is downloaded.
+
+Owns one builder per family. A builder states sizes only: what the family is comes from `families/`.
+"""
 
 from __future__ import annotations
 
 import string
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    GenerationConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
+from rl4dlm.models.adapters import experts_of
+from rl4dlm.models.families import FAMILIES
+from rl4dlm.models.family import RECORD, HubConfig
 from rl4dlm.models.spec import DiffusionSpec
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<mask>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -75,9 +95,203 @@ def tiny_llada(
         mask_token_id=mask_token_id,
         is_causal=False,
         diffusion=DiffusionSpec(mask_token_id=mask_token_id, eos_token_ids=(eos_token_id,)).to_dict(),
+        **{RECORD: {"family": "llada"}},
     )
+    return _initialised(LlamaForCausalLM, config, dtype, seed)
+
+
+@dataclass(frozen=True)
+class TinySizes:
+    """Sizes and settings of the other builders; the defaults fit `tiny_tokenizer()`.
+
+    Args:
+        vocab_size: 0 for the size of `tiny_tokenizer()`.
+        mask_token_id, eos_token_id, pad_token_id: as there.
+        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, max_position_embeddings: of the model.
+        num_experts, num_experts_per_tok: of a mixture of experts; the first layer of LLaDA2 is dense.
+        block_length: of a block-diffusion model, in tokens; the canvas of DiffusionGemma.
+        rope_theta: base of the rotary frequencies.
+        initializer_range: standard deviation of the weights.
+        dtype: of the weights.
+        seed: the weights depend on it alone.
+    """
+
+    vocab_size: int = 0
+    mask_token_id: int = SPECIAL_TOKENS.index("<mask>")
+    eos_token_id: int = SPECIAL_TOKENS.index("<eos>")
+    pad_token_id: int = SPECIAL_TOKENS.index("<pad>")
+    hidden_size: int = 32
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 1024
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    block_length: int = 4
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+def tiny_llada_moe(**sizes: Any) -> Qwen3MoeForCausalLM:
+    """A randomly initialised LLaDA-MoE: Qwen3-MoE, full attention. Takes the fields of `TinySizes`."""
+    return _tiny("llada_moe", TinySizes(**sizes), num_key_value_heads=sizes.get("num_attention_heads", 4))
+
+
+def tiny_llada2(**sizes: Any) -> Glm4MoeForCausalLM:
+    """A randomly initialised LLaDA2.0-mini: GLM-4-MoE, blocks from position 0. Takes the fields of `TinySizes`."""
+    return _tiny(
+        "llada2",
+        TinySizes(**sizes),
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        partial_rotary_factor=0.5,
+    )
+
+
+def tiny_dream(**sizes: Any) -> Qwen2ForCausalLM:
+    """A randomly initialised Dream: Qwen2, full attention, shifted logits. Takes the fields of `TinySizes`."""
+    return _tiny("dream", TinySizes(**sizes))
+
+
+def tiny_sdar(**sizes: Any) -> Qwen3ForCausalLM:
+    """A randomly initialised SDAR: Qwen3, blocks from position 0. Takes the fields of `TinySizes`."""
+    return _tiny("sdar", TinySizes(**sizes))
+
+
+def tiny_sdar_moe(**sizes: Any) -> Qwen3MoeForCausalLM:
+    """A randomly initialised SDAR-MoE: Qwen3-MoE, blocks from position 0. Takes the fields of `TinySizes`."""
+    return _tiny("sdar_moe", TinySizes(**sizes), norm_topk_prob=True)
+
+
+def tiny_fast_dllm(**sizes: Any) -> Qwen2ForCausalLM:
+    """A randomly initialised Fast-dLLM v2: Qwen2, blocks from position 0, shifted logits. Takes `TinySizes`."""
+    return _tiny("fast_dllm", TinySizes(**sizes))
+
+
+def tiny_a2d_qwen3(**sizes: Any) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 adapted to diffusion, full attention, tied head. Takes the fields of `TinySizes`."""
+    return _tiny("a2d_qwen3", TinySizes(**sizes), tie_word_embeddings=True)
+
+
+def tiny_a2d_qwen2(**sizes: Any) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 adapted to diffusion, full attention, tied head. Takes the fields of `TinySizes`."""
+    return _tiny("a2d_qwen2", TinySizes(**sizes), tie_word_embeddings=True)
+
+
+def tiny_a2d_llama(**sizes: Any) -> LlamaForCausalLM:
+    """A randomly initialised Llama adapted to diffusion, full attention. Takes the fields of `TinySizes`."""
+    return _tiny("a2d_llama", TinySizes(**sizes))
+
+
+def tiny_diffusion_gemma(**sizes: Any) -> DiffusionGemmaForBlockDiffusion:
+    """A randomly initialised DiffusionGemma with a canvas of `block_length` tokens. Takes the fields of `TinySizes`.
+
+    Its corruption is uniform, so it has no mask token; the smallest vision tower there is comes with it.
+    """
+    small = TinySizes(**sizes)
+    vocabulary = small.vocab_size or len(tiny_tokenizer())
+    head = small.hidden_size // small.num_attention_heads
+    config = DiffusionGemmaConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": small.hidden_size,
+            "intermediate_size": 2 * small.hidden_size,
+            "moe_intermediate_size": small.hidden_size // 2,
+            "num_hidden_layers": small.num_hidden_layers,
+            "layer_types": ["sliding_attention"] * (small.num_hidden_layers - 1) + ["full_attention"],
+            "num_attention_heads": small.num_attention_heads,
+            "num_key_value_heads": small.num_key_value_heads,
+            "head_dim": head,
+            "global_head_dim": head,
+            "num_global_key_value_heads": 1,
+            "num_experts": small.num_experts,
+            "top_k_experts": small.num_experts_per_tok,
+            "max_position_embeddings": small.max_position_embeddings,
+            "sliding_window": 2 * small.block_length,
+            "initializer_range": small.initializer_range,
+            "pad_token_id": small.pad_token_id,
+            "eos_token_id": small.eos_token_id,
+            "bos_token_id": small.pad_token_id,
+        },
+        vision_config={
+            "model_type": "gemma4_vision",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "max_position_embeddings": 64,
+            "position_embedding_size": 16,
+        },
+        canvas_length=small.block_length,
+        image_token_id=vocabulary - 1,
+        boi_token_id=vocabulary - 2,
+        eoi_token_id=vocabulary - 3,
+        tie_word_embeddings=True,
+    )
+    spec = DiffusionSpec.from_dict(
+        {
+            "mask_token_id": None,
+            "eos_token_ids": [small.eos_token_id],
+            "attention": FAMILIES["diffusion_gemma"].attention,
+            "block_length": small.block_length,
+            "noise": "uniform",
+        }
+    )
+    config.diffusion = spec.to_dict()
+    setattr(config, RECORD, {"family": "diffusion_gemma"})
+    return _initialised(DiffusionGemmaForBlockDiffusion, config, small.dtype, small.seed)
+
+
+def _tiny(name: str, sizes: TinySizes, **more: Any) -> Any:
+    """A model of a family. `more` has stock settings besides the sizes, or hub settings without a stock one."""
+    family = FAMILIES[name]
+    settings = {
+        **{key: value for key, value in asdict(sizes).items() if key not in ("mask_token_id", "block_length")},
+        "vocab_size": sizes.vocab_size or len(tiny_tokenizer()),
+        "intermediate_size": 2 * sizes.hidden_size,
+        "moe_intermediate_size": sizes.hidden_size // 2,
+        "head_dim": sizes.hidden_size // sizes.num_attention_heads,
+        "n_routed_experts": sizes.num_experts,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **more,
+    }
+    values = {key: settings[stock] for key, stock in family.keys.items() if stock in settings}
+    only_hub = {key: value for key, value in settings.items() if key in ("rope_theta", "partial_rotary_factor")}
+    config = family.stock_config(HubConfig({**family.template, **values, **only_hub}, f"tiny_{name}"))
+    spec = DiffusionSpec(
+        mask_token_id=sizes.mask_token_id,
+        eos_token_ids=(sizes.eos_token_id,),
+        logit_shift=family.logit_shift,
+        attention=family.attention,
+        block_length=sizes.block_length if family.block_length else None,
+        grid_origin=family.grid_origin,
+        noise=family.noise,
+    )
+    config.diffusion = spec.to_dict()
+    setattr(config, RECORD, {"family": name})
+    return _initialised(family.model_class, config, sizes.dtype, sizes.seed)
+
+
+def _initialised(cls: Any, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(pad_token_id=pad_token_id, eos_token_id=eos_token_id)
-    return model.to(dtype).eval()
+        model = cls(config)
+    text = config.get_text_config()
+    if cls is not DiffusionGemmaForBlockDiffusion:  # which has a configuration of its own
+        model.generation_config = GenerationConfig(pad_token_id=text.pad_token_id, eos_token_id=text.eos_token_id)
+    for parameter in model.parameters():  # not `model.to(dtype)`, which would round the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float64 and experts_of(model):
+        model.set_experts_implementation("eager")  # the grouped matrix product has no float64
+    return model.eval()

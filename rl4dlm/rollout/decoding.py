@@ -5,11 +5,14 @@ Owns validation: a `DecodingConfig` that exists can be run. How schedules decide
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rl4dlm.models.attention import BLOCK_KINDS
+from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import available_caches
 from rl4dlm.rollout.schedules import registry
 from rl4dlm.rollout.schedules.parts import Schedule
@@ -25,7 +28,8 @@ class DecodingConfig:
         steps: denoising steps S for the whole canvas; a multiple of the number of blocks. None: half the canvas length
             (two tokens per step), rounded up to a whole number per block. Schedules that decide for themselves how many
             steps they take (`threshold`) allow None only.
-        block_length: length of the blocks that are written left to right; divides `canvas_length`. None: one block.
+        block_length: length of the blocks that are written left to right; divides `canvas_length`. None: that of the
+            model's attention blocks, or one block if it has none.
         temperature: 0 takes the most probable token.
         top_p: keep the smallest set of tokens whose probability reaches it. top_k: keep that many tokens; 0 is off.
         cfg_scale: weight w of classifier-free guidance `u + (w + 1)(c - u)`; 0 is off, otherwise each step costs two
@@ -93,18 +97,13 @@ class DecodingConfig:
                 f"steps={self.steps} has no meaning for schedule={self.schedule!r}, which takes as many steps as it "
                 "needs; leave it None"
             )
-        if self.steps is not None and (self.steps < self.num_blocks or self.steps % self.num_blocks):
-            raise ValueError(
-                f"steps={self.steps} cannot be shared out over {self.num_blocks} blocks (canvas_length="
-                f"{self.canvas_length}, block_length={self.block_length}); it must be a positive multiple of "
-                f"{self.num_blocks}"
-            )
+        self._check_steps()
         self.arguments()
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks of the canvas."""
-        return self.canvas_length // (self.block_length or self.canvas_length)
+        return -(-self.canvas_length // (self.block_length or self.canvas_length))
 
     @property
     def steps_per_block(self) -> int:
@@ -125,6 +124,35 @@ class DecodingConfig:
                 f"schedule_args has unknown settings {unknown} for schedule={self.schedule!r}; allowed: {allowed}"
             )
         return arguments(**self.schedule_args)
+
+    def for_model(self, spec: DiffusionSpec) -> DecodingConfig:
+        """These settings for a model: where attention has blocks, they are the blocks that are written.
+
+        There the canvas need not end with a block. A row whose prompt ends inside a block starts in that block, and so
+        may have one block, and its share of the steps, more than others: `steps` is for rows that start a block.
+
+        Raises:
+            ValueError: `block_length` is not the model's, or `steps` cannot be shared out over its blocks.
+        """
+        if spec.attention not in BLOCK_KINDS:
+            return self
+        if self.block_length not in (None, spec.block_length):
+            raise ValueError(
+                f"block_length={self.block_length} contradicts the model, whose attention={spec.attention!r} has "
+                f"blocks of {spec.block_length}; set it to {spec.block_length} or None"
+            )
+        settings = copy.copy(self)
+        object.__setattr__(settings, "block_length", spec.block_length)
+        settings._check_steps()
+        return settings
+
+    def _check_steps(self) -> None:
+        if self.steps is not None and (self.steps < self.num_blocks or self.steps % self.num_blocks):
+            raise ValueError(
+                f"steps={self.steps} cannot be shared out over {self.num_blocks} blocks (canvas_length="
+                f"{self.canvas_length}, block_length={self.block_length}); it must be a positive multiple of "
+                f"{self.num_blocks}"
+            )
 
     def build_schedule(self) -> Schedule:
         """The schedule with these settings."""

@@ -23,12 +23,14 @@ class CachePolicy(ABC):
 
     @abstractmethod
     def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
-        """The first canvas offset that a step feeds, per row; everything from there to the end of the canvas is fed.
+        """The first column that a step feeds, per row; everything from there on that the active block can see is fed.
 
         Args:
             step: long `[R]`, steps already made in the active block.
-            block_start: long `[R]`, canvas offset at which the active block starts.
+            block_start: long `[R]`, column of prompt and canvas at which the active block starts.
 
         Returns:
-            long `[R]`; a negative number feeds the whole row, prompt included, which refreshes the store.
+            long `[R]`; a negative number feeds all that may have changed since it was stored. That is the whole row,
+            prompt included; but where attention is left to right, keys of blocks that were finished when they were last
+            fed stay true, and it is everything from the block that was active before.
         """

@@ -2,9 +2,14 @@
 
 The first step of a block is a full forward that also fills the store; the block's later steps feed the block and what
 follows it, against the stored keys and values of what precedes it. With full attention those are stale as soon as a
-token is committed, so logits are approximate. Differences from the released code: keys are stored rotated and written
-in place; prompts of different length and rows in different blocks share a batch; a block that is complete after its
-first step costs no second one.
+token is committed, so logits are approximate.
+
+Where attention is left to right the same policy is the exact block cache of block diffusion: the first step of a block
+also feeds the block before it, now finished, whose keys are then final; later steps feed the block alone. The commit
+forward that reference samplers make after each block is thus part of the next block's first step.
+
+Differences from Fast-dLLM's released code: keys are stored rotated and written in place; prompts of different length
+and rows in different blocks share a batch; a block that is complete after its first step costs no second one.
 """
 
 from __future__ import annotations

@@ -34,4 +34,4 @@ def random(arguments: LLaDAArguments, config: Any) -> Schedule:
 
 def fixed_blocks(config: Any) -> FixedBlocks:
     """The blocks that a `DecodingConfig` asks for."""
-    return FixedBlocks(config.canvas_length // config.num_blocks, config.num_blocks)
+    return FixedBlocks(config.block_length or config.canvas_length, config.canvas_length)

@@ -49,14 +49,27 @@ CommitRule = Callable[[Window, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FixedBlocks:
-    """Blocks of equal length, written left to right."""
+    """Blocks of equal length, written left to right. The last one, and a first one that started earlier, are shorter.
+
+    Args:
+        block_length: of a whole block. canvas_length: where the last one ends.
+    """
 
     block_length: int
-    count: int
+    canvas_length: int
 
-    def bounds(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """First canvas offset of the blocks `block` `[R]`, and the one behind their last: long `[R]` each."""
-        return block * self.block_length, (block + 1) * self.block_length
+    def bounds(self, block: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """First canvas offset of blocks, and the one behind their last.
+
+        Args:
+            block: long `[R]`, from 0.
+            offset: long `[R]`, prompt tokens that are in the first block of each row, fewer than a whole block.
+
+        Returns:
+            long `[R]` each.
+        """
+        start = block * self.block_length - offset
+        return start.clamp(min=0), (start + self.block_length).clamp(max=self.canvas_length)
 
 
 @dataclass(frozen=True)
