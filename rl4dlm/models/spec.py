@@ -38,7 +38,10 @@ class DiffusionSpec:
     noise: str = "mask"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eos_token_ids", tuple(int(i) for i in self.eos_token_ids))
+        ids: Any = self.eos_token_ids
+        if isinstance(ids, int):
+            raise ValueError(f"eos_token_ids={ids} is not allowed; it must be a tuple of token ids")
+        object.__setattr__(self, "eos_token_ids", tuple(int(i) for i in ids))
         if self.mask_token_id < 0:
             raise ValueError(f"mask_token_id={self.mask_token_id} is not a token id; it must be 0 or larger")
         if self.mask_token_id in self.eos_token_ids:
