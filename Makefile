@@ -32,8 +32,8 @@ lint: $(ALL)  ## check style, formatting and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(RUNTIME)  ## measure speed and memory on this machine
-	$(PY) -m benchmarks
+bench: $(RUNTIME)  ## measure how long decoding takes on this machine
+	$(PY) benchmarks/rollout.py
 
 # torch comes first and alone: it is the large one, and a pip that resolves everything at once may pick another build of it.
 $(RUNTIME): pyproject.toml constraints.txt

@@ -51,7 +51,10 @@ check_contract(
         "_log_metric": ["name", "value"],
         "_log_completion_extra": ["column", "values"],
     },
-    attributes=["_step", "_metrics", "_logs", "_dist", "_tokenizer", "eos_token_ids", "ref_model"],
+    attributes=[
+        "_step", "_metrics", "_logs", "_dist", "_tokenizer", "aux_loss_enabled", "eos_token_ids", "num_generations",
+        "num_generations_eval", "num_iterations", "ref_model", "reward_weights",
+    ],
     keys={
         "_generate_and_score_completions": [
             "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "prompt_ids", "prompt_mask",

@@ -43,6 +43,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         """TRL's; asked for whenever training starts, so the generation cycle starts with it."""
         self._step: int = 0
         self._buffered_inputs: list[dict[str, Any]] | None = None
+        self._train_sampler: Any = None  # a stream has none
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

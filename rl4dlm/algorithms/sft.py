@@ -127,6 +127,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     args: DiffusionSFTConfig
     _tag_names = ["trl", "rl4dlm", "masked-sft"]  # noqa: RUF012  (TRL's own form)
     _name = "masked SFT"
+    _paper = {"title": "Large Language Diffusion Models", "id": "2502.09992"}  # noqa: RUF012  (TRL's own form)
 
     def __init__(
         self,
@@ -188,7 +189,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of an optimizer step, and the number of their target tokens over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        targets = torch.stack([(s["labels"] != NOT_A_TARGET).sum() for s in samples]).sum().to(device)
+        targets = torch.as_tensor(sum((s["labels"] != NOT_A_TARGET).sum() for s in samples), device=device)
         if self.args.average_tokens_across_devices:
             targets = self.accelerator.gather(targets).sum()
         return samples, targets

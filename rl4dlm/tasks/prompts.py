@@ -1,8 +1,7 @@
 r"""The prompts of the papers.
 
 Owns wording only. The instruction strings are those with which d1 (arXiv 2504.12216) and SPG (arXiv 2510.09541) trained
-and
-evaluated: a published number belongs to a prompt, to its last space. SPG took d1's prompts and changed Sudoku's.
+and evaluated: a published number belongs to a prompt, to its last space. SPG took d1's prompts and changed Sudoku's.
 
 Training and evaluation differ in both papers: at evaluation the mathematical tasks ask for a `\boxed{}` answer,
 Countdown is stated in other words, and the assistant's turn begins with `<reasoning>`.

@@ -1,0 +1,158 @@
+"""Decodes a task's prompts, has the task check the completions, and counts.
+
+Owns the way from a task's rows to numbers. Decoding is the engine's, judging is the task's, writing is `results.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+from rl4dlm.evaluation.intervals import wilson_interval
+from rl4dlm.evaluation.results import EvaluationResult, Measurement
+from rl4dlm.models.loading import check_tokenizer
+from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.rollout import Rollout
+
+if TYPE_CHECKING:
+    from rl4dlm.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    decodings: Mapping[str | int, DecodingConfig],
+    split: str = "test",
+    limit: int | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+    batch_rows: int | None = None,
+    chosen_by: str = "not stated",
+    progress: bool = False,
+) -> EvaluationResult:
+    """Measures how often a denoiser solves a task under each decoding setting.
+
+    Every setting sees the same prompts with the same row ids, so the result depends on the weights, the settings and
+    the seed alone, not on `batch_rows`. Completions are cut at the first end-of-sequence token and special tokens are
+    stripped before they are checked.
+
+    Args:
+        model: a denoiser, see `load_denoiser`. tokenizer: of the model.
+        task: whose prompts to decode and whose checker to ask.
+        decodings: label to decoding setting, for example `{4: DecodingConfig(steps=4), 8: DecodingConfig(steps=8)}`.
+        split: of the task.
+        limit: use the first so many prompts at most; None uses all.
+        num_samples: completions per prompt.
+        seed: keys every draw.
+        batch_rows: completions decoded at the same time; None decodes all at once.
+        chosen_by: how this checkpoint was chosen, recorded as it is: "last", "best on validation", ….
+        progress: shows a progress bar when decoding takes longer than a few seconds.
+
+    Raises:
+        ValueError: names a setting that is not allowed, a tokenizer that does not fit, or a task without prompts.
+    """
+    if not decodings:
+        raise ValueError("decodings is empty; give at least one DecodingConfig")
+    for name, value in (("limit", limit), ("num_samples", num_samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not allowed; it must be 1 or larger")
+    spec = DiffusionSpec.of(model)
+    check_tokenizer(tokenizer, spec)
+    dataset = task.dataset(split)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"task {task.name!r} has no column 'prompt' in split {split!r}, only {dataset.column_names}")
+    rows = list(dataset if limit is None else dataset.select(range(min(limit, len(dataset)))))
+    if not rows:
+        raise ValueError(f"task {task.name!r} has no prompts in split {split!r}")
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+
+    engine = RolloutEngine(model, spec, max_batch_rows=batch_rows, progress=progress)
+    measurements = {}
+    for label, config in decodings.items():
+        logger.info("%s: %d prompts, decoding %s", task.name, len(rows), label)
+        start = time.perf_counter()
+        rollout = engine.generate(prompts, config, num_generations=num_samples, seed=seed)
+        seconds = time.perf_counter() - start
+        texts = completion_texts(tokenizer, rollout, spec)
+        measurements[str(label)] = _measure(task, rows, texts, rollout, config, spec, seconds)
+    return EvaluationResult(
+        task=task.name,
+        split=split,
+        model=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        chosen_by=chosen_by,
+        seed=seed,
+        measurements=measurements,
+    )
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a prompt: text as it is, messages through the chat template.
+
+    The template opens the assistant's turn, or goes on with it where the last message is the assistant's.
+
+    Raises:
+        ValueError: messages, and a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        raise ValueError("the prompts are messages, but the tokenizer has no chat_template to render them with")
+    prefilled = prompt[-1]["role"] == "assistant"
+    encoded = tokenizer.apply_chat_template(
+        list(prompt), add_generation_prompt=not prefilled, continue_final_message=prefilled, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def completion_texts(tokenizer: Any, rollout: Rollout, spec: DiffusionSpec) -> list[str]:
+    """The text of each row up to its first end-of-sequence token, special tokens stripped."""
+    ends = set(spec.eos_token_ids)
+    written = [[token for token in ids if token not in ends] for ids in rollout.completion_ids]
+    return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def _measure(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    texts: Sequence[str],
+    rollout: Rollout,
+    config: DecodingConfig,
+    spec: DiffusionSpec,
+    seconds: float,
+) -> Measurement:
+    samples = len(texts) // len(rows)
+    asked = [rows[i // samples] for i in range(len(texts))]
+    verdicts = task.check_many(texts, asked)
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    if not judged:
+        raise ValueError(f"task {task.name!r} cannot judge any of its {len(rows)} prompts by {sorted(rows[0])}")
+    rate = sum(judged) / len(judged)
+    trials = len({i // samples for i, verdict in enumerate(verdicts) if verdict is not None})
+    valid, nfe = int(rollout.valid.sum()), int(rollout.nfe.sum())
+    ends = set(spec.eos_token_ids)
+    further = {name: value for name, value in task.metrics(texts, asked).items() if name != "solved"}
+    return Measurement(
+        decoding=asdict(config),
+        solve_rate=rate,
+        interval=wilson_interval(rate * trials, trials),
+        prompts=len(rows),
+        samples=samples,
+        unjudged=len(verdicts) - len(judged),
+        nfe=nfe / len(texts),
+        tokens_per_forward=valid / nfe,
+        completion_length=valid / len(texts),
+        ended=sum(ids[-1] in ends for ids in rollout.completion_ids) / len(texts),
+        seconds=round(seconds, 3),
+        metrics={name: None if isnan(value) else value for name, value in further.items()},
+        exact=rollout.exact,
+    )

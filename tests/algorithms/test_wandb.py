@@ -1,0 +1,99 @@
+"""An offline Weights & Biases run holds the settings, the metrics under their names, and the completions."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+wandb = pytest.importorskip("wandb")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+# TRL's names as it gives them, and those of diffusion/. A name that is here must stay.
+METRICS = {
+    "train/clip_ratio/high_max",
+    "train/clip_ratio/high_mean",
+    "train/clip_ratio/low_mean",
+    "train/clip_ratio/low_min",
+    "train/clip_ratio/region_mean",
+    "train/completions/clipped_ratio",
+    "train/completions/max_length",
+    "train/completions/max_terminated_length",
+    "train/completions/mean_length",
+    "train/completions/mean_terminated_length",
+    "train/completions/min_length",
+    "train/completions/min_terminated_length",
+    "train/diffusion/early_eos_share",
+    "train/diffusion/identical_completion_groups",
+    "train/diffusion/nfe",
+    "train/diffusion/rollout_gap",
+    "train/diffusion/rollout_tokens_per_second",
+    "train/diffusion/tokens_per_forward",
+    "train/entropy",
+    "train/epoch",
+    "train/frac_reward_zero_std",
+    "train/global_step",
+    "train/grad_norm",
+    "train/kl",
+    "train/learning_rate",
+    "train/loss",
+    "train/num_tokens",
+    "train/reward",
+    "train/reward_std",
+    "train/rewards/reward/mean",
+    "train/rewards/reward/std",
+    "train/step_time",
+}
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The protocol buffers in a run file: 7 bytes, then blocks of 32 KiB with (crc, length, part) before each piece."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at < len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, part = struct.unpack("<IHB", data[at : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):  # a whole record, or the last piece of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def test_an_offline_run_holds_settings_metrics_and_completions(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = make_trainer(report_to="wandb", log_completions=True, max_steps=2, schedule_args={})
+    try:
+        trainer.train()
+    finally:
+        wandb.finish()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (file,) = run.glob("run-*.wandb")
+    names: set[str] = set()
+    settings: dict[str, Any] = {}
+    for record in records(file):
+        for item in record.history.item:
+            names.add(item.key or ".".join(item.nested_key))
+        for update in (record.config.update, record.run.config.update):
+            settings.update({item.key: json.loads(item.value_json) for item in update if item.key})
+    assert {name for name in names if name.startswith("train/")} == METRICS
+    assert settings["p_mask_prompt"] == 0.15 and settings["schedule"] == "low_confidence"
+    assert settings["num_iterations"] == 2 and settings["max_completion_length"] == 8
+    tables = sorted((run / "files" / "media" / "table").glob("completions_*.table.json"))
+    table = json.loads(tables[0].read_text())
+    assert table["columns"] == ["step", "prompt", "completion", "reward", "nfe", "stop_reason", "advantage"]
+    assert len(table["data"]) == 8

@@ -1,0 +1,55 @@
+"""Decides whether a run of ours agrees with a record: equal, or different exactly as stated rules predict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conformance.literal import MASK_IN_PROMPT, literal
+from tests.conformance.samplers import Recorded, Run, run_engine
+
+
+def verdict(recorded: Recorded) -> set[str]:
+    """The rules that explain the difference between record and engine; empty if they are equal.
+
+    Raises AssertionError if the rules do not predict the record, or do not lead from the record to what the engine did.
+    """
+    ours = None
+    if recorded.masks_in_prompt:
+        with pytest.raises(ValueError, match="contains the mask token"):
+            run_engine(recorded)
+    else:
+        ours = run_engine(recorded)
+        if not difference(recorded, ours):
+            return set()
+    theirs = literal(recorded)
+    assert theirs.rules, f"no rule explains why {difference(recorded, ours)}"
+    assert torch.equal(theirs.ids, recorded.ids), f"{theirs.rules} do not predict the recorded ids"
+    assert len(theirs.forwards) == recorded.nfe, f"{theirs.rules} do not predict the recorded number of forwards"
+    if recorded.forwards is not None:
+        for step, (fed, expected) in enumerate(zip(theirs.forwards, recorded.forwards, strict=True)):
+            assert torch.equal(fed, expected), f"{theirs.rules} do not predict what was fed at forward {step}"
+    if ours is None:
+        assert MASK_IN_PROMPT in theirs.rules
+        return theirs.rules
+    predicted = literal(recorded, deviations=False).working()
+    assert torch.equal(ours.ids, predicted.ids), f"{theirs.rules} do not predict our ids"
+    assert ours.nfe == predicted.nfe, f"{theirs.rules} do not predict our forwards"
+    for mine, expected in zip(ours.states, predicted.states, strict=True):
+        assert torch.equal(torch.stack(mine), torch.stack(expected)), f"{theirs.rules} do not predict our states"
+    return theirs.rules
+
+
+def difference(recorded: Recorded, ours: Run | None) -> str:
+    """In what a run differs from the record; empty when in nothing."""
+    if ours is None:
+        return "the prompt is refused"
+    if not torch.equal(ours.ids, recorded.ids):
+        return f"ids differ: {ours.ids.tolist()}"
+    if any(n != recorded.nfe for n in ours.nfe):
+        return f"forwards differ: {ours.nfe} and {recorded.nfe}"
+    for step, fed in enumerate(recorded.forwards or ()):
+        state = torch.stack([row[step] for row in ours.states])[:, -fed.shape[1] :]
+        if not torch.equal(state, fed):
+            return f"states differ before forward {step}"
+    return ""

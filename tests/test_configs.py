@@ -1,0 +1,163 @@
+"""Every training configuration that ships is understood by its script, says what its paper says, and trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rl4dlm import resources, save_denoiser, tiny_llada, tiny_tokenizer
+
+CONFIGS = {
+    f"{path.parent.name}/{path.stem}": path
+    for path in sorted(resources.find("configs").glob("*/*.yaml"))
+    if path.parent.name != "accelerate"
+}
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def load_script(path: Path):
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, and small files in the forms of the data sets that would be downloaded."""
+    folder = tmp_path_factory.mktemp("configs")
+    save_denoiser(tiny_llada(), folder / "model", tiny_tokenizer())
+    write(
+        folder / "gsm8k.jsonl", [{"question": f"What is {i} + 1?", "answer": f"Count.\n#### {i + 1}"} for i in range(8)]
+    )
+    write(folder / "math.jsonl", [{"problem": f"Find ${i}+1$.", "solution": rf"\boxed{{{i + 1}}}"} for i in range(8)])
+    s1k = {"question": "Why?", "thinking_trajectories": ["Because."], "attempt": "So.", "solution": "So.", "cot": None}
+    write(folder / "s1K.jsonl", [s1k] * 8)
+    load_script(EXAMPLES / "prepare_s1k.py").main([str(folder / "s1k"), "--source", str(folder / "s1K.jsonl")])
+    return folder
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SMALL = {
+    # Nothing but size, precision, places and the amount of work.
+    "dtype": "float32",
+    "bf16": False,
+    "max_steps": 1,
+    "per_device_train_batch_size": 6,
+    "lora_r": 2,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+SMALL_RL = {
+    "load_in_4bit": False,
+    "max_completion_length": 32,
+    "block_length": 16,
+    "denoising_steps": 4,
+    "max_prompt_length": 980,  # the tiny tokenizer has one token per character
+}
+
+
+def overrides(name: str, settings: dict, folder: Path) -> dict:
+    small = {"model_name_or_path": folder / "model", "output_dir": folder / "outputs", **SMALL}
+    if name.startswith("diffu_grpo/"):
+        small |= {key: value for key, value in SMALL_RL.items() if key in settings}
+        small["per_device_train_batch_size"] = settings["num_generations"]
+        if "block_length" not in settings:
+            small |= {"max_completion_length": 16}
+    if settings.get("task") in ("gsm8k", "math"):
+        small["task_args"] = json.dumps({"path": {"train": str(folder / f"{settings['task']}.jsonl")}})
+    elif settings.get("task") is not None:
+        small["task_args"] = json.dumps({**settings.get("task_args", {}), "size": 16})
+    if "dataset_name" in settings:
+        small["dataset_name"] = folder / "s1k"
+    if "max_length" in settings:
+        small["max_length"] = 256
+    return small
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_runs_one_step(name, folder):
+    settings = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+    small = overrides(name, settings, folder)
+    flags = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    script = load_script(resources.find("trainers") / f"{CONFIGS[name].parent.name}.py")
+    trainer = script.main(["--config", str(CONFIGS[name]), *flags])
+    assert trainer.state.global_step == 1
+    # What the file says has arrived, unless a flag said otherwise.
+    for key in settings.keys() - small.keys():
+        if hasattr(trainer.args, key):
+            found = getattr(trainer.args, key)
+            assert getattr(found, "value", found) == settings[key], key
+    if settings.get("use_peft"):
+        (lora,) = trainer.model.peft_config.values()
+        assert (lora.lora_alpha, lora.lora_dropout) == (settings["lora_alpha"], settings["lora_dropout"])
+        assert set(lora.target_modules) == set(settings["lora_target_modules"])
+    if "reward_funcs" in settings:
+        assert len(trainer.reward_funcs) == len(settings["reward_funcs"])
+
+
+# d1, arXiv 2504.12216: its released code, which its authors call the reference (issue 9 of its repository).
+D1_RL = {
+    "max_completion_length": 256,
+    "block_length": 32,
+    "denoising_steps": 128,
+    "num_generations": 6,
+    "p_mask_prompt": 0.15,
+    "epsilon": 0.5,
+    "beta": 0.04,
+    "scale_rewards": "none",
+    "learning_rate": 3e-6,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.99,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.2,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 1e-4,
+    "per_device_train_batch_size": 6,
+    "gradient_accumulation_steps": 2,
+    "lora_r": 128,
+    "lora_alpha": 64,
+    "lora_dropout": 0.05,
+    "load_in_4bit": True,
+    "use_bnb_nested_quant": True,
+    "bnb_4bit_quant_type": "nf4",
+    "dtype": "bfloat16",
+    "seed": 42,
+}
+D1_ITERATIONS = {"gsm8k": 12, "math": 12, "countdown": 8, "sudoku": 8}
+D1_SFT = {
+    "max_length": 4096,
+    "num_train_epochs": 20,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "lora_r": 128,
+    "lora_alpha": 256,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
+    "eos_padding": "max_length",
+}
+
+
+@pytest.mark.parametrize("task", D1_ITERATIONS)
+def test_diffu_grpo_has_the_published_settings(task):
+    settings = yaml.safe_load(CONFIGS[f"diffu_grpo/{task}_llada-8b"].read_text(encoding="utf-8"))
+    assert {key: settings[key] for key in D1_RL} == D1_RL
+    assert settings["num_iterations"] == D1_ITERATIONS[task]
+    assert settings["temperature"] == (0.3 if task == "sudoku" else 0.9)
+    assert len(settings["lora_target_modules"]) == 7
+    assert all(reward.endswith("_compat") for reward in settings["reward_funcs"])
+
+
+def test_sft_has_the_published_settings():
+    settings = yaml.safe_load(CONFIGS["sft/s1k_llada-8b"].read_text(encoding="utf-8"))
+    assert {key: settings[key] for key in D1_SFT} == D1_SFT
