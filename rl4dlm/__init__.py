@@ -22,10 +22,29 @@ if TYPE_CHECKING:
     from rl4dlm.evaluation import evaluate as evaluate
     from rl4dlm.grading import load_reward as load_reward, load_rewards as load_rewards
     from rl4dlm.likelihood.views import Views as Views
-    from rl4dlm.models.loading import load_denoiser as load_denoiser, save_denoiser as save_denoiser
+    from rl4dlm.models.adapters import check_adapter as check_adapter
+    from rl4dlm.models.convert import convert as convert
+    from rl4dlm.models.loading import (
+        load_denoiser as load_denoiser,
+        load_tokenizer as load_tokenizer,
+        save_denoiser as save_denoiser,
+    )
     from rl4dlm.models.scoring import attach_scoring as attach_scoring
     from rl4dlm.models.spec import DiffusionSpec as DiffusionSpec
-    from rl4dlm.models.tiny import tiny_llada as tiny_llada, tiny_tokenizer as tiny_tokenizer
+    from rl4dlm.models.tiny import (
+        tiny_a2d_llama as tiny_a2d_llama,
+        tiny_a2d_qwen2 as tiny_a2d_qwen2,
+        tiny_a2d_qwen3 as tiny_a2d_qwen3,
+        tiny_diffusion_gemma as tiny_diffusion_gemma,
+        tiny_dream as tiny_dream,
+        tiny_fast_dllm as tiny_fast_dllm,
+        tiny_llada as tiny_llada,
+        tiny_llada2 as tiny_llada2,
+        tiny_llada_moe as tiny_llada_moe,
+        tiny_sdar as tiny_sdar,
+        tiny_sdar_moe as tiny_sdar_moe,
+        tiny_tokenizer as tiny_tokenizer,
+    )
     from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
     from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
     from rl4dlm.rollout.rollout import Rollout as Rollout, Trace as Trace
@@ -49,13 +68,26 @@ _MODULE_OF = {
     "Views": "rl4dlm.likelihood.views",
     "attach_scoring": "rl4dlm.models.scoring",
     "available_schedules": "rl4dlm.rollout.decoding",
+    "check_adapter": "rl4dlm.models.adapters",
+    "convert": "rl4dlm.models.convert",
     "evaluate": "rl4dlm.evaluation",
     "load_denoiser": "rl4dlm.models.loading",
     "load_reward": "rl4dlm.grading",
     "load_rewards": "rl4dlm.grading",
     "load_task": "rl4dlm.tasks",
+    "load_tokenizer": "rl4dlm.models.loading",
     "save_denoiser": "rl4dlm.models.loading",
+    "tiny_a2d_llama": "rl4dlm.models.tiny",
+    "tiny_a2d_qwen2": "rl4dlm.models.tiny",
+    "tiny_a2d_qwen3": "rl4dlm.models.tiny",
+    "tiny_diffusion_gemma": "rl4dlm.models.tiny",
+    "tiny_dream": "rl4dlm.models.tiny",
+    "tiny_fast_dllm": "rl4dlm.models.tiny",
     "tiny_llada": "rl4dlm.models.tiny",
+    "tiny_llada2": "rl4dlm.models.tiny",
+    "tiny_llada_moe": "rl4dlm.models.tiny",
+    "tiny_sdar": "rl4dlm.models.tiny",
+    "tiny_sdar_moe": "rl4dlm.models.tiny",
     "tiny_tokenizer": "rl4dlm.models.tiny",
 }
 

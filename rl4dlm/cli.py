@@ -1,4 +1,5 @@
-"""The `rl4dlm` command: `train` starts a trainer script, `eval` measures a checkpoint, `env` says what is installed.
+"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `convert` changes its form, `env` says
+what is installed.
 
 Owns arguments, messages and tables. Heavy libraries are imported by the command that needs them, so `--help` is quick.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import rl4dlm
 from rl4dlm import resources
+from rl4dlm.models.convert import add_convert_parser
 
 if TYPE_CHECKING:
     from rl4dlm.evaluation import EvaluationResult
@@ -106,8 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rl4dlm.evaluation import evaluate, write_results
-    from rl4dlm.launching import load_tokenizer
-    from rl4dlm.models.loading import load_denoiser
+    from rl4dlm.models.loading import load_denoiser, load_tokenizer
 
     # Everything that can be wrong is looked at before weights are read.
     device = _device(arguments.device)
@@ -305,6 +306,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="for example cpu or cuda:1 (default: a GPU if there is one)")
     add("--chosen-by", default="not stated", metavar="TEXT", help="how this checkpoint was chosen, for the record")
     add("--output", metavar="FILE", help="JSON file to write")
+
+    add_convert_parser(commands)
 
     described = "Print versions, devices, optional packages and folders."
     command = commands.add_parser("env", help=described, description=described)

@@ -1,4 +1,4 @@
-"""What the scripts in trainers/ and the command line share: where data, tokenizer and optional packages come from.
+"""What the scripts in trainers/ and the command line share: where data and optional packages come from.
 
 Owns their command-line settings and the checks that can be made before a model is loaded. Training is the trainers'.
 """
@@ -6,7 +6,6 @@ Owns their command-line settings and the checks that can be made before a model 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
 from rl4dlm._optional import require
-from rl4dlm.models.loading import check_tokenizer
-from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.tasks import load_task
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -99,6 +95,48 @@ class ExampleArguments(DataArguments):
     )
 
 
+@dataclass
+class AdaptationArguments:
+    """What an autoregressive model is to become before it is trained as a denoiser; see `adapt_causal_lm`.
+
+    Args:
+        adapt_attention: kind of attention it gets. None: the model is a denoiser already.
+        adapt_block_length, adapt_grid_origin, adapt_logit_shift, adapt_mask_token: as for `adapt_causal_lm`.
+
+    Raises:
+        ValueError: one of them is set and `adapt_attention` is not.
+    """
+
+    adapt_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention (full, block_causal, context_causal or causal) that an autoregressive model is given. "
+            "Default: the model is a denoiser already."
+        },
+    )
+    adapt_block_length: int | None = field(default=None, metadata={"help": "Length of its attention blocks."})
+    adapt_grid_origin: str | None = field(
+        default=None, metadata={"help": "Where its blocks start: position_zero (default) or response."}
+    )
+    adapt_logit_shift: int | None = field(
+        default=None, metadata={"help": "1 (default): position i - 1 goes on predicting token i. 0: position i does."}
+    )
+    adapt_mask_token: str | None = field(
+        default=None, metadata={"help": "Its mask token. Default: the tokenizer's own, else a new one."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.adapt_attention is None and self.options():
+            given = ", ".join(f"adapt_{name}={value!r}" for name, value in self.options().items())
+            raise ValueError(f"{given} has no meaning without adapt_attention; set it, or leave this out")
+
+    def options(self) -> dict[str, Any]:
+        """What `adapt_causal_lm` is to be told, as far as it is set."""
+        names = ("attention", "block_length", "grid_origin", "logit_shift", "mask_token")
+        values = {name: getattr(self, f"adapt_{name}") for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 def parse(argv: Sequence[str] | None, *dataclass_types: type) -> tuple[Any, ...]:
     """Settings from flags over a `--config` YAML file over defaults. Raises ValueError for what no dataclass knows."""
     return TrlParser(dataclass_types).parse_args_and_config(argv)
@@ -127,29 +165,6 @@ def load_splits(arguments: DataArguments, *, evaluating: bool) -> tuple[Dataset,
         assert arguments.dataset_name is not None
         read = _reader(arguments.dataset_name, arguments.dataset_config)
     return read(arguments.dataset_train_split), read(arguments.dataset_test_split) if evaluating else None
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, an adapter folder or a hub id, checked against the model's configuration.
-
-    No weights are read. An adapter folder without a tokenizer has its base model's.
-
-    Raises:
-        FileNotFoundError: `path` looks like a local path and is not there.
-        ValueError: the model's configuration has no diffusion entry, or the tokenizer does not fit it.
-    """
-    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise FileNotFoundError(f"there is no model folder {path!r}")
-    adapter = Path(path) / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
-    try:
-        spec = DiffusionSpec.of(AutoConfig.from_pretrained(base, revision=revision))
-    except ValueError as error:
-        raise ValueError(f"model {base!r}: {error}") from None
-    own = path if (Path(path) / "tokenizer_config.json").is_file() else base
-    tokenizer = AutoTokenizer.from_pretrained(own, revision=revision)
-    check_tokenizer(tokenizer, spec)
-    return tokenizer
 
 
 def with_completions(dataset: Dataset, column: str | None) -> Dataset:

@@ -17,9 +17,11 @@ from rl4dlm import (
     evaluate,
     load_denoiser,
     load_task,
+    load_tokenizer,
     resources,
     save_denoiser,
     tiny_llada,
+    tiny_sdar,
     tiny_tokenizer,
 )
 from rl4dlm.cli import launch_command, main
@@ -37,7 +39,9 @@ def model_folder(tmp_path_factory) -> Path:
 # --- help and env -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["convert", "--help"], ["--version"]]
+)
 def test_help_loads_no_heavy_library(arguments):
     code = (
         "import sys\nfrom rl4dlm import cli\n"
@@ -81,6 +85,40 @@ def test_env_reports_a_missing_extra(capsys, monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     main(["env"])
     assert "wandb          not installed" in capsys.readouterr().out
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+def test_convert_there_and_back(tmp_path, capsys):
+    model, published = tiny_sdar(), tmp_path / "published"
+    save_denoiser(model, published, form="hub")
+    tiny_tokenizer().save_pretrained(published)
+    config = json.loads((published / "config.json").read_text())
+    del config["block_size"]  # many published folders do not say
+    (published / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(published), str(tmp_path / "ours"), "--block-length", "8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"written to {tmp_path / 'ours'}"  # libraries print too
+    assert load_denoiser(tmp_path / "ours").config.diffusion["block_length"] == 8
+    assert load_tokenizer(tmp_path / "ours").get_vocab() == tiny_tokenizer().get_vocab()
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "again"), "--form", "hub"]) == 0
+    written = load_denoiser(tmp_path / "again").state_dict()
+    assert all(torch.equal(value, written[name]) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["SDARForCausalLM"]
+
+
+def test_convert_names_bad_input(model_folder, tmp_path, capsys):
+    for source, target, said in (
+        ("./absent", tmp_path / "x", "there is no model folder './absent'"),
+        (model_folder, model_folder, "is the source; name another folder"),
+        (model_folder, ROOT / "docs", "exists and holds no model; it will not be overwritten"),
+    ):
+        assert main(["convert", str(source), str(target)]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(model_folder), str(tmp_path / "x"), "--form", "gguf"])
+    assert stop.value.code == 2 and "--form" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -194,15 +232,14 @@ def broken_models(tmp_path_factory) -> dict[str, str]:
     del no_spec.config.diffusion
     no_spec.save_pretrained(folder / "no_spec")
     tokenizer.save_pretrained(folder / "no_spec")
-    tokenizer.mask_token = None
-    save_denoiser(tiny_llada(), folder / "no_mask", tokenizer)
-    return {name: str(folder / name) for name in ("no_spec", "no_mask", "absent")}
+    save_denoiser(tiny_llada(mask_token_id=5), folder / "other_mask", tokenizer)
+    return {name: str(folder / name) for name in ("no_spec", "other_mask", "absent")}
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"--schedule": "fast"}, "schedule='fast' is unknown; choose one of low_confidence, random, threshold"),
+        ({"--schedule": "fast"}, "schedule='fast' is unknown; choose one of "),
         ({"--task": "chess"}, "unknown task 'chess'; known tasks: countdown, few_clue_sudoku"),
         ({"--task": "sudoku,sudoku"}, "names one thing twice"),
         ({"--task": ","}, "task=',' names nothing"),
@@ -220,8 +257,8 @@ def broken_models(tmp_path_factory) -> dict[str, str]:
         ({"--cache": "magic"}, "cache='magic' is unknown"),
         ({"--schedule-args": '{"threshold": 1}'}, "schedule_args has unknown settings ['threshold']"),
         ({"--model": "absent"}, "there is no model folder"),
-        ({"--model": "no_spec"}, "config.diffusion"),
-        ({"--model": "no_mask"}, "no mask token"),
+        ({"--model": "no_spec"}, "no `diffusion` entry, and architectures=['LlamaForCausalLM']"),
+        ({"--model": "other_mask"}, "mask_token_id=2, but the model was trained with mask_token_id=5"),
         ({"--device": "toaster"}, "device='toaster' cannot be used"),
         ({"--output": "."}, "output='.' is a folder"),
     ],

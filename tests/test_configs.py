@@ -33,6 +33,11 @@ def folder(tmp_path_factory) -> Path:
     """A tiny model, and small files in the forms of the data sets that would be downloaded."""
     folder = tmp_path_factory.mktemp("configs")
     save_denoiser(tiny_llada(), folder / "model", tiny_tokenizer())
+    causal = tiny_llada()
+    causal.config.is_causal = True
+    del causal.config.diffusion
+    causal.save_pretrained(folder / "causal")
+    tiny_tokenizer().save_pretrained(folder / "causal")
     write(
         folder / "gsm8k.jsonl", [{"question": f"What is {i} + 1?", "answer": f"Count.\n#### {i + 1}"} for i in range(8)]
     )
@@ -68,6 +73,9 @@ SMALL_RL = {
 
 def overrides(name: str, settings: dict, folder: Path) -> dict:
     small = {"model_name_or_path": folder / "model", "output_dir": folder / "outputs", **SMALL}
+    if "adapt_attention" in settings:
+        small["model_name_or_path"] = folder / "causal"
+        small["adapt_mask_token"] = tiny_tokenizer().mask_token
     if name.startswith("diffu_grpo/"):
         small |= {key: value for key, value in SMALL_RL.items() if key in settings}
         small["per_device_train_batch_size"] = settings["num_generations"]

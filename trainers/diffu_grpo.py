@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rl4dlm import DiffuGRPOConfig, DiffuGRPOTrainer, load_rewards
-from rl4dlm.launching import RewardArguments, check_settings, load_splits, load_tokenizer, model_options, parse
+from rl4dlm import DiffuGRPOConfig, DiffuGRPOTrainer, load_rewards, load_tokenizer
+from rl4dlm.launching import RewardArguments, check_settings, load_splits, model_options, parse
 
 
 def main(argv: Sequence[str] | None = None) -> DiffuGRPOTrainer:

@@ -2,7 +2,8 @@
 
     accelerate launch trainers/sft.py --config configs/sft/few_clue_sudoku_tiny.yaml --learning_rate 1e-3
 
-Flags override the YAML file. The settings are those of `ExampleArguments`, `DiffusionSFTConfig` and `trl.ModelConfig`.
+Flags override the YAML file. The settings are those of `ExampleArguments`, `AdaptationArguments` (to start from an
+autoregressive model), `DiffusionSFTConfig` and `trl.ModelConfig`.
 """
 
 from __future__ import annotations
@@ -11,30 +12,44 @@ from collections.abc import Sequence
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer
+from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer, load_tokenizer
 from rl4dlm.launching import (
+    AdaptationArguments,
     ExampleArguments,
     check_settings,
     load_splits,
-    load_tokenizer,
     model_options,
     parse,
     with_completions,
 )
+from rl4dlm.models.adapt import adapt_causal_lm
 
 
 def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
-    script, training, model = parse(argv, ExampleArguments, DiffusionSFTConfig, ModelConfig)
+    script, adaptation, training, model = parse(
+        argv, ExampleArguments, AdaptationArguments, DiffusionSFTConfig, ModelConfig
+    )
     check_settings(training, model)
+    adapting = adaptation.adapt_attention is not None
+    if adapting and (model.use_peft or model.load_in_4bit or model.load_in_8bit):
+        raise ValueError(
+            f"adapt_attention={adaptation.adapt_attention!r} is not supported with use_peft, load_in_4bit or "
+            "load_in_8bit: an adapter needs a denoiser's folder to name as its base; make one with `adapt_causal_lm` "
+            "and `save_denoiser`, and train on that"
+        )
     splits = load_splits(script, evaluating=training.eval_strategy != "no")
     train_dataset, eval_dataset = (
         None if split is None else with_completions(split, script.completion_column) for split in splits
     )
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
-    training.model_init_kwargs = model_options(training, model)
+    denoiser, options = model.model_name_or_path, model_options(training, model)
+    if adapting:
+        denoiser, tokenizer = adapt_causal_lm(denoiser, **adaptation.options(), **options)
+    else:
+        tokenizer = load_tokenizer(denoiser, model.model_revision)
+    training.model_init_kwargs = None if adapting else options
 
     trainer = DiffusionSFTTrainer(
-        model.model_name_or_path,
+        denoiser,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -25,10 +25,11 @@ from rl4dlm.algorithms.contract import check_contract
 from rl4dlm.algorithms.metrics import identical_groups, rollout_gap, rollout_metrics
 from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig
 from rl4dlm.algorithms.resume import ResumableGRPOTrainer
-from rl4dlm.algorithms.setup import base_model, copy_of, prepared, swapped
+from rl4dlm.algorithms.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Rows
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.engine import RolloutEngine
@@ -120,13 +121,16 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_columns(dataset, name, "prompt")
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        policy = None if isinstance(model, str) else prepared(model)
-        if policy is not None and processing_class is not None:
-            check_tokenizer(processing_class, DiffusionSpec.of(policy))
+        adapter = kwargs.get("peft_config")
+        policy = None if isinstance(model, str) else prepared(model, adapter)
+        if processing_class is None:
+            processing_class = tokenizer_for(model, args.model_init_kwargs)
+        if policy is not None:
+            check_tokenizer(processing_class, DiffusionSpec.of(base_model(policy)))
 
         def load(path: str, architecture: Any = None, **options: Any) -> Any:
             # The reference of a policy given as an instance is a copy of it: the folder it came from may differ.
-            return copy_of(policy) if policy is not None else prepared(load_denoiser(path, **options))
+            return copy_of(policy) if policy is not None else prepared(load_denoiser(path, **options), adapter)
 
         self._current_rollout: Rollout | None = None
         self._current_scores: PolicyScores | None = None
@@ -146,8 +150,13 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
             )
         base = base_model(self.model)
         self.spec = DiffusionSpec.of(base)
-        self.decoding = args.decoding()
+        self.decoding = args.decoding(self.spec)
         self.estimator = self.build_estimator()
+        if self.estimator.noise != self.spec.noise:
+            raise ValueError(
+                f"{type(self).__name__} estimates likelihoods of models with noise={self.estimator.noise!r}, but this "
+                f"one has noise={self.spec.noise!r}"
+            )
         self.eos_token_ids = list(self.spec.eos_token_ids)
         check_tokenizer(self._tokenizer, self.spec)
         if self.aux_loss_enabled:
@@ -252,17 +261,21 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
 
     def _check_forward_counts(self) -> None:
         """Sharded models run in step: every rank must decode with the same number of forwards."""
-        varies = self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).takes_steps
-        if not varies:
-            return
-        advice = "choose a schedule with a fixed number of steps (low_confidence, random) and stop_at_eos=False"
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                f"schedule={self.decoding.schedule!r} with stop_at_eos={self.decoding.stop_at_eos} takes a different "
-                f"number of forwards on each process, which deadlocks under FSDP; {advice}, or use DDP or DeepSpeed"
+        causes: list[str] = []
+        if self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).takes_steps:
+            causes.append(
+                f"schedule={self.decoding.schedule!r} with stop_at_eos={self.decoding.stop_at_eos} (choose a schedule "
+                "with a fixed number of steps, low_confidence or random, and stop_at_eos=False)"
             )
+        if self.spec.attention in BLOCK_KINDS and self.spec.grid_origin == "position_zero":
+            causes.append(f"attention={self.spec.attention!r} from position 0 (a prompt that ends in a block adds one)")
+        if not causes:
+            return
+        differs = f"forwards differ per process: {'; '.join(causes)}"
+        if self.is_fsdp_enabled:
+            raise ValueError(f"rollouts deadlock under FSDP; use DDP or DeepSpeed: {differs}")
         if self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
-            raise ValueError(f"ds3_gather_for_generation=False deadlocks when forwards differ per process; {advice}")
+            raise ValueError(f"ds3_gather_for_generation=False deadlocks rollouts; set it to True: {differs}")
 
     # --- generation batch ---------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ Where the paper and its released code differ, or both are wrong, this is decided
   are ever used. Here it counts passes.
 - The code attends to padding and may mask it; here padding is hidden.
 - The code re-seeds the global generators for every mask and has dropout on; here masks are keyed and dropout is off.
+- A model whose noise is random tokens is scored on a canvas of random tokens, and random tokens replace those of the
+  prompt; the paper knows masks only.
 - TRL multiplies the KL term by the policy ratio by default; the paper does not, so `use_bias_correction_kl` is off.
 """
 
@@ -25,7 +27,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
+from rl4dlm.algorithms.setup import base_model
 from rl4dlm.likelihood.mean_field import MeanField
+from rl4dlm.likelihood.uniform import UniformMeanField
 
 
 @dataclass
@@ -76,5 +80,8 @@ class DiffuGRPOTrainer(DiffusionPolicyTrainer):
     }
 
     def build_estimator(self) -> MeanField:
-        """The mean-field estimator with this run's prompt masking."""
+        """The mean-field estimator of the model's noise, with this run's prompt masking."""
+        if self.spec.noise == "uniform":
+            size = base_model(self.model).config.get_text_config().vocab_size
+            return UniformMeanField(p_mask_prompt=self.args.p_mask_prompt, vocabulary_size=size)
         return MeanField(self.args.p_mask_prompt)

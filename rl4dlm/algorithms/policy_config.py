@@ -11,6 +11,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 
 OVERLONG_PROMPTS = ("error", "filter")
@@ -125,11 +126,14 @@ class DiffusionPolicyConfig(GRPOConfig):
             raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
         self.decoding()
 
-    def decoding(self) -> DecodingConfig:
-        """How rollouts are decoded. Raises ValueError for settings that do not fit together, by their names here."""
+    def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:
+        """How rollouts are decoded, by a model with this spec if given: then in the blocks of its attention.
+
+        Raises ValueError for settings that do not fit together or do not fit the model, by their names here.
+        """
         assert self.max_completion_length is not None and not isinstance(self.schedule_args, str)
         try:
-            return DecodingConfig(
+            settings = DecodingConfig(
                 canvas_length=self.max_completion_length,
                 schedule=self.schedule,
                 steps=self.denoising_steps,
@@ -144,6 +148,7 @@ class DiffusionPolicyConfig(GRPOConfig):
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},
             )
+            return settings if spec is None else settings.for_model(spec)
         except ValueError as error:
             message = re.sub(r"\bcanvas_length\b", "max_completion_length", str(error))
             raise ValueError(re.sub(r"\bsteps=", "denoising_steps=", message)) from None

@@ -6,7 +6,7 @@ Owns what happens to a model before it is wrapped. Loading is `rl4dlm.models.loa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -14,24 +14,57 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from rl4dlm.models import tokens
+from rl4dlm.models.adapters import check_adapter
+from rl4dlm.models.canvas import denoises_canvases
+from rl4dlm.models.families import FAMILIES
+from rl4dlm.models.family import RECORD
+from rl4dlm.models.loading import load_tokenizer, local_folder
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 
 
-def prepared(model: Any) -> Any:
+def prepared(model: Any, peft_config: Any = None) -> Any:
     """The model (or `PeftModel`) itself, with scoring attached and what TRL reads from it set.
 
+    Args:
+        model: with a spec.
+        peft_config: of the adapter that it is going to get, if any.
+
     Raises:
-        ValueError: it has no spec, or its attention is causal.
+        ValueError: it has no spec, its attention is causal, or the adapter cannot reach what it names.
     """
     base = base_model(model)
     spec = DiffusionSpec.of(base)
-    if getattr(base.config, "is_causal", True):
+    if getattr(base.config, "is_causal", True) and not denoises_canvases(base):  # whose encoder is causal
         raise ValueError(f"{type(base).__name__} has config.is_causal=True, or none; a denoiser needs is_causal=False")
     if getattr(base, "generation_config", None) is None:  # transformers sets none on models that cannot generate
         base.generation_config = GenerationConfig()
     base.generation_config.eos_token_id = list(spec.eos_token_ids)
+    check_adapter(base, peft_config)
+    tokens.train_end_tokens(base)
     return attach_scoring(model)
+
+
+def tokenizer_for(model: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer saved with a model, its mask token set. TRL's own way does not know the published forms.
+
+    Args:
+        model: a path or hub id, or a model that was loaded from one.
+        options: of loading, where `model` is a path.
+
+    Raises:
+        ValueError: as `load_tokenizer`; and for a model that was made in memory.
+    """
+    if isinstance(model, str):
+        given = {name: value for name, value in (options or {}).items() if name in ("revision", "mask_token_id")}
+        return load_tokenizer(model, **given)
+    base = base_model(model)
+    if not base.name_or_path:
+        raise ValueError("processing_class=None needs a model that was loaded from a folder or the hub; pass one")
+    # The model's own spec counts, not what its folder says: it may have been set in memory.
+    family = FAMILIES.get((getattr(base.config, RECORD, None) or {}).get("family", ""))
+    return tokens.load_tokenizer(local_folder(base.name_or_path), family, DiffusionSpec.of(base).mask_token_id)
 
 
 def base_model(model: Any) -> Any:

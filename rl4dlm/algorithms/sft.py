@@ -13,13 +13,15 @@ TRL's SFT trainer prepares the data and runs the loop; this file replaces its lo
   seen, hidden and counted like any other; `"longest"` is LLaDA's, which pads so within a batch.
 - Levels and masks are keyed by (seed, example, step). The evaluation grid has midpoints (i + 1/2)/n, not i/(n - 1),
   whose first point hides next to nothing at weight 1/eps.
+
+`AdaptationSettings` has what turns an autoregressive model into a denoiser: other weights, masks and block lengths.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +30,12 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
+from rl4dlm.algorithms.adaptation import AdaptationSettings
 from rl4dlm.algorithms.contract import check_contract
 from rl4dlm.algorithms.policy_config import set_but_not_supported
-from rl4dlm.algorithms.setup import base_model, prepared, swapped
-from rl4dlm.likelihood.scoring import score_views
+from rl4dlm.algorithms.setup import base_model, prepared, swapped, tokenizer_for
+from rl4dlm.likelihood.denoising import denoising_views, hiding, places_of
+from rl4dlm.likelihood.scoring import ViewScores, score_views
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -66,8 +70,8 @@ _NOT_SUPPORTED = {
 
 
 @dataclass
-class DiffusionSFTConfig(SFTConfig):
-    """Settings of masked SFT: those of `trl.SFTConfig`, with these added.
+class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
+    """Settings of masked SFT: those of `trl.SFTConfig` and of `AdaptationSettings`, with these added.
 
     Args:
         noise_floor: eps, the smallest level; weights are at most 1/eps.
@@ -104,6 +108,7 @@ class DiffusionSFTConfig(SFTConfig):
             raise ValueError(f"eos_padding={self.eos_padding!r} is not allowed; choose one of {', '.join(EOS_PADDING)}")
         if self.eos_padding == "max_length" and self.max_length is None:
             raise ValueError("eos_padding='max_length' needs max_length, which is None")
+        self.check_adaptation(self.noise_floor)
 
 
 class DiffusionSFTTrainer(SFTTrainer):
@@ -145,13 +150,16 @@ class DiffusionSFTTrainer(SFTTrainer):
             if kwargs.pop(name, None) is not None:
                 raise TypeError(f"{name} is not supported: the loss is computed without building logits")
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        adapter = kwargs.get("peft_config")
         if not isinstance(model, str):
-            model = prepared(model)
-            if processing_class is not None:
-                check_tokenizer(processing_class, DiffusionSpec.of(base_model(model)))
+            model = prepared(model, adapter)
+        if processing_class is None:
+            processing_class = tokenizer_for(model, args.model_init_kwargs)
+        if not isinstance(model, str):
+            check_tokenizer(processing_class, DiffusionSpec.of(base_model(model)))
 
         def load(path: str, architecture: Any = None, **options: Any) -> Any:
-            return prepared(load_denoiser(path, **options))
+            return prepared(load_denoiser(path, **options), adapter)
 
         with swapped(sft, "create_model_from_path", load):
             super().__init__(
@@ -163,6 +171,7 @@ class DiffusionSFTTrainer(SFTTrainer):
                 **kwargs,
             )
         self.spec = DiffusionSpec.of(base_model(self.model))
+        args.check_model(self.spec)
         check_tokenizer(self._tokenizer, self.spec)
         self.data_collator = DenoisingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -200,46 +209,87 @@ class DiffusionSFTTrainer(SFTTrainer):
         """The masked cross-entropy of a micro-batch, in nats per target token."""
         if return_outputs:
             raise ValueError("return_outputs=True is not supported: logits are never built")
+        if self.model.training:
+            self._set_block_length()
         views = self.draw(inputs)
-        scores = score_views(model, self.spec, inputs["input_ids"], inputs["attention_mask"], views)
         targets = inputs["labels"] != NOT_A_TARGET
-        loss = denoising_cross_entropy(
-            scores.log_probs, views.weight, targets.sum() if num_items_in_batch is None else num_items_in_batch
+        real = inputs["attention_mask"].bool()
+        ar_weight = self.args.ar_loss_weight if self.model.training else 0.0
+        scores = score_views(
+            model,
+            self.spec,
+            inputs["input_ids"],
+            real,
+            views,
+            prompt_lengths=_prompt_lengths(inputs),
+            next_tokens=_followers(targets) if ar_weight else None,
         )
+        count = targets.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = denoising_cross_entropy(scores.log_probs, views.weight, count)
+        if scores.next_log_probs is not None:
+            loss = loss + ar_weight * denoising_cross_entropy(
+                scores.next_log_probs, torch.ones_like(scores.next_log_probs), count
+            )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the denominator is global, and DDP averages gradients
-        self._log(scores.log_probs, scores.entropies, views, inputs["attention_mask"])
+        self._log(scores, views, inputs)
         return loss
 
-    def draw(self, inputs: Any) -> Views:
-        """One view per row of a micro-batch: `hidden` and `weight` (1/t where hidden) `[B, 1, T]`.
+    def _set_block_length(self) -> None:
+        """The length of the attention blocks at this step, in the spec that is used and in the one that is saved."""
+        length = self.args.block_length_at(self.state.global_step, self.spec.block_length)
+        if length != self.spec.block_length:
+            self.spec = replace(self.spec, block_length=length)
+            base_model(self.model).config.diffusion["block_length"] = length
 
-        A function of (seed, example, optimizer step); in evaluation of the example alone.
+    def draw(self, inputs: Any) -> Views:
+        """The views of a micro-batch's rows: `hidden` and `weight` (1/t where hidden) `[B, K, T]`.
+
+        K is 1, or 2 with complementary masks. A function of (seed, example, optimizer step); in evaluation of the
+        example alone, and by the plain bound whatever the settings of adaptation are.
         """
+        args, training = self.args, self.model.training
         ids = inputs["example_id"]  # [B]
-        if self.model.training:
+        position = torch.arange(inputs["input_ids"].shape[1], device=ids.device)
+        targets = inputs["labels"] != NOT_A_TARGET
+        places = None
+        if training:
             step = torch.tensor(self.state.global_step, device=ids.device)
-            level = keyed_uniform(self.args.seed, "sft level", ids, step)
-            purpose = "sft mask"
+            level, purpose = keyed_uniform(args.seed, "sft level", ids, step)[:, None], "sft mask"
+            if args.noise_levels == "block" or args.mask_ratio_tilt > 0:
+                places = places_of(self.spec, inputs["attention_mask"].bool(), _prompt_lengths(inputs))
+            if places is not None and args.noise_levels == "block":
+                level = keyed_uniform(args.seed, "sft block level", ids[:, None], step, places.blocks)
         else:
             if "noise_level" not in inputs:
                 raise ValueError("an eval_dataset needs a length, to place its examples on a grid of noise levels")
-            step, level, purpose = torch.zeros_like(ids[0]), inputs["noise_level"] / LEVEL_UNIT, "sft evaluation mask"
-        level = (1 - self.args.noise_floor) * level + self.args.noise_floor
-        position = torch.arange(inputs["input_ids"].shape[1], device=ids.device)
-        uniform = keyed_uniform(self.args.seed, purpose, ids[:, None], step, position)  # [B, T]
-        hidden = (uniform < level[:, None]) & (inputs["labels"] != NOT_A_TARGET)
-        return Views(hidden[:, None], (hidden / level[:, None]).float()[:, None])
+            step, purpose = torch.zeros_like(ids[0]), "sft evaluation mask"
+            level = (inputs["noise_level"] / LEVEL_UNIT)[:, None]
+        complementary = args.complementary_masks and training
+        ceiling = 1 - args.noise_floor if complementary else 1  # what the other view hides needs a floor as well
+        level = (ceiling - args.noise_floor) * level + args.noise_floor
+        return denoising_views(
+            keyed_uniform(args.seed, purpose, ids[:, None], step, position),  # [B, T]
+            targets,
+            *hiding(level, None if places is None else places.relative, args.mask_ratio_tilt if training else 0.0),
+            weighted=args.loss_weight == "1/t" or not training,
+            complementary=complementary,
+        )
 
     @torch.no_grad()
-    def _log(self, log_probs: Tensor, entropies: Tensor, views: Views, attention_mask: Tensor) -> None:
-        hidden = views.scored.sum()
-        local = torch.stack([entropies.sum(), -log_probs.sum(), hidden, attention_mask.sum()]).double()
-        entropy, nll, count, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+    def _log(self, scores: ViewScores, views: Views, inputs: Any) -> None:
+        sums = [scores.entropies.sum(), -scores.log_probs.sum(), views.scored.sum(), inputs["attention_mask"].sum()]
+        if scores.next_log_probs is not None:
+            sums += [-scores.next_log_probs.sum(), _followers(inputs["labels"] != NOT_A_TARGET).sum()]
+        entropy, nll, count, tokens, *following = self.accelerator.reduce(
+            torch.stack(sums).double(), reduction="sum"
+        ).tolist()
         mode = "train" if self.model.training else "eval"
         if count:
             self._metrics[mode]["entropy"].append(entropy / count)
             self._metrics[mode]["diffusion/masked_nll"].append(nll / count)
+        if following and following[1]:
+            self._metrics[mode]["diffusion/next_token_nll"].append(following[0] / following[1])
         if mode == "train":
             self._total_train_tokens += int(tokens)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
@@ -287,6 +337,17 @@ class DenoisingCollator:
         if "noise_level" in examples[0]:
             batch["noise_level"] = torch.tensor([example["noise_level"] for example in examples])
         return batch
+
+
+def _prompt_lengths(inputs: Any) -> Tensor:
+    """Real tokens before the first target of each row, long `[B]`: a block grid may start behind them."""
+    targets = inputs["labels"] != NOT_A_TARGET
+    return (inputs["attention_mask"].bool() & (targets.cumsum(-1) == 0)).sum(-1)
+
+
+def _followers(targets: Tensor) -> Tensor:
+    """The targets, bool `[B, T]`, that have a token before them."""
+    return targets & (torch.arange(targets.shape[1], device=targets.device) > 0)
 
 
 def _numbered(dataset: Any) -> Any:

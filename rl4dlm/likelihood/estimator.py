@@ -6,6 +6,7 @@ Owns the contract and the linear reduction. One file per estimator; forwards are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,10 +21,12 @@ class Estimator(ABC):
     Attributes:
         scope: which tokens the loss is about: `"valid"` ones (up to the first end of sequence) or the whole `"canvas"`.
         fresh: whether each inner iteration sees other views than the one before.
+        noise: the corruption that its views are, as in `DiffusionSpec`.
     """
 
     scope: str = "valid"
     fresh: bool = True
+    noise: ClassVar[str] = "mask"
 
     @abstractmethod
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:

@@ -24,10 +24,11 @@ from rl4dlm.models.spec import DiffusionSpec
 
 
 class ViewScores(NamedTuple):
-    """Per view and canvas token; zero where the weight is zero. Both carry gradients."""
+    """Per view and canvas token; zero where the weight is zero. All carry gradients."""
 
     log_probs: Tensor  # [B, K, L]
     entropies: Tensor  # [B, K, L], in nats
+    next_log_probs: Tensor | None = None  # [B, T], of tokens that were asked for as next tokens, zero elsewhere
 
 
 def score_views(
@@ -41,6 +42,7 @@ def score_views(
     cfg_scale: float = 0.0,
     rows_per_forward: int | None = None,
     prompt_lengths: Tensor | None = None,
+    next_tokens: Tensor | None = None,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
 
@@ -57,32 +59,50 @@ def score_views(
             backward give wrong gradients under DDP and ZeRO with re-entrant checkpointing.
         prompt_lengths: long `[B]`, real tokens before each row's response, where a block grid may start. None: those
             before the last L positions.
+        next_tokens: bool `[B, T]`, tokens also to be predicted from the clean ones before them, as a causal model does;
+            for attention `context_causal`, where the clean copy is causal. The first column cannot be.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
         is not zero; all K views of a row share one forward.
 
     Raises:
-        ValueError: shapes that do not fit, or `rows_per_forward` while gradients are recorded.
+        ValueError: shapes that do not fit, guidance without a mask token, or `rows_per_forward` while gradients are
+            recorded.
     """
     if ids.shape != attention_mask.shape or (len(ids), ids.shape[1]) != (len(views), views.hidden.shape[2]):
         raise ValueError(
             f"ids {list(ids.shape)}, attention_mask {list(attention_mask.shape)} and views "
             f"{list(views.hidden.shape)} do not describe the same [B, T] batch"
         )
+    if next_tokens is not None and (next_tokens.shape != ids.shape or next_tokens[:, 0].any() or cfg_scale > 0):
+        raise ValueError(
+            f"next_tokens must be [B, T] = {list(ids.shape)}, without the first column, and cfg_scale 0; got "
+            f"{list(next_tokens.shape)} and cfg_scale={cfg_scale}"
+        )
+    if cfg_scale > 0 and spec.mask_token_id is None:
+        raise ValueError(
+            f"cfg_scale={cfg_scale} needs a mask token to hide the prompt behind; allowed for this model: 0"
+        )
     if prompt_lengths is None:
         prompt_lengths = attention_mask[:, : ids.shape[1] - views.weight.shape[2]].bool().sum(-1)
 
     def forward(rows: slice) -> ViewScores:
         batch = ids[rows], attention_mask[rows], views[rows], prompt_lengths[rows]
-        return _forward(model, spec, *batch, temperature, cfg_scale)
+        following = None if next_tokens is None else next_tokens[rows]
+        return _forward(model, spec, *batch, temperature, cfg_scale, following)
 
     if rows_per_forward is None or rows_per_forward >= len(ids):
         return forward(slice(None))
     if torch.is_grad_enabled():
         raise ValueError(f"rows_per_forward={rows_per_forward} needs torch.no_grad(): gradients need a single forward")
     parts = [forward(slice(start, start + rows_per_forward)) for start in range(0, len(ids), rows_per_forward)]
-    return ViewScores(torch.cat([p.log_probs for p in parts]), torch.cat([p.entropies for p in parts]))
+    following = [p.next_log_probs for p in parts if p.next_log_probs is not None]
+    return ViewScores(
+        torch.cat([p.log_probs for p in parts]),
+        torch.cat([p.entropies for p in parts]),
+        torch.cat(following) if following else None,
+    )
 
 
 def _forward(
@@ -94,6 +114,7 @@ def _forward(
     prompt_lengths: Tensor,
     temperature: float,
     cfg_scale: float,
+    next_tokens: Tensor | None,
 ) -> ViewScores:
     batch, num_views, length = views.hidden.shape
     canvas = views.weight.shape[2]
@@ -112,6 +133,10 @@ def _forward(
         finished = targets[:, length - canvas :].repeat(copies, 1)
         extra["score_clean_ids"] = torch.cat([inputs[:, : length - canvas], finished], dim=1)
         extra["score_prompt_lengths"] = prompt_lengths.repeat_interleave(num_views).repeat(copies)
+    if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
+        extra["score_next_tokens"] = next_tokens.new_zeros(batch, num_views, length)
+        extra["score_next_tokens"][:, 0] = next_tokens
+        extra["score_next_tokens"] = extra["score_next_tokens"].flatten(0, 1)
     scores = model(
         input_ids=inputs,
         attention_mask=keys,
@@ -125,4 +150,8 @@ def _forward(
     def place(values: Tensor) -> Tensor:
         return values.new_zeros(scored.shape).masked_scatter(scored, values).view(batch, num_views, canvas)
 
-    return ViewScores(place(scores.log_probs), place(scores.entropies))
+    if next_tokens is None:
+        return ViewScores(place(scores.log_probs), place(scores.entropies))
+    count = len(scores.log_probs) - int(next_tokens.sum())
+    following = scores.log_probs.new_zeros(next_tokens.shape).masked_scatter(next_tokens, scores.log_probs[count:])
+    return ViewScores(place(scores.log_probs[:count]), place(scores.entropies[:count]), following)

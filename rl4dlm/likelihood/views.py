@@ -103,7 +103,14 @@ class Views:
         """bool `[B, K, L]`, the canvas tokens whose log-probabilities are computed."""
         return self.weight != 0
 
-    def apply(self, ids: Tensor, mask_token_id: int) -> Tensor:
-        """The corrupted copies of `ids` (long `[B, T]`), long `[B, K, T]`."""
-        replacement = torch.tensor(mask_token_id, device=ids.device) if self.ids is None else self.ids
-        return torch.where(self.hidden, replacement, ids[:, None])
+    def apply(self, ids: Tensor, mask_token_id: int | None) -> Tensor:
+        """The corrupted copies of `ids` (long `[B, T]`), long `[B, K, T]`.
+
+        Raises:
+            ValueError: tokens are to be hidden behind a mask token, and there is none.
+        """
+        if self.ids is not None:
+            return torch.where(self.hidden, self.ids, ids[:, None])
+        if mask_token_id is None:
+            raise ValueError("views hide tokens behind a mask token, but the model has none; its noise is random")
+        return torch.where(self.hidden, torch.tensor(mask_token_id, device=ids.device), ids[:, None])

@@ -96,6 +96,7 @@ def load_denoiser(
     model.__dict__.pop("_weight_conversions", None)  # else saving would undo how this folder happened to be read
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()
+    tokens.train_end_tokens(model)
     if model.dtype == torch.float64 and experts_of(model):
         model.set_experts_implementation("eager")  # the grouped matrix product has no float64
     if quantization_config is not None:
@@ -244,7 +245,7 @@ def _load_own(hub: HubConfig, folder: Path, given: dict[str, int | None], option
     native = next((f for f in FAMILIES.values() if f.native and hub.get("model_type") in f.model_types), None)
     if native is None and hub.get("is_causal", True):
         raise ValueError(f"{folder}: config.json must say `is_causal: false`; as it is, attention would be causal")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.diffusion = spec
     if not _lacks_mask_token(config):
         tokens.check_spec(hub.path, spec)
@@ -262,7 +263,7 @@ def _load_published(
     family: Family, hub: HubConfig, folder: Path, given: dict[str, int | None], options: dict[str, Any]
 ) -> Any:
     spec = _published_spec(family, hub, folder, given)
-    config = AutoConfig.from_pretrained(folder) if family.native else family.stock_config(hub)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if family.native else family.stock_config(hub)
     config.diffusion = spec
     text = config.get_text_config()
     record: dict[str, Any] = {"family": family.name, "config": dict(hub)}

@@ -27,6 +27,7 @@ from rl4dlm.models.attention import (
     position_ids as build_positions,
     two_copies,
 )
+from rl4dlm.models.canvas import canvas_states, denoises_canvases
 from rl4dlm.models.spec import DiffusionSpec
 
 CHUNK_ELEMENTS = 2**26
@@ -64,7 +65,13 @@ def attach_scoring(model: Any) -> Any:
     - `score_prompt_lengths`: long `[R]`, real tokens before the response; needed where a block grid starts there;
     - `score_clean_ids`: long `[R, T]`, for models that denoise block by block: the finished sequence of which
       `input_ids` is a noisy copy. Each position is then scored given its own block of the noisy copy and the blocks
-      before it of the clean one, all blocks in one forward. Without it `input_ids` is all there is, as while decoding.
+      before it of the clean one, all blocks in one forward. Without it `input_ids` is all there is, as while decoding;
+    - `score_next_tokens`: bool `[R, T]`, with `score_clean_ids` and `context_causal` attention, whose clean copy is
+      causal: tokens also scored given those before them in the clean copy, as a causal model does and whatever the
+      shift. Their entries come behind those of `score_positions`. The first column has no predecessor.
+
+    A model that denoises canvases over an encoded prefix needs the mask, targets, prompt lengths and clean ids; each
+    canvas is a forward of its own there, and positions are always counted from the first real token.
 
     Log-probabilities are those of the softmax over the whole vocabulary, mask token included, in float32 or the model's
     dtype, whichever is wider. The logit shift of the spec is applied here. Without `score_positions` the forward is the
@@ -86,7 +93,9 @@ def attach_scoring(model: Any) -> Any:
     def forward(self: Any, *args: Any, score_positions: Tensor | None = None, **kwargs: Any) -> Any:
         if score_positions is None:
             return original(*args, **kwargs)
-        return _score(self, spec, *args, score_positions=score_positions, **kwargs)
+        # The spec as it is now: training may change the length of the blocks.
+        score = _score_canvases if denoises_canvases(self) else _score
+        return score(self, DiffusionSpec.of(self), *args, score_positions=score_positions, **kwargs)
 
     base.forward = types.MethodType(forward, base)
     base._scores_positions = True
@@ -107,12 +116,18 @@ def _score(
     score_reduce: Reduction | None = None,
     score_prompt_lengths: Tensor | None = None,
     score_clean_ids: Tensor | None = None,
+    score_next_tokens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     rows, columns = score_positions.nonzero(as_tuple=True)
     sources = (columns - spec.logit_shift).clamp(min=0)  # [n], which of the fed columns predicts each position
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    if score_next_tokens is not None and (score_clean_ids is None or spec.attention != "context_causal"):
+        raise ValueError(
+            "score_next_tokens needs score_clean_ids and attention='context_causal', whose clean copy is causal; here "
+            f"attention={spec.attention!r}"
+        )
     sight: Sight | None = None
     keys = attention_mask.bool() if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
     if position_ids is None:
@@ -129,6 +144,10 @@ def _score(
         # The token before a block is finished when the block is denoised: a shifted model predicts from its clean copy.
         finished = position_ids[rows, sources] < starts[rows, columns]
         sources = sources - first + finished.long() * input_ids.shape[1]
+        if score_next_tokens is not None:
+            followers = score_next_tokens.nonzero(as_tuple=True)
+            rows, columns = torch.cat([rows, followers[0]]), torch.cat([columns, followers[1]])
+            sources = torch.cat([sources, input_ids.shape[1] - first + followers[1] - 1])
         input_ids = torch.cat([input_ids[:, first:], score_clean_ids], dim=1)
         position_ids = torch.cat([position_ids[:, first:], position_ids], dim=1)
         keys = torch.cat([keys[:, first:], keys], dim=1)
@@ -145,6 +164,47 @@ def _score(
         if score_targets is None:
             raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
         score_reduce = _log_prob_reduction(score_targets[rows, columns])
+    return _reduced(model, picked, guide, score_reduce, score_temperature, score_cfg_scale)
+
+
+def _score_canvases(
+    model: Any,
+    spec: DiffusionSpec,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    score_positions: Tensor,
+    score_targets: Tensor,
+    score_prompt_lengths: Tensor,
+    score_clean_ids: Tensor,
+    score_temperature: float = 1.0,
+    score_cfg_scale: float = 0.0,
+    score_next_tokens: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """`_score` for models that denoise canvases over an encoded prefix."""
+    if score_cfg_scale > 0 or score_next_tokens is not None:
+        raise ValueError(
+            f"{type(model).__name__} has no token to hide a prompt behind and no head on its encoder: score_cfg_scale="
+            f"{score_cfg_scale} must be 0, and score_next_tokens None"
+        )
+    rows, columns = score_positions.nonzero(as_tuple=True)
+    hidden, first = canvas_states(
+        model, spec, input_ids, score_clean_ids, attention_mask.bool(), score_prompt_lengths, **kwargs
+    )
+    reduction = _log_prob_reduction(score_targets[rows, columns])
+    return _reduced(model, hidden[rows, columns - first], None, reduction, score_temperature, 0.0)
+
+
+def _reduced(
+    model: Any,
+    picked: Tensor,
+    guide: Tensor | None,
+    score_reduce: Reduction,
+    score_temperature: float,
+    score_cfg_scale: float,
+) -> tuple[Tensor, ...]:
+    """What the reduction makes of hidden states `[n, D]`, a chunk of them at a time."""
 
     def chunk(start: int, stop: int) -> tuple[Tensor, ...]:
         logits = _logits(model, picked[start:stop])
@@ -156,7 +216,7 @@ def _score(
         return score_reduce(logits, slice(start, stop))
 
     size = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
-    bounds = [(start, min(start + size, len(rows))) for start in range(0, len(rows), size)] or [(0, 0)]
+    bounds = [(start, min(start + size, len(picked))) for start in range(0, len(picked), size)] or [(0, 0)]
     recompute = torch.is_grad_enabled() and len(bounds) > 1
     parts = [checkpoint(chunk, *b, use_reentrant=False) if recompute else chunk(*b) for b in bounds]
     columns_of = [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -208,8 +268,11 @@ def _check_head(model: Any) -> None:
     was_training = model.training
     model.eval()
     ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids, use_cache=False).logits[0]
-    actual = _logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if denoises_canvases(model):
+        inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :1].expand(1, model.config.canvas_length)}
+    expected = model(**inputs).logits[0]
+    actual = _logits(model, model.base_model(**inputs).last_hidden_state[0])
     model.train(was_training)
     expected = expected.to(actual.dtype)
     tolerance = 1e-5 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rl4dlm.models.family import Family, HubConfig
@@ -136,8 +137,10 @@ def load_tokenizer(folder: Path, family: Family | None, mask_token_id: int | Non
             f"{folder / 'tokenizer_config.json'}: `auto_map` asks for remote code, which is not run; pass a tokenizer "
             "that transformers knows"
         )
-    loader = getattr(transformers, family.tokenizer) if own and family and family.tokenizer else AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, padding_side="left")
+    if own and family and family.tokenizer:
+        tokenizer = getattr(transformers, family.tokenizer).from_pretrained(folder, padding_side="left")
+    else:  # left open, transformers would ask on the terminal whether to run the code that config.json names
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if mask_token_id is not None and tokenizer.mask_token_id is None:
         text = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < len(tokenizer) else None
         if text is None:
@@ -149,6 +152,18 @@ def load_tokenizer(folder: Path, family: Family | None, mask_token_id: int | Non
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def train_end_tokens(model: Any) -> None:
+    """Lets the embeddings of end tokens be trained where a checkpoint pads with one of them.
+
+    Stock classes make the padding id the `padding_idx` of their embedding, which then gets no gradient. A denoiser sees
+    ends of sequence as it sees any token, and padding never: its attention mask hides it. `config.pad_token_id` stays.
+    """
+    ends = (getattr(model.config, "diffusion", None) or {}).get("eos_token_ids", ())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx in ends:
+            module.padding_idx = None
 
 
 def _mask_token_id(family: Family, hub: HubConfig, tokens: FolderTokens, rows: int, given: int | None) -> int | None:

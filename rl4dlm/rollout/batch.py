@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rl4dlm.rollout.caches.store import KeyValueStore
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import Drawn, draw_tokens
 from rl4dlm.rollout.noise import NoiseSource
+from rl4dlm.rollout.rollout import Trace
 from rl4dlm.rollout.schedules.parts import Schedule, Window, top
 
 
@@ -50,8 +51,15 @@ class Record:
             stopped_early=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def part(self, rows: slice) -> Record:
-        return Record(**{name: value[rows] for name, value in vars(self).items()})
+    def part(self, rows: slice) -> Self:
+        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
+
+    def trace(self, drawn: bool) -> Trace:
+        """How the rows came about; `drawn`: at a temperature above 0."""
+        return Trace(self.commit_step, self.raw_log_prob, self.log_prob if drawn else None, self.steps)
+
+    def stop_reasons(self) -> list[str]:
+        return ["eos" if early else "complete" for early in self.stopped_early.tolist()]
 
 
 class Batch:

@@ -15,7 +15,7 @@ from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import available_caches
 from rl4dlm.rollout.schedules import registry
-from rl4dlm.rollout.schedules.parts import Schedule
+from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DecodingConfig:
                 "needs; leave it None"
             )
         self._check_steps()
-        self.arguments()
+        self.build_schedule()
 
     @property
     def num_blocks(self) -> int:
@@ -132,8 +132,21 @@ class DecodingConfig:
         may have one block, and its share of the steps, more than others: `steps` is for rows that start a block.
 
         Raises:
-            ValueError: `block_length` is not the model's, or `steps` cannot be shared out over its blocks.
+            ValueError: the schedule is for another noise, `block_length` is not the model's, `steps` cannot be shared
+                out over its blocks, or a canvas of random tokens would not be whole.
         """
+        noise = registry.lookup(self.schedule).noise
+        if noise != spec.noise:
+            fitting = [name for name in registry.names() if registry.lookup(name).noise == spec.noise]
+            raise ValueError(
+                f"schedule={self.schedule!r} decodes models with noise={noise!r}, but this one has "
+                f"noise={spec.noise!r}; choose one of {', '.join(fitting)}"
+            )
+        if spec.noise == "uniform" and (spec.block_length is None or self.canvas_length % spec.block_length):
+            raise ValueError(
+                f"canvas_length={self.canvas_length} is not a multiple of the {spec.block_length} tokens that the "
+                "model denoises at a time"
+            )
         if spec.attention not in BLOCK_KINDS:
             return self
         if self.block_length not in (None, spec.block_length):
@@ -154,7 +167,7 @@ class DecodingConfig:
                 f"{self.num_blocks}"
             )
 
-    def build_schedule(self) -> Schedule:
+    def build_schedule(self) -> Schedule | CanvasSchedule:
         """The schedule with these settings."""
         return registry.lookup(self.schedule).build(self.arguments(), self)
 

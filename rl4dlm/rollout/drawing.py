@@ -53,7 +53,7 @@ def draw_tokens(
     entropy = -torch.where(probabilities > 0, probabilities * raw, 0.0).sum(-1)
     allowed = logits.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
     if temperature == 0:
-        token = _lowest_argmax(allowed)
+        token = lowest_argmax(allowed)
         log_prob = torch.zeros_like(entropy)
     else:
         sampling = _filter((allowed / temperature).log_softmax(-1), top_p, top_k)
@@ -63,7 +63,7 @@ def draw_tokens(
     return Drawn(token, raw_log_prob.exp(), raw_log_prob, log_prob, entropy)
 
 
-def _lowest_argmax(logits: Tensor) -> Tensor:
+def lowest_argmax(logits: Tensor) -> Tensor:
     """argmax with ties broken by the lower id, which `torch.argmax` does not promise."""
     best = logits.amax(-1, keepdim=True)
     ids = torch.arange(logits.shape[-1], device=logits.device)

@@ -1,7 +1,8 @@
 """The rollout engine: prompts to rollouts under a schedule and a cache policy.
 
 `RolloutEngine` owns what goes in and what comes out: it checks a call, shares rows out over batches and collects what
-they record. It knows nothing about tokenization, rewards or training; the loop over steps is `batch.py`'s.
+they record. It knows nothing about tokenization, rewards or training; the loops over steps are in `batch.py` and, for
+models whose noise is random tokens, in `uniform.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.batch import Batch, Record
 from rl4dlm.rollout.caches import build_cache
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
-from rl4dlm.rollout.rollout import Rollout, Trace, valid_mask
+from rl4dlm.rollout.rollout import Rollout, valid_mask
+from rl4dlm.rollout.schedules.parts import CanvasSchedule
+from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
 
 PROGRESS_DELAY = 5.0
 """Seconds after which a progress bar appears."""
@@ -48,12 +52,16 @@ class RolloutEngine:
         self.model = attach_scoring(model)
         own = DiffusionSpec.of(model)
         self.spec = spec or own
-        for name in ("logit_shift", "attention", "block_length", "grid_origin"):
+        for name in ("logit_shift", "attention", "block_length", "grid_origin", "noise"):
             given, true = getattr(self.spec, name), getattr(own, name)
             if given != true:
                 raise ValueError(f"spec has {name}={given!r}, but the model says {name}={true!r}")
-        if self.spec.noise != "mask":
-            raise ValueError(f"noise={self.spec.noise!r} cannot be decoded by this engine; supported: mask")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.spec.noise == "uniform" and not denoises_canvases(base):
+            raise ValueError(
+                f"noise='uniform' can be decoded with models that denoise a canvas over an encoded prefix only "
+                f"(DiffusionGemma), not with {type(base).__name__}"
+            )
         self.max_batch_rows = max_batch_rows
         self.progress = progress
         self.weight_version: int | None = None
@@ -99,7 +107,13 @@ class RolloutEngine:
         size = self.max_batch_rows or max(1, len(rows))
         length = config.canvas_length
         wide = torch.promote_types(self.model.dtype, torch.float32)
-        record = Record.empty(len(rows), length, self.model.device, wide)
+        record: Record
+        if isinstance(schedule, CanvasSchedule):
+            assert config.block_length is not None  # set by `for_model`
+            limit = schedule.max_steps * config.num_blocks
+            record = CanvasRecord.blank(len(rows), length, limit, config.block_length, self.model.device, wide)
+        else:
+            record = Record.empty(len(rows), length, self.model.device, wide)
         for row, given in enumerate(hints or ()):
             for offset, token in given.items():
                 record.canvas[row, offset], record.hinted[row, offset] = token, True
@@ -112,9 +126,13 @@ class RolloutEngine:
         ):
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
-                batch = Batch(
-                    self.model, self.spec, rows[part], ids[part], record.part(part), config, schedule, cache, noise
-                )
+                work = record.part(part)
+                batch: Batch | CanvasBatch
+                if isinstance(schedule, CanvasSchedule):
+                    assert isinstance(work, CanvasRecord)
+                    batch = CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
+                else:
+                    batch = Batch(self.model, self.spec, rows[part], ids[part], work, config, schedule, cache, noise)
                 for committed in batch.decode():
                     bar.update(committed)
         return Rollout(
@@ -122,14 +140,9 @@ class RolloutEngine:
             canvas=record.canvas,
             valid=valid_mask(record.canvas, self.spec.eos_token_ids),
             hinted=record.hinted,
-            trace=Trace(
-                commit_step=record.commit_step,
-                raw_log_prob=record.raw_log_prob,
-                log_prob=record.log_prob if config.temperature > 0 else None,
-                steps=record.steps,
-            ),
+            trace=record.trace(drawn=config.temperature > 0),
             nfe=record.nfe,
-            stop_reason=["eos" if early else "complete" for early in record.stopped_early.tolist()],
+            stop_reason=record.stop_reasons(),
             row_ids=ids,
             schedule=config.schedule,
             cache=config.cache,
@@ -172,6 +185,8 @@ class RolloutEngine:
             raise ValueError(f"row_ids must be {len(rows)} different integers (prompts x num_generations)")
         if hints is None:
             return
+        if self.spec.noise != "mask":
+            raise ValueError(f"hints are not supported for noise={self.spec.noise!r}, where every token may change")
         if len(hints) != len(rows):
             raise ValueError(f"hints has {len(hints)} entries; one per row is needed: {len(rows)}")
         for row, given in enumerate(hints):

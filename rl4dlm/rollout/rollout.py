@@ -10,22 +10,42 @@ from torch import Tensor
 
 
 @dataclass
-class Trace:
-    """How a canvas was written, for schedules that never change a token they have committed.
+class Refinement:
+    """Every state of canvases whose tokens may change after they were accepted. S: steps, C: tokens of one canvas.
+
+    A row denoises one canvas after another; what is recorded of a step is about the canvas that it works on. A token
+    that was not accepted was replaced by a random one.
 
     Args:
-        commit_step: long `[N, L]`, the row's own step at which a token was committed; -1 where none was drawn: a hint,
-            or a slot that was still masked when the row stopped at its end-of-sequence token.
+        tokens: int32 `[N, S, C]`, the canvas that the model saw at each step; -1 behind a row's last step.
+        accepted: bool `[N, S, C]`, where the next state has the candidate of this step. At the last step of a canvas it
+            decides nothing: the most probable tokens are the result.
+    """
+
+    tokens: Tensor
+    accepted: Tensor
+
+
+@dataclass
+class Trace:
+    """How a canvas was written.
+
+    Args:
+        commit_step: long `[N, L]`, the row's own step at which a token was committed for good; -1 where none was drawn:
+            a hint, or a slot that was still open when the row stopped at its end-of-sequence token.
         raw_log_prob: float `[N, L]`, log-probability at drawing time, untempered, over the whole vocabulary; 0 at -1.
         log_prob: float `[N, L]`, log-probability of the distribution really drawn from (without the mask token,
-            tempered, filtered), or None at temperature 0, where nothing was drawn.
+            tempered, filtered), or None where nothing was drawn: at temperature 0, or where the most probable tokens of
+            the last step are the result.
         steps: long `[N]`, number of steps of each row.
+        refinement: the states in between, where tokens may change after they were accepted; None where they never do.
     """
 
     commit_step: Tensor
     raw_log_prob: Tensor
     log_prob: Tensor | None
     steps: Tensor
+    refinement: Refinement | None = None
 
 
 @dataclass
@@ -39,12 +59,13 @@ class Rollout:
         hinted: bool `[N, L]`, slots that were given.
         trace: how the canvas was written.
         nfe: long `[N]`, forwards each row took part in; guidance counts two.
-        stop_reason: per row `"complete"` (every slot is written) or `"eos"` (stopped early, the valid part is).
+        stop_reason: per row `"complete"` (every slot is written), `"eos"` (stopped early, the valid part is) or
+            `"max_steps"` (every slot is written, but a canvas of random tokens was still changing or unsure).
         row_ids: what keyed each row's randomness.
         schedule: name of the schedule. cache: name of the cache policy.
         exact: whether every logit was that of a full forward; False for caches that approximate.
         seed: of the run. weight_version: the engine's, as set by its owner.
-        mask_token_id: of the model.
+        mask_token_id: of the model; None if it has none.
     """
 
     prompt_ids: list[list[int]]
@@ -59,7 +80,7 @@ class Rollout:
     cache: str
     exact: bool
     seed: int
-    mask_token_id: int
+    mask_token_id: int | None
     weight_version: int | None = None
 
     def __len__(self) -> int:
@@ -73,12 +94,21 @@ class Rollout:
     def states(self) -> Iterator[Tensor]:
         """The canvas `[N, L]` that the model saw before each step, from the first step to the longest row's last.
 
-        A row that needed fewer steps keeps its final state.
+        A row that needed fewer steps keeps its final state. Slots that nothing was written to yet hold the mask token,
+        or -1 if there is none.
         """
         commit_step, last = self.trace.commit_step, int(self.trace.steps.max()) if len(self) else 0
+        open_slot = -1 if self.mask_token_id is None else self.mask_token_id
+        refinement = self.trace.refinement
         for step in range(last):
             written = torch.where(commit_step < 0, self.hinted, commit_step < step)
-            yield torch.where(written, self.canvas, self.mask_token_id)
+            state = torch.where(written, self.canvas, open_slot)
+            if refinement is not None:
+                rows = (self.trace.steps > step).nonzero().squeeze(-1)
+                first = written[rows].sum(-1, keepdim=True)  # canvases are finished from left to right
+                places = first + torch.arange(refinement.tokens.shape[2], device=first.device)
+                state[rows[:, None], places] = refinement.tokens[rows, step].long()
+            yield state
 
 
 def valid_mask(canvas: Tensor, eos_token_ids: tuple[int, ...]) -> Tensor:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl4dlm.algorithms.checks import check_prompts, checked_rewards
 from rl4dlm.algorithms.contract import ContractError, check_contract
 from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig
 from rl4dlm.algorithms.sft import DiffusionSFTConfig
-from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
+from rl4dlm.models.loading import save_denoiser
+from rl4dlm.models.tiny import tiny_llada, tiny_llada_moe, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -135,6 +137,23 @@ def test_a_tokenizer_that_does_not_fit_is_refused(make_trainer: Any) -> None:
         make_trainer(tiny_llada(mask_token_id=3))
 
 
+@pytest.mark.parametrize("given", ["path", "instance"])
+def test_an_adapter_that_misses_what_it_names_is_refused(make_trainer: Any, tmp_path: Path, given: str) -> None:
+    model = tiny_llada_moe()
+    save_denoiser(model, tmp_path / "mixture", tiny_tokenizer())
+    with pytest.raises(ValueError, match="target_modules=.*names gate_proj"):
+        make_trainer(
+            str(tmp_path / "mixture") if given == "path" else model,
+            peft_config=LoraConfig(target_modules=["q_proj", "gate_proj"]),
+        )
+
+
+def test_a_model_made_in_memory_needs_a_tokenizer(recording_trainer: Any, tmp_path: Path) -> None:
+    config = DiffuGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="processing_class=None needs a model that was loaded"):
+        recording_trainer(tiny_llada(), len, config, Dataset.from_dict({"prompt": ["a"]}))
+
+
 def test_arguments_without_meaning_are_refused(make_trainer: Any, recording_trainer: Any, tmp_path: Path) -> None:
     config = DiffuGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
     for name in ("tools", "environment_factory", "rollout_func"):
@@ -144,16 +163,55 @@ def test_arguments_without_meaning_are_refused(make_trainer: Any, recording_trai
         make_trainer(config=lambda **_: DiffusionSFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True))
 
 
-@pytest.mark.parametrize("changes", [{"stop_at_eos": True}, {"schedule": "threshold", "denoising_steps": None}])
-def test_decoding_that_would_deadlock_sharded_models_is_refused(make_trainer: Any, changes: dict[str, Any]) -> None:
-    trainer = make_trainer(**changes)
+FIXED = {"stop_at_eos": False}
+DEADLOCKS = [
+    ({"stop_at_eos": True}, {}, "stop_at_eos=True"),
+    ({"schedule": "threshold", "denoising_steps": None, **FIXED}, {}, "schedule='threshold'"),
+    (FIXED, {"attention": "block_causal", "block_length": 4, "grid_origin": "position_zero"}, "from position 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "spec", "cause"), DEADLOCKS, ids=[cause for *_, cause in DEADLOCKS])
+def test_decoding_that_would_deadlock_sharded_models_is_refused(
+    make_trainer: Any, changes: dict[str, Any], spec: dict[str, Any], cause: str
+) -> None:
+    trainer = make_trainer(tiny_with(**spec), **changes)
     trainer._check_forward_counts()
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="deadlocks under FSDP"):
+    with pytest.raises(ValueError, match=f"deadlock under FSDP; use DDP or DeepSpeed.*{cause}"):
         trainer._check_forward_counts()
     trainer.is_fsdp_enabled, trainer._dist.zero_stage, trainer.args.ds3_gather_for_generation = False, 3, False
-    with pytest.raises(ValueError, match="ds3_gather_for_generation=False deadlocks"):
+    with pytest.raises(ValueError, match=f"ds3_gather_for_generation=False deadlocks.*{cause}"):
         trainer._check_forward_counts()
+
+
+@pytest.mark.parametrize("spec", [{}, {"attention": "block_causal", "block_length": 4, "grid_origin": "response"}])
+def test_the_same_number_of_forwards_everywhere_is_allowed(make_trainer: Any, spec: dict[str, Any]) -> None:
+    trainer = make_trainer(tiny_with(**spec), **FIXED)
+    trainer.is_fsdp_enabled = True
+    trainer._check_forward_counts()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_length": 8}, "block_length=8 contradicts the model, whose attention='block_causal' has blocks of 4"),
+        ({"denoising_steps": 3}, "denoising_steps=3 cannot be shared out over 2 blocks .max_completion_length=8"),
+    ],
+)
+def test_decoding_that_does_not_fit_the_models_blocks_is_found_at_construction(
+    make_trainer: Any, changes: dict[str, Any], message: str
+) -> None:
+    model = tiny_with(attention="block_causal", block_length=4)
+    assert make_trainer(model).decoding.block_length == 4
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny_with(attention="block_causal", block_length=4), **changes)
+
+
+def tiny_with(**spec: Any) -> Any:
+    model = tiny_llada()
+    model.config.diffusion.update(spec)
+    return model
 
 
 # --- datasets and prompts ---------------------------------------------------------------------------------------------

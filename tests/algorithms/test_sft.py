@@ -13,10 +13,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rl4dlm.algorithms.sft import DiffusionSFTConfig, DiffusionSFTTrainer
-from rl4dlm.models.loading import save_denoiser
-from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
+from rl4dlm.likelihood.scoring import score_views
+from rl4dlm.likelihood.views import Views
+from rl4dlm.models.loading import load_denoiser, save_denoiser
+from rl4dlm.models.tiny import tiny_llada, tiny_llada_moe, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -103,6 +106,29 @@ def test_the_loss_is_the_sum_of_hidden_cross_entropies_over_t_per_target(make_sf
         assert len(levels) <= 1 and (levels >= 1).all() and (levels <= 1e3).all(), "one level per row"
     losses = -(weight * plain_log_probs(trainer, batch, hidden)).sum() / (batch["labels"] != -100).sum()
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), losses, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["block_causal", "context_causal"])
+@pytest.mark.parametrize("origin", ["response", "position_zero"])
+def test_blocks_are_those_of_decoding(make_sft: Any, kind: str, origin: str) -> None:
+    """Each row alone, its prompt apart from its completion as in RL, gives the loss of the padded batch."""
+    model = tiny_llada(initializer_range=0.3, dtype=torch.float64)
+    model.config.diffusion.update(attention=kind, grid_origin=origin, block_length=4)
+    data = {"prompt": ["a:", "say b:", "ccc:", "d" * 7], "completion": ["1234567", "12", "123456", "1"]}
+    trainer = make_sft(data, model=model)
+    batch = batch_of(trainer)
+    views, expected = trainer.draw(batch), torch.zeros((), dtype=torch.float64)
+    for row, prompt in enumerate(data["prompt"]):
+        real = int(batch["attention_mask"][row].sum())
+        alone = Views(views.hidden[row, None, :, :real], views.weight[row, None, :, len(prompt) : real])
+        scores = score_views(trainer.model, trainer.spec, *(batch[k][row, None, :real] for k in KEYS), alone)
+        expected -= (alone.weight * scores.log_probs).sum()
+    expected /= (batch["labels"] != -100).sum()
+    assert int(views.hidden.sum()) > 5
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch).double(), expected, rtol=1e-6, atol=0)
+
+
+KEYS = ("input_ids", "attention_mask")
 
 
 def test_prompt_and_padding_are_never_hidden_and_targets_are_at_their_level(make_sft: Any) -> None:
@@ -300,6 +326,36 @@ def test_full_and_adapter_training_lower_the_loss(make_sft: Any) -> None:
         assert bool(frozen) is (peft_config is not None)
         logged = trainer.state.log_history[1]
         assert {"loss", "entropy", "diffusion/masked_nll", "num_tokens"} <= logged.keys()
+
+
+def test_a_published_folder_brings_its_tokenizer(make_sft: Any, tmp_path: Path) -> None:
+    save_denoiser(tiny_llada(), tmp_path / "hub", form="hub")
+    tiny_tokenizer().save_pretrained(tmp_path / "hub")
+    plain = tiny_llada()
+    spec = plain.config.__dict__.pop("diffusion")
+    plain.save_pretrained(tmp_path / "plain")
+    tiny_tokenizer().save_pretrained(tmp_path / "plain")
+    in_memory = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    in_memory.config.diffusion = spec
+    for model in (str(tmp_path / "hub"), load_denoiser(tmp_path / "hub"), in_memory):
+        trainer = DiffusionSFTTrainer(model, make_sft().args, Dataset.from_dict(TEXTS))
+        assert trainer.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+        assert trainer.processing_class.mask_token_id == trainer.spec.mask_token_id
+
+
+def test_an_adapter_that_misses_what_it_names_is_refused(make_sft: Any, tmp_path: Path) -> None:
+    save_denoiser(tiny_llada_moe(), tmp_path / "mixture")
+    for model in (str(tmp_path / "mixture"), tiny_llada_moe()):
+        with pytest.raises(ValueError, match="names up_proj"):
+            make_sft(model=model, peft_config=LoraConfig(target_modules=["up_proj"]))
+
+
+def test_the_end_token_is_trained_where_it_also_pads(make_sft: Any) -> None:
+    model, tokenizer = tiny_llada(pad_token_id=1, eos_token_id=1), tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = make_sft(model=model, tokenizer=tokenizer, noise_floor=0.5)
+    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+    assert trainer.model.get_input_embeddings().weight.grad[1].abs().max() > 0
 
 
 def test_a_path_and_a_stream_train_too(make_sft: Any, tmp_path: Path) -> None:

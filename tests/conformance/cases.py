@@ -26,7 +26,6 @@ COVERED = {
 NOT_COVERED = {
     "adablock": "AdaBlock-dLLM's adaptive blocks",
     "ass": "ascending step sizes",
-    "checkpoint": "published families' checkpoint form (models/)",
     "coupled": "coupled-GRPO",
     "daedal": "DAEDAL's variable length",
     "dmpo": "DMPO",
@@ -122,11 +121,6 @@ def load_cases() -> list[Case]:
     """Every case. JSON files that are not cases (a model's configuration beside them) are left out."""
     found = [Case.load(path) for path in case_files()]
     return [case for case in found if case.outputs]
-
-
-def checkpoints() -> list[str]:
-    """Names of the checkpoint folders whose recorded logits are not run yet."""
-    return sorted(path.name for path in (folder() / "models").glob("*") if path.is_dir())
 
 
 def _floats(value: Any) -> Any:

@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.engine import RolloutEngine
+from tests.rollout.torch_noise import TorchNoise
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("RL4DLM_CONFORMANCE") or ROOT.parent / "shared" / "conformance") / "models"
@@ -145,6 +148,31 @@ def test_the_library_s_own_decoding(folder: Path):
         torch.manual_seed(generate["torch_seed"])
         sequences = model.generate(input_ids=torch.tensor(generate["input_ids"]), **generate["kwargs"]).sequences
     assert sequences.tolist() == generate["output_sequences"]
+
+
+@each_folder
+def test_the_engine_decodes_uniform_noise_as_the_library_does(folder: Path):
+    """Our loop with the same random numbers, against the recorded result of transformers' generate."""
+    generate, model = recorded(folder).get("generate", {}), load_denoiser(folder)
+    if "output_sequences" not in generate or DiffusionSpec.of(model).noise != "uniform":
+        pytest.skip("not recorded")
+    [prompt], settings = generate["input_ids"], generate["kwargs"]
+    config = DecodingConfig(
+        canvas_length=settings["max_new_tokens"],
+        schedule="entropy_bound_canvas",
+        temperature=settings["t_max"],
+        schedule_args={
+            "max_steps": settings["max_denoising_steps"],
+            "t_min": settings["t_min"],
+            "stability": settings["stability_threshold"],
+            "confidence": settings["confidence_threshold"],
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generate["torch_seed"])
+        noise = TorchNoise(model.config.get_text_config().vocab_size)
+        rollout = RolloutEngine(model).generate([prompt], config, noise=noise)
+    assert [prompt + rollout.canvas[0].tolist()] == generate["output_sequences"]
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------

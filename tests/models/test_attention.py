@@ -38,8 +38,11 @@ def test_flash_attention_cannot_hide_padding():
 
 
 def test_what_cannot_run_is_named():
-    check_attention(DiffusionSpec(1, (0,)), "sdpa")
-    with pytest.raises(ValueError, match="attention='causal' is not supported.*full"):
-        check_attention(DiffusionSpec(1, (0,), attention="causal"), "sdpa")
+    check_attention(DiffusionSpec(1, (0,)), "flash_attention_2")
+    check_attention(DiffusionSpec(1, (0,), attention="causal"), "sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' cannot run attention='causal'"):
+        check_attention(DiffusionSpec(1, (0,), attention="causal"), "flash_attention_2")
+    with pytest.raises(ValueError, match="attention='block_causal' needs the length of its blocks.*block_length=None"):
+        check_attention(DiffusionSpec(1, (0,), attention="block_causal"), "sdpa")
     with pytest.raises(ValueError, match="attn_implementation='paged'.*sdpa, eager"):
         check_attention(DiffusionSpec(1, (0,)), "paged")

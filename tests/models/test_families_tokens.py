@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
@@ -140,6 +141,19 @@ def test_remote_code_is_not_run(tmp_path: Path):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", MASKED)
+def test_nobody_is_asked_to_run_remote_code(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Published configurations name code of their own; transformers asks on the terminal unless it is told not to."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    tiny_tokenizer().save_pretrained(hub_folder(name, tmp_path / "hub"))
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    folder = edit(tmp_path / "hub", auto_map=own)
+    assert load_tokenizer(folder).get_vocab() == tiny_tokenizer().get_vocab()
+    save_denoiser(load_denoiser(folder), tmp_path / "ours", load_tokenizer(folder))
+    folder = edit(tmp_path / "ours", auto_map=own)
+    assert load_tokenizer(folder).mask_token_id == DiffusionSpec.of(load_denoiser(folder)).mask_token_id
+
+
 def test_a_vocabulary_without_the_model_s_mask_token(tmp_path: Path):
     folder = hub_folder("llada", tmp_path / "hub", vocab_size=200)
     tokenizer = tiny_tokenizer()
@@ -157,6 +171,22 @@ def test_the_tokenizer_of_an_adapter(own: bool, tmp_path: Path):
     save_denoiser(model, tmp_path / "adapter", load_tokenizer(folder) if own else None)
     assert (tmp_path / "adapter" / "tokenizer_config.json").exists() is own
     assert load_tokenizer(tmp_path / "adapter").mask_token_id == mask
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_an_end_token_that_pads_is_trained(name: str, tmp_path: Path):
+    """LLaDA's and Dream's configurations do this; an embedding has no gradient for its padding index."""
+    hub = hub_folder(name, tmp_path / "hub", pad_token_id=1, eos_token_id=1)
+    edit(hub, pad_token_id=1, eos_token_id=1)
+    save_denoiser(load_denoiser(hub), tmp_path / "ours")
+    save_denoiser(load_denoiser(hub), tmp_path / "again", form="hub")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["pad_token_id"] == 1
+    for folder in (hub, tmp_path / "ours", tmp_path / "again"):
+        model = load_denoiser(folder)
+        assert 1 in DiffusionSpec.of(model).eos_token_ids
+        model(input_ids=torch.tensor([[20, 1, 2]])).logits[:, :, 30:].sum().backward()
+        gradient = model.get_input_embeddings().weight.grad
+        assert bool((gradient[[20, 1]].abs().amax(-1) > 0).all()) and not gradient[21, 0]
 
 
 def test_the_tokenizer_of_our_form(tmp_path: Path):

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from rl4dlm import DecodingConfig, DiffuGRPOConfig, DiffuGRPOTrainer, DiffusionSpec, RolloutEngine
-from rl4dlm.models.loading import load_denoiser, load_tokenizer, save_denoiser
+from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.tiny import tiny_tokenizer
 from tests.models.families import MASKED, aligned, hub_folder, logits, tensors
@@ -69,9 +69,7 @@ def test_a_step_of_diffu_grpo(name: str, peft: bool, folder: Path, tmp_path: Pat
     assert args.gradient_checkpointing
     prompts = Dataset.from_dict({"prompt": ["abc1", "de2", "fghi34", "j"]})
     settings = LoraConfig(r=2, target_modules=r".*self_attn\.(q|v)_proj") if peft else None
-    trainer = DiffuGRPOTrainer(
-        str(folder), reward, args, prompts, processing_class=load_tokenizer(folder), peft_config=settings
-    )
+    trainer = DiffuGRPOTrainer(str(folder), reward, args, prompts, peft_config=settings)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)

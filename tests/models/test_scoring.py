@@ -255,8 +255,8 @@ def test_a_model_without_a_spec_is_refused():
 
 def test_an_attention_kind_that_cannot_run_is_refused():
     model = tiny_llada(vocab_size=VOCAB)
-    model.config.diffusion.update(attention="block_causal", block_length=4)
-    with pytest.raises(ValueError, match="attention='block_causal' is not supported.*full"):
+    model.config.diffusion.update(attention="block_causal")
+    with pytest.raises(ValueError, match="attention='block_causal' needs the length of its blocks"):
         attach_scoring(model)
 
 

@@ -124,11 +124,11 @@ def test_a_spec_that_contradicts_the_models_is_refused():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"attention": "block_causal", "block_length": 4}, "attention='block_causal' is not supported"),
+        ({"attention": "block_causal"}, "attention='block_causal' needs the length of its blocks.*block_length=None"),
         ({"noise": "uniform"}, "noise='uniform'"),
     ],
 )
-def test_a_spec_that_cannot_be_decoded_yet_is_refused(spec: dict[str, Any], message: str):
+def test_a_spec_that_cannot_be_decoded_is_refused(spec: dict[str, Any], message: str):
     model = tiny_llada(vocab_size=VOCAB)
     model.config.diffusion.update(spec)
     with pytest.raises(ValueError, match=message):

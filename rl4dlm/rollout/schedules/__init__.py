@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rl4dlm.rollout.schedules import llada, threshold
+from rl4dlm.rollout.schedules import entropy_bound_canvas, llada, threshold
 from rl4dlm.rollout.schedules.registry import register
 
-__all__ = ["llada", "register", "threshold"]
+__all__ = ["entropy_bound_canvas", "llada", "register", "threshold"]

@@ -81,6 +81,25 @@ class Schedule:
     commit: CommitRule
 
 
+@dataclass(frozen=True)
+class CanvasSchedule:
+    """The parts of a schedule that refines whole canvases of random tokens, any of which may change at any step.
+
+    Args:
+        max_steps: N, after which a canvas is finished whatever its state.
+        temperature: of a step, from the steps n that remain with it, N to 1.
+        accept: from entropies `[R, C]` in nats to bool `[R, C]`, the candidates that are kept until the next step.
+        stability: steps for which the most probable tokens must have stayed the same before a canvas is finished.
+        confidence: mean entropy in nats below which they must be.
+    """
+
+    max_steps: int
+    temperature: Callable[[int], float]
+    accept: Callable[[Tensor], Tensor]
+    stability: int
+    confidence: float
+
+
 def probability(window: Window) -> Tensor:
     """The candidate's untempered probability (low-confidence remasking keeps the most confident)."""
     return window.drawn.confidence

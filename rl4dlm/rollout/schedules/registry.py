@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rl4dlm.rollout.schedules.parts import Schedule
+from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 
-Builder = Callable[[Any, Any], Schedule]
+Builder = Callable[[Any, Any], Schedule | CanvasSchedule]
 """Takes the schedule's own arguments and the `DecodingConfig`, returns the parts."""
 
 
@@ -19,18 +19,22 @@ class Entry:
     arguments: type
     build: Builder
     takes_steps: bool
+    noise: str
 
 
 _entries: dict[str, Entry] = {}
 
 
-def register(name: str, arguments: type, *, takes_steps: bool = True) -> Callable[[Builder], Builder]:
+def register(
+    name: str, arguments: type, *, takes_steps: bool = True, noise: str = "mask"
+) -> Callable[[Builder], Builder]:
     """Registers a schedule under a name.
 
     Args:
         name: what `DecodingConfig.schedule` calls it.
         arguments: dataclass of the settings it takes from `schedule_args`; its `__post_init__` validates them.
         takes_steps: whether the number of steps is given (`DecodingConfig.steps`) or follows from the logits.
+        noise: the corruption that it undoes, as in `DiffusionSpec`.
 
     Raises:
         ValueError: the name is taken.
@@ -39,7 +43,7 @@ def register(name: str, arguments: type, *, takes_steps: bool = True) -> Callabl
     def add(build: Builder) -> Builder:
         if name in _entries:
             raise ValueError(f"a schedule named {name!r} is registered already")
-        _entries[name] = Entry(arguments, build, takes_steps)
+        _entries[name] = Entry(arguments, build, takes_steps, noise)
         return build
 
     return add
