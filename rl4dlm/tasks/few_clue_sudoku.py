@@ -62,7 +62,7 @@ class FewClueSudoku(Task):
             solution = rng.choice(grids.all_grids())
             shown = set(rng.sample(range(grids.CELLS), rng.randint(self.min_clues, self.max_clues)))
             puzzle = "".join(digit if cell in shown else "0" for cell, digit in enumerate(solution))
-            if _split_of(puzzle) != split or (split != "train" and puzzle in seen):
+            if split_of(puzzle) != split or (split != "train" and puzzle in seen):
                 misses += 1
                 if misses > MOST_MISSES:
                     raise ValueError(
@@ -87,5 +87,6 @@ def solves_text(completion: str, puzzle: str | None) -> bool | None:
     return grids.solves("".join(completion.split()), puzzle)
 
 
-def _split_of(puzzle: str) -> str:
+def split_of(puzzle: str) -> str:
+    """The split that a puzzle belongs to: a property of the puzzle alone."""
     return {0: "test", 1: "validation"}.get(tenth(puzzle), "train")

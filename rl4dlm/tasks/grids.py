@@ -24,7 +24,14 @@ _UNITS = tuple(
 
 def is_valid(grid: str) -> bool:
     """Whether each of the 12 units (rows, columns, boxes) holds 1, 2, 3 and 4."""
-    return len(grid) == CELLS and all({grid[cell] for cell in unit} == set("1234") for unit in _UNITS)
+    return len(grid) == CELLS and all(_holds_all(grid, unit) for unit in _UNITS)
+
+
+def share_of_valid_units(grid: str, puzzle: str) -> float:
+    """Share of the 12 units that hold 1, 2, 3 and 4; 0 unless there are 16 cells that keep the clues of a puzzle."""
+    if len(grid) != CELLS or any(clue not in ("0", cell) for cell, clue in zip(grid, puzzle, strict=True)):
+        return 0.0
+    return sum(_holds_all(grid, unit) for unit in _UNITS) / len(_UNITS)
 
 
 def solves(grid: str, puzzle: str) -> bool:
@@ -54,6 +61,10 @@ def solutions(puzzle: str) -> list[str]:
 def is_unique(puzzle: str) -> bool:
     """Whether exactly one valid grid keeps the clues of a puzzle."""
     return _remaining(puzzle).bit_count() == 1
+
+
+def _holds_all(grid: str, unit: tuple[int, ...]) -> bool:
+    return {grid[cell] for cell in unit} == set("1234")
 
 
 def _remaining(puzzle: str) -> int:

@@ -226,3 +226,14 @@ def test_few_clue_sudoku_pays_for_every_valid_answer_and_nothing_for_near_ones()
         pay("few_clue_sudoku", answer[:-1], puzzle=puzzle) == pay("few_clue_sudoku", answer + "1", puzzle=puzzle) == 0.0
     )
     assert pay("few_clue_sudoku", answer, puzzle="1") is None
+
+
+def test_few_clue_sudoku_units_counts_rows_columns_and_boxes() -> None:
+    answer = "1234341243212143"
+    puzzle = answer[0] + "0" * 15
+    assert pay("few_clue_sudoku:units", answer, puzzle=puzzle) == 1.0
+    # Exchanging two cells of a row leaves the row right and breaks what else holds only one of them.
+    swapped = answer[:14] + answer[15] + answer[14]  # same box, two columns
+    assert pay("few_clue_sudoku:units", swapped, puzzle=puzzle) == pytest.approx(10 / 12)
+    assert pay("few_clue_sudoku:units", "2" + answer[1:], puzzle=puzzle) == 0.0  # the clue is gone
+    assert pay("few_clue_sudoku:units", answer[:-1], puzzle=puzzle) == 0.0
