@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rl4dlm.evaluation import evaluate as evaluate
     from rl4dlm.grading import load_reward as load_reward, load_rewards as load_rewards
     from rl4dlm.likelihood.views import Views as Views
+    from rl4dlm.models.adapt import adapt_causal_lm as adapt_causal_lm
     from rl4dlm.models.adapters import check_adapter as check_adapter
     from rl4dlm.models.convert import convert as convert
     from rl4dlm.models.loading import (
@@ -68,6 +69,7 @@ _MODULE_OF = {
     "Views": "rl4dlm.likelihood.views",
     "attach_scoring": "rl4dlm.models.scoring",
     "available_schedules": "rl4dlm.rollout.decoding",
+    "adapt_causal_lm": "rl4dlm.models.adapt",
     "check_adapter": "rl4dlm.models.adapters",
     "convert": "rl4dlm.models.convert",
     "evaluate": "rl4dlm.evaluation",
