@@ -5,7 +5,7 @@ nearly every puzzle when it writes one cell at a time; writing four at once it m
 fit together. That gap is what reinforcement learning narrows in `demo.py`.
 
 The loss is that of `DiffusionSFTTrainer` (1/t-weighted masked cross-entropy). The loop is written out because noise
-levels are stratified within a batch, which a small model on a CPU gains more from than from a longer run.
+levels are stratified within a batch, which that trainer does not do.
 
     python examples/make_demo_checkpoint.py --output outputs/demo-checkpoint
 """
