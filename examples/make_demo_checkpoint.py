@@ -1,8 +1,9 @@
 """Makes the checkpoint that the demo starts from: a small denoiser trained from nothing on few-clue Sudoku.
 
-Masked supervised training on 20,000 puzzles, each with one of its many answers. The model learns the rules, and solves
-nearly every puzzle when it writes one cell at a time; writing four at once it mostly fails, because its guesses do not
-fit together. That gap is what reinforcement learning narrows in `demo.py`.
+Masked supervised training on puzzles with 2 to 6 clues, each drawn with one of its many answers; a puzzle that
+returns has another answer. The model learns the rules, and solves nearly every puzzle when it writes one cell at a
+time; writing four at once it mostly fails, because its guesses do not fit together. That gap is what reinforcement
+learning narrows in `demo.py`.
 
 The loss is that of `DiffusionSFTTrainer` (1/t-weighted masked cross-entropy). The loop is written out because noise
 levels are stratified within a batch, which that trainer does not do.
@@ -47,15 +48,15 @@ def supervised(puzzles: Any, tokenizer: Any) -> Any:
     return puzzles.map(encode, remove_columns=puzzles.column_names)
 
 
-def examples(size: int = 20_000) -> dict[str, str]:
-    """Distinct training puzzles with 2 to 6 clues, each with the answer it was made from."""
-    rng, found = random.Random(1), {}
+def examples(size: int = 130_000) -> list[tuple[str, str]]:
+    """Training puzzles with 2 to 6 clues and the answers they were made from; a little more than training draws."""
+    rng, found = random.Random(1), []
     while len(found) < size:
         answer, clues = rng.choice(grids.all_grids()), rng.randint(2, 6)
         shown = rng.sample(range(CELLS), clues)
         puzzle = "".join(answer[cell] if cell in shown else "0" for cell in range(CELLS))
         if split_of(puzzle) == "train":
-            found.setdefault(puzzle, answer)
+            found.append((puzzle, answer))
     return found
 
 
@@ -79,7 +80,7 @@ def main() -> None:
             seed=options.seed,
         )
     )
-    ids = [tokenizer(f"[{puzzle}]{answer}").input_ids for puzzle, answer in examples().items()]
+    ids = [tokenizer(f"[{puzzle}]{answer}").input_ids for puzzle, answer in examples()]
     train(model, torch.tensor(ids), tokenizer.mask_token_id, options.steps, options.seed)
     save_denoiser(model, options.output, tokenizer)
     decodings = {steps: DecodingConfig(canvas_length=CELLS, steps=steps) for steps in (1, 2, 4, 8, 16)}
