@@ -22,7 +22,7 @@ demo-checkpoint: $(RUNTIME)  ## rebuild the checkpoint that the demo starts from
 	$(PY) examples/make_demo_checkpoint.py
 
 test: $(ALL)  ## run the tests, but for the slow ones and those that need a GPU
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(ALL)  ## run the slow tests
 	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

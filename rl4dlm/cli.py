@@ -1,5 +1,5 @@
-"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `convert` changes its form, `env` says
-what is installed.
+"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `decode` shows it at work, `convert`
+changes its form, `env` says what is installed.
 
 Owns arguments, messages and tables. Heavy libraries are imported by the command that needs them, so `--help` is quick.
 """
@@ -147,10 +147,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _decodings(arguments: argparse.Namespace) -> dict[str | int, DecodingConfig]:
-    from rl4dlm.launching import mapping
     from rl4dlm.rollout.decoding import DecodingConfig
 
-    shared: dict[str, Any] = {
+    shared = _decoding_settings(arguments)
+    if arguments.steps is None:
+        return {arguments.schedule: DecodingConfig(**shared)}
+    steps = _numbers("steps", arguments.steps)
+    return {step: DecodingConfig(steps=step, **shared) for step in steps}
+
+
+def _decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `eval` and `decode` have in common, all but the number of steps."""
+    from rl4dlm.launching import mapping
+
+    return {
         "canvas_length": arguments.canvas_length,
         "schedule": arguments.schedule,
         "block_length": arguments.block_length,
@@ -161,13 +171,6 @@ def _decodings(arguments: argparse.Namespace) -> dict[str | int, DecodingConfig]
         "cache": arguments.cache,
         "schedule_args": mapping("schedule-args", arguments.schedule_args),
     }
-    if arguments.steps is None:
-        return {arguments.schedule: DecodingConfig(**shared)}
-    try:
-        steps = [int(step) for step in _listed("steps", arguments.steps)]
-    except ValueError:
-        raise ValueError(f"steps={arguments.steps!r} is not a list of whole numbers, such as 4,8,16") from None
-    return {step: DecodingConfig(steps=step, **shared) for step in steps}
 
 
 def _load_tasks(names: list[str], given: str | None) -> list[Task]:
@@ -227,6 +230,86 @@ def _listed(name: str, text: str) -> list[str]:
     if len(set(values)) < len(values):
         raise ValueError(f"{name}={text!r} names one thing twice")
     return values
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(value) for value in _listed(name, text)]
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a list of whole numbers, such as 4,8,16") from None
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+def decode(arguments: argparse.Namespace) -> int:
+    """Decodes a few prompts, showing each step, and writes a page that replays them."""
+    from rich.console import Console
+
+    from rl4dlm.evaluation.measure import encode_prompt
+    from rl4dlm.models.loading import check_tokenizer, load_denoiser, load_tokenizer
+    from rl4dlm.rollout.decoding import DecodingConfig
+    from rl4dlm.rollout.engine import RolloutEngine
+    from rl4dlm.tracking.page import write_page
+    from rl4dlm.tracking.replay import make_replay, printable
+    from rl4dlm.tracking.terminal import LiveView, draw, replay_frames, write_svg
+
+    device = _device(arguments.device)
+    config = DecodingConfig(steps=arguments.steps, **_decoding_settings(arguments))
+    prompts = _prompts(arguments)
+    pictured = None if arguments.svg_steps is None else _numbers("svg-steps", arguments.svg_steps)
+    for name in ("output", "svg"):
+        path = getattr(arguments, name)
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"{name}={path!r} is a folder; name a file")
+
+    console, quiet = Console(), Console(stderr=True)
+    with quiet.status(f"loading {arguments.model}"):
+        tokenizer = load_tokenizer(arguments.model)
+        model = load_denoiser(arguments.model, dtype=arguments.dtype, device=device).eval()
+    engine = RolloutEngine(model, max_batch_rows=arguments.batch_rows)
+    check_tokenizer(tokenizer, engine.spec)
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    view = LiveView(
+        tokenizer,
+        [printable(tokenizer.decode(prompt)) for prompt in ids for _ in range(arguments.num_samples)],
+        last_step=config.steps_per_block * config.num_blocks - 1,
+        forwards_per_step=1 + (config.cfg_scale > 0),
+        colour=arguments.colour,
+        delay=arguments.delay,
+        console=console,
+    )
+    with view:
+        rollout = engine.generate(
+            ids,
+            config,
+            num_generations=arguments.num_samples,
+            seed=arguments.seed,
+            on_step=view if engine.spec.noise == "mask" else None,  # canvases of random tokens report no steps
+        )
+    replay = make_replay(rollout, tokenizer, blocks=view.blocks.rows)
+    console.print(draw(replay_frames(replay), replay.texts, colour=arguments.colour, width=console.width))
+    write_page(arguments.output, replay)
+    quiet.print(f"written to {arguments.output}")
+    if arguments.svg is not None:
+        steps = pictured or [max(row.steps for row in replay.rows) // 2]
+        frames = [frame for step in steps for frame in replay_frames(replay, step)]
+        write_svg(arguments.svg, frames, replay.texts, arguments.colour)
+        quiet.print(f"written to {arguments.svg}")
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    """Texts or lists of messages, from `--prompt` or from a task."""
+    if (arguments.prompt is None) == (arguments.task is None):
+        raise ValueError("decode needs prompts: either --prompt, once or more, or --task")
+    if arguments.prompt is not None:
+        return [[{"role": "user", "content": text}] if arguments.chat else text for text in arguments.prompt]
+    (task,) = _load_tasks([arguments.task], arguments.task_args)
+    dataset = task.dataset(arguments.split)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"task {task.name!r} has no column 'prompt', only {dataset.column_names}")
+    return list(dataset.select(range(min(arguments.limit, len(dataset))))["prompt"])
 
 
 # --- env --------------------------------------------------------------------------------------------------------------
@@ -289,9 +372,42 @@ def _parser() -> argparse.ArgumentParser:
     add("--task-args", metavar="JSON", help="options of the task; with several tasks, an object per name")
     add("--split", default="test", help="split of the task (default: %(default)s)")
     add("--limit", type=_count, metavar="N", help="use the first N prompts at most")
+    add("--steps", help="numbers of denoising steps to measure, with commas between them (default: half the canvas)")
+    _add_decoding_flags(add)
+    add("--chosen-by", default="not stated", metavar="TEXT", help="how this checkpoint was chosen, for the record")
+    add("--output", metavar="FILE", help="JSON file to write")
+
+    described = "Show a checkpoint denoise prompts, step by step, and write a page that replays it."
+    command = commands.add_parser("decode", help=described, description=described, allow_abbrev=False)
+    command.set_defaults(command=decode)
+    add = command.add_argument
+    add("--model", required=True, help="model folder, adapter folder or hub id")
+    add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    add("--chat", action="store_true", help="prompts are a user's messages, for the tokenizer's chat template")
+    add("--task", help="take prompts from this task instead")
+    add("--task-args", metavar="JSON", help="options of the task")
+    add("--split", default="test", help="split of the task (default: %(default)s)")
+    add("--limit", type=_count, default=1, metavar="N", help="first N prompts of the task (default: %(default)s)")
+    add("--steps", type=_count, metavar="N", help="denoising steps (default: half the canvas)")
+    _add_decoding_flags(add)
+    add("--colour", default="step", choices=("step", "confidence"), help="what colours show (default: %(default)s)")
+    add("--delay", type=_seconds, default=0.0, metavar="SECONDS", help="wait after each step (default: %(default)s)")
+    add("--output", default="replay.html", metavar="FILE", help="page to write (default: %(default)s)")
+    add("--svg", metavar="FILE", help="write a picture of the terminal, too")
+    add("--svg-steps", metavar="LIST", help="steps that it shows, with commas between them (default: halfway)")
+
+    add_convert_parser(commands)
+
+    described = "Print versions, devices, optional packages and folders."
+    command = commands.add_parser("env", help=described, description=described)
+    command.set_defaults(command=env)
+    return parser
+
+
+def _add_decoding_flags(add: Callable[..., Any]) -> None:
+    """How to decode, and on what."""
     add("--schedule", default="low_confidence", help="decoding schedule (default: %(default)s)")
     add("--schedule-args", metavar="JSON", help="settings of the schedule")
-    add("--steps", help="numbers of denoising steps to measure, with commas between them (default: half the canvas)")
     add("--canvas-length", type=int, default=256, metavar="N", help="completion slots (default: %(default)s)")
     add("--block-length", type=int, metavar="N", help="length of the blocks written left to right (default: one block)")
     add("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: %(default)s)")
@@ -304,21 +420,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-rows", type=_count, metavar="N", help="completions decoded at the same time (default: all)")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: %(default)s, as saved)")
     add("--device", help="for example cpu or cuda:1 (default: a GPU if there is one)")
-    add("--chosen-by", default="not stated", metavar="TEXT", help="how this checkpoint was chosen, for the record")
-    add("--output", metavar="FILE", help="JSON file to write")
-
-    add_convert_parser(commands)
-
-    described = "Print versions, devices, optional packages and folders."
-    command = commands.add_parser("env", help=described, description=described)
-    command.set_defaults(command=env)
-    return parser
 
 
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not allowed; it must be 1 or larger")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be 0 or larger, and finite")
     return value
 
 

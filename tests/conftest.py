@@ -111,3 +111,32 @@ def global_rng_untouched() -> Iterator[None]:
     after = states()
     moved = [name for name in before if before[name] != after[name]]
     assert not moved, f"global random state was used: {', '.join(moved)}"
+
+
+# --- the report on recorded cases, also where tests run in several processes (pytest-xdist) ---------------------------
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from tests.conformance import report
+
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["conformance"] = report.found()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    from tests.conformance import report
+
+    if "conformance" in getattr(node, "workeroutput", {}):  # a worker that crashed has sent nothing
+        report.add(node.workeroutput["conformance"])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Shows what was reproduced, what a rule explains and what is not covered."""
+    from tests.conformance import report
+    from tests.conformance.cases import not_covered
+
+    if report.equal or report.explained:
+        terminalreporter.section("conformance")
+        for line in report.lines(not_covered()):
+            terminalreporter.write_line(line)

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from rl4dlm import (
     DecodingConfig,
+    RolloutEngine,
     evaluate,
     load_denoiser,
     load_task,
     load_tokenizer,
     resources,
     save_denoiser,
+    tiny_diffusion_gemma,
     tiny_llada,
     tiny_sdar,
     tiny_tokenizer,
@@ -40,7 +42,8 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["convert", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["eval", "--help"], ["decode", "--help"], ["convert", "--help"], ["--version"]],
 )
 def test_help_loads_no_heavy_library(arguments):
     code = (
@@ -292,3 +295,91 @@ def test_eval_names_a_flag_it_cannot_read(setting, said, model_folder, capsys):
 def test_an_overlong_prompt_is_named(model_folder, capsys):
     assert run_eval("--model", model_folder, "--task", "sudoku", "--canvas-length", "1000", "--limit", "1") == 2
     assert "exceeds the model's 1024 positions" in capsys.readouterr().err
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+def run_decode(*arguments: str) -> int:
+    return main(["decode", *map(str, arguments)])
+
+
+def replayed(path: Path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.partition('id="replay">')[2].partition("</script>")[0])
+
+
+def test_decode_shows_and_writes_what_the_engine_decodes(model_folder, tmp_path, capsys):
+    output, picture = tmp_path / "new" / "page.html", tmp_path / "new" / "view.svg"
+    status = run_decode(
+        "--model", model_folder, "--prompt", "1+2=", "--prompt", "a", "--steps", "4", "--block-length", "4",
+        "--canvas-length", "8", "--temperature", "0.7", "--seed", "3", "--num-samples", "2", "--batch-rows", "3",
+        "--colour", "confidence", "--output", output, "--svg", picture, "--svg-steps", "1,3",
+    )  # fmt: skip
+    assert status == 0
+    config = DecodingConfig(canvas_length=8, steps=4, block_length=4, temperature=0.7)
+    prompts = [tiny_tokenizer().encode(text) for text in ("1+2=", "a")]
+    expected = RolloutEngine(load_denoiser(model_folder)).generate(prompts, config, num_generations=2, seed=3)
+    rows = replayed(output)["rows"]
+    assert [row["prompt"] for row in rows] == ["1+2=", "1+2=", "a", "a"]
+    for row, canvas, steps in zip(rows, expected.canvas.tolist(), expected.trace.commit_step.tolist(), strict=True):
+        events = row["events"]
+        written = {p: (t, s) for p, t, s in zip(*(events[n] for n in ("position", "token", "step")), strict=True)}
+        assert written == {p: (canvas[p], step) for p, step in enumerate(steps) if step >= 0}
+        assert row["blocks"][0] == [0, 0, 4]
+    printed = capsys.readouterr()
+    assert "row 3" in printed.out and "NFE" in printed.out and "sure" in printed.out
+    assert f"written to {output}" in " ".join(printed.err.split())
+    drawn = picture.read_text(encoding="utf-8").replace("&#160;", " ")
+    assert "step 1 " in drawn and "step 3 " in drawn and "step 2 " not in drawn
+
+
+def test_decode_takes_the_prompts_of_a_task_and_messages(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", str(model_folder), "--canvas-length", "8", "--schedule", "threshold"]
+    assert run_decode(*given, "--task", "few_clue_sudoku", "--task-args", '{"size": 5}', "--limit", "3") == 0
+    task = load_task("few_clue_sudoku", size=5).dataset("test")
+    assert [row["prompt"] for row in replayed(tmp_path / "replay.html")["rows"]] == task["prompt"][:3]
+    assert run_decode(*given, "--prompt", "hi", "--chat", "--output", "chat.html") == 0
+    (row,) = replayed(tmp_path / "chat.html")["rows"]
+    assert row["prompt"] == "<|user|>hi<eos><|assistant|>"
+
+
+def test_decode_works_where_canvases_are_refined(tmp_path):
+    model, output = tmp_path / "model", tmp_path / "page.html"
+    save_denoiser(tiny_diffusion_gemma(), model, tiny_tokenizer())
+    given = ["--schedule", "entropy_bound_canvas", "--temperature", "0.8", "--canvas-length", "8", "--steps", "4"]
+    assert run_decode("--model", model, "--prompt", "a", *given[:-2], "--output", output) == 0
+    assert 1 in replayed(output)["rows"][0]["events"]["kind"] or 2 in replayed(output)["rows"][0]["events"]["kind"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"--prompt": None}, "decode needs prompts: either --prompt, once or more, or --task"),
+        ({"--task": "sudoku"}, "decode needs prompts: either --prompt, once or more, or --task"),
+        ({"--prompt": None, "--task": "chess"}, "unknown task 'chess'"),
+        ({"--prompt": None, "--task": "sudoku", "--split": "holdout"}, "no split 'holdout'"),
+        ({"--schedule": "fast"}, "schedule='fast' is unknown"),
+        ({"--schedule-args": "{"}, "schedule-args='{' is not JSON"),
+        ({"--steps": "3", "--block-length": "8"}, "steps=3 cannot be shared out over 2 blocks"),
+        ({"--svg": "view.svg", "--svg-steps": "half"}, "svg-steps='half' is not a list of whole numbers"),
+        ({"--output": "."}, "output='.' is a folder"),
+        ({"--svg": "."}, "svg='.' is a folder"),
+        ({"--device": "toaster"}, "device='toaster' cannot be used"),
+        ({"--model": "./absent"}, "there is no model folder"),
+    ],
+)
+def test_decode_names_bad_input_before_it_computes(settings, said, model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "__init__", lambda *_, **__: pytest.fail("a model was built"))
+    given = {"--model": str(model_folder), "--prompt": "a", "--canvas-length": "16", **settings}
+    assert run_decode(*[word for pair in given.items() if pair[1] is not None for word in pair]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("setting", [["--delay", "-1"], ["--colour", "red"], ["--steps", "0"], ["--limit", "x"]])
+def test_decode_names_a_flag_it_cannot_read(setting, model_folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_decode("--model", model_folder, "--prompt", "a", *setting)
+    assert stop.value.code == 2 and setting[0] in capsys.readouterr().err

@@ -35,6 +35,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.schedules import registry
+from rl4dlm.tracking.training import TrainingReplays
 
 __all__ = ["DiffusionPolicyConfig", "DiffusionPolicyTrainer", "PolicyScores"]
 
@@ -51,6 +52,7 @@ check_contract(
         "_tokenize_prompts": ["prompts"],
         "_log_metric": ["name", "value"],
         "_log_completion_extra": ["column", "values"],
+        "log": ["logs", "start_time"],
     },
     attributes=[
         "_step", "_metrics", "_logs", "_dist", "_tokenizer", "aux_loss_enabled", "eos_token_ids", "num_generations",
@@ -136,6 +138,7 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         self._current_scores: PolicyScores | None = None
         self._rewards_per_func: Tensor | None = None
         self._eval_rows = 0
+        self._replays = TrainingReplays(args.output_dir, args.log_replays)
         with swapped(grpo, "create_model_from_path", load), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(
@@ -242,6 +245,10 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         if self.args.log_completions:
             self._log_completion_extra("nfe", rollout.nfe.tolist())
             self._log_completion_extra("stop_reason", rollout.stop_reason)
+        if self.args.log_replays:
+            shown = training and self.accelerator.is_main_process
+            links = self._replays.links(len(rollout), self.state.global_step + 1)
+            self._log_completion_extra("replay", links if shown else [None] * len(rollout))
         return rollout
 
     def _row_ids(self, rows: int, training: bool) -> list[int]:
@@ -258,6 +265,11 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         """Transformers' evaluation loop; numbers its rows from zero."""
         self._eval_rows = 0
         return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, which also writes the table of completions; the replays that it links to are written before."""
+        self._replays.write()
+        super().log(logs, start_time)
 
     def _check_forward_counts(self) -> None:
         """Sharded models run in step: every rank must decode with the same number of forwards."""
@@ -304,14 +316,15 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         canvas, valid = (self.accelerator.gather(batch[name]) for name in ("canvas_ids", "canvas_valid"))
         same = identical_groups(canvas, valid, num_generations)
         self._metrics[mode]["diffusion/identical_completion_groups"].append(same)
+        if self.args.log_replays and training and self.accelerator.is_main_process:
+            summed = self._summed(rewards)[: len(rollout)].tolist()
+            self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)
         self._replace_advantages(batch, rewards, num_generations)
         self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
         return batch
 
     def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)  # [N * G]
-        rewards[rewards_per_func.isnan().all(-1)] = torch.nan
-        advantages = self.advantages(rewards.view(-1, num_generations))
+        advantages = self.advantages(self._summed(rewards_per_func).view(-1, num_generations))
         if advantages is None:
             return
         everyone = advantages.nan_to_num(nan=0.0).flatten()
@@ -322,6 +335,11 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         for _ in range(min(len(logged), len(everyone))):
             logged.pop()
         logged.extend(everyone.tolist())
+
+    def _summed(self, rewards_per_func: Tensor) -> Tensor:
+        """Weighted rewards `[N * G]`; NaN where no function could tell."""
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)
+        return rewards.masked_fill(rewards_per_func.isnan().all(-1), torch.nan)
 
     def _score_fixed_policies(self, batch: dict[str, Any], iterations: int) -> None:
         """Replaces TRL's placeholders by old and reference scores in each iteration's views, `[B, n, C]`.

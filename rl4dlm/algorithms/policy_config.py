@@ -53,6 +53,8 @@ class DiffusionPolicyConfig(GRPOConfig):
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
         max_prompt_length: longest prompt allowed, in tokens of the rendered prompt. None: what the model can hold.
         overlong_prompts: `"error"`, or `"filter"` to leave longer ones out. Prompts are never truncated.
+        log_replays: rows of a logged batch that get a replay of their denoising, a page in `<output_dir>/replays`; the
+            table of completions has a column of links. Needs `log_completions`.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -101,6 +103,9 @@ class DiffusionPolicyConfig(GRPOConfig):
         default="error",
         metadata={"help": "What to do with longer prompts: error or filter.", "choices": list(OVERLONG_PROMPTS)},
     )
+    log_replays: int = field(
+        default=0, metadata={"help": "Rows of a logged batch that get a page that replays their denoising."}
+    )
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED, prefixes=("vllm_",))
@@ -115,6 +120,12 @@ class DiffusionPolicyConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not allowed; it must be 1 or larger, or None")
+        if self.log_replays < 0:
+            raise ValueError(f"log_replays={self.log_replays} is not allowed; it must be 0 (none) or larger")
+        if self.log_replays and not self.log_completions:
+            raise ValueError(
+                f"log_replays={self.log_replays} needs log_completions=True: replays are linked from logged completions"
+            )
         if not self.score_temperature > 0:
             raise ValueError(f"score_temperature={self.score_temperature} is not allowed; it must be larger than 0")
         if self.overlong_prompts not in OVERLONG_PROMPTS:

@@ -69,15 +69,17 @@ def position_ids(keys: Tensor) -> Tensor:
 
 
 class Sight(NamedTuple):
-    """Who sees whom: a query sees the keys placed before its horizon, and the noisy ones of its own block."""
+    """Who sees whom: a query sees the keys placed before its horizon, and the noisy ones of its own block, but never
+    the one that is hidden from it."""
 
     places: Tensor  # long [R, S], of keys; NOWHERE for those of a noisy copy
     horizons: Tensor  # long [R, Q], of queries
     blocks: Tensor | None = None  # long [R, S], start of a noisy token's block, NOWHERE for clean ones; then Q = S
+    hidden: Tensor | None = None  # long [R, Q], the one key that a query does not see, by its index; -1 for none
 
     def at(self, queries: Tensor, keys: Tensor | None = None) -> Sight:
         """For some columns (long `[R, q]`) as queries only, and if given for some (long `[R, s]`) as keys only."""
-        assert self.blocks is None
+        assert self.blocks is None and self.hidden is None
         places = self.places if keys is None else self.places.gather(-1, keys)
         return Sight(places, self.horizons.gather(-1, queries))
 
@@ -206,6 +208,8 @@ def _rule(keys: Tensor, sight: Sight | None) -> Callable[[Tensor, Tensor, Tensor
         if sight.blocks is not None:
             noisy = sight.places[row, key] == NOWHERE
             seen = seen | (noisy & (sight.blocks[row, key] == sight.blocks[row, query]))
+        if sight.hidden is not None:
+            seen = seen & (sight.hidden[row, query] != key)
         return real & seen
 
     return visible

@@ -56,6 +56,7 @@ def attach_scoring(model: Any) -> Any:
 
     - `input_ids`: long `[R, T]`; `attention_mask`: bool or long `[R, T]` marking real tokens (None: all are), or a
       ready 4-D mask or BlockMask; `position_ids`: long `[R, T]`, counted from the first real token when None;
+    - `inputs_embeds`: `[R, T, D]`, fed in place of the embeddings of `input_ids`, which are needed all the same;
     - `score_positions`: bool `[R, T]`, the positions whose token is scored;
     - `score_targets`: long `[R, T]`, the token scored at each of them;
     - `score_temperature`: float, divides the logits;
@@ -86,7 +87,7 @@ def attach_scoring(model: Any) -> Any:
         return model
     spec = DiffusionSpec.of(base)
     check_attention(spec, getattr(base.config, "_attn_implementation", None))
-    _check_head(base)
+    check_head(base)
     original = base.forward
 
     @functools.wraps(type(base).forward)
@@ -155,8 +156,10 @@ def _score(
         sight = one_copy(spec, position_ids, score_prompt_lengths)
     if keys is not None:
         attention_mask = build_mask(keys, input_ids.shape[1], model.config._attn_implementation, model.dtype, sight)
+    if kwargs.get("inputs_embeds") is None:
+        kwargs["input_ids"] = input_ids
     hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
+        attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
     ).last_hidden_state  # [R, T, D]
     picked = hidden[rows, sources]  # [n, D]
     guide = hidden[rows + len(score_positions), sources] if score_cfg_scale > 0 else None
@@ -164,7 +167,7 @@ def _score(
         if score_targets is None:
             raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
         score_reduce = _log_prob_reduction(score_targets[rows, columns])
-    return _reduced(model, picked, guide, score_reduce, score_temperature, score_cfg_scale)
+    return reduce_hidden(model, picked, guide, score_reduce, score_temperature, score_cfg_scale)
 
 
 def _score_canvases(
@@ -193,10 +196,10 @@ def _score_canvases(
         model, spec, input_ids, score_clean_ids, attention_mask.bool(), score_prompt_lengths, **kwargs
     )
     reduction = _log_prob_reduction(score_targets[rows, columns])
-    return _reduced(model, hidden[rows, columns - first], None, reduction, score_temperature, 0.0)
+    return reduce_hidden(model, hidden[rows, columns - first], None, reduction, score_temperature, 0.0)
 
 
-def _reduced(
+def reduce_hidden(
     model: Any,
     picked: Tensor,
     guide: Tensor | None,
@@ -257,7 +260,7 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_head(model: Any) -> None:
+def check_head(model: Any) -> None:
     """Compares `_logits` with the model's own logits on three tokens; a head with a transform would differ silently."""
     head = model.get_output_embeddings()
     if head is None:

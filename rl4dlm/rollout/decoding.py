@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
@@ -35,9 +35,12 @@ class DecodingConfig:
         cfg_scale: weight w of classifier-free guidance `u + (w + 1)(c - u)`; 0 is off, otherwise each step costs two
             forwards.
         cache: name of the cache policy, see `available_caches()`.
-        stop_at_eos: finish a row as soon as an end-of-sequence token is written and every slot before it is too. The
-            valid part is the same either way, because committed tokens never change; the slots behind it are not
-            decoded.
+        stop_at_eos: finish a row as soon as an end-of-sequence token is written and every slot before it is too; the
+            slots behind it are not decoded. `"block"` looks only when a block is complete, as dInfer does; schedules
+            that can change what is written always do so, and those that reopen finished blocks never stop early. The
+            valid part is the same either way, because it does not change any more.
+        min_new_tokens: no end-of-sequence token is drawn for this many first slots.
+        eos_penalty: subtracted from the logits of end-of-sequence tokens: larger values make longer completions.
         suppress_token_ids: ids taken out of the model's distribution (their logits become -inf).
         defer_token_ids: ids that may be candidates but are committed only when nothing else can be; for instruction
             models decoding one long block, which otherwise end too early (LLaDA, arXiv 2502.09992, appendix B.4).
@@ -56,7 +59,9 @@ class DecodingConfig:
     top_k: int = 0
     cfg_scale: float = 0.0
     cache: str = "none"
-    stop_at_eos: bool = True
+    stop_at_eos: bool | Literal["block"] = True
+    min_new_tokens: int = 0
+    eos_penalty: float = 0.0
     suppress_token_ids: tuple[int, ...] = ()
     defer_token_ids: tuple[int, ...] = ()
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
@@ -67,11 +72,12 @@ class DecodingConfig:
             object.__setattr__(self, name, ids)
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{name}={ids!r} is not allowed; token ids are integers from 0 on")
-        for name in ("canvas_length", "steps", "block_length", "top_k"):
+        required = ("canvas_length", "top_k", "min_new_tokens")
+        for name in (*required, "steps", "block_length"):
             value = getattr(self, name)
-            if not isinstance(value, int) and (value is not None or name in ("canvas_length", "top_k")):
+            if not isinstance(value, int) and (value is not None or name in required):
                 raise ValueError(f"{name}={value!r} is not allowed; it must be an integer")
-        for name in ("temperature", "top_p", "cfg_scale"):
+        for name in ("temperature", "top_p", "cfg_scale", "eos_penalty"):
             if not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number")
         if self.canvas_length < 1:
@@ -89,6 +95,15 @@ class DecodingConfig:
             raise ValueError(f"top_k={self.top_k} is not allowed; it must be 0 (off) or larger")
         if not 0 <= self.cfg_scale < math.inf:
             raise ValueError(f"cfg_scale={self.cfg_scale} is not allowed; it must be 0 (off) or larger, and finite")
+        if not 0 <= self.min_new_tokens <= self.canvas_length:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is not allowed; it must be 0 (off) to canvas_length="
+                f"{self.canvas_length}"
+            )
+        if not math.isfinite(self.eos_penalty):
+            raise ValueError(f"eos_penalty={self.eos_penalty} is not allowed; it must be finite (0 is off)")
+        if self.stop_at_eos not in (True, False, "block"):
+            raise ValueError(f'stop_at_eos={self.stop_at_eos!r} is not allowed; choose True, False or "block"')
         if self.cache not in available_caches():
             raise ValueError(f"cache={self.cache!r} is unknown; choose one of {', '.join(available_caches())}")
         entry = registry.lookup(self.schedule)
@@ -98,7 +113,12 @@ class DecodingConfig:
                 "needs; leave it None"
             )
         self._check_steps()
-        self.build_schedule()
+        schedule = self.build_schedule()
+        if isinstance(schedule, Schedule) and schedule.whole and self.cache != "none":
+            raise ValueError(
+                f"cache={self.cache!r} cannot be used with schedule={self.schedule!r}, which needs a forward of the "
+                "whole row at every step; allowed: 'none'"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -115,7 +135,7 @@ class DecodingConfig:
     def arguments(self) -> Any:
         """`schedule_args` as the schedule's own settings dataclass. Raises ValueError on unknown or bad settings."""
         arguments = registry.lookup(self.schedule).arguments
-        allowed = [f.name for f in fields(arguments)]
+        allowed = [f.name for f in fields(arguments) if f.init]
         if not isinstance(self.schedule_args, Mapping):
             raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping from setting to value")
         unknown = sorted(set(self.schedule_args) - set(allowed))
@@ -149,6 +169,13 @@ class DecodingConfig:
             )
         if spec.attention not in BLOCK_KINDS:
             return self
+        schedule = self.build_schedule()
+        if isinstance(schedule, Schedule) and (schedule.whole or not schedule.blocks.on_grid):
+            raise ValueError(
+                f"schedule={self.schedule!r} cannot decode a model with attention={spec.attention!r}: it "
+                + ("chooses its own blocks" if not schedule.blocks.on_grid else "looks beyond the active block")
+                + f", and the model has blocks of {spec.block_length} tokens"
+            )
         if self.block_length not in (None, spec.block_length):
             raise ValueError(
                 f"block_length={self.block_length} contradicts the model, whose attention={spec.attention!r} has "

@@ -7,7 +7,7 @@ models whose noise is random tokens, in `uniform.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.batch import Batch, Record
+from rl4dlm.rollout.batch import Batch, Choices, Progress
 from rl4dlm.rollout.caches import build_cache
+from rl4dlm.rollout.constraints import Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
+from rl4dlm.rollout.record import Record
 from rl4dlm.rollout.rollout import Rollout, valid_mask
-from rl4dlm.rollout.schedules.parts import CanvasSchedule
+from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
 
 PROGRESS_DELAY = 5.0
@@ -76,7 +78,10 @@ class RolloutEngine:
         row_ids: Sequence[int] | None = None,
         seed: int = 0,
         hints: Sequence[Mapping[int, int]] | None = None,
+        choices: Sequence[Mapping[int, Collection[int]]] | None = None,
+        constraint: Constraint | None = None,
         noise: NoiseSource | None = None,
+        on_step: Callable[[Progress], None] | None = None,
     ) -> Rollout:
         """Decodes each prompt `num_generations` times.
 
@@ -88,22 +93,29 @@ class RolloutEngine:
                 and the weights alone. None: 0, 1, 2, ….
             seed: of the run.
             hints: per row, a mapping from canvas offset to token id: written from the start, visible, never changed.
+            choices: per row, a mapping from canvas offset to the token ids that may be drawn there; other slots are
+                free. Confidences keep the softmax over the whole vocabulary.
+            constraint: says of each token that is about to be written whether it may be; see `constraints.py`.
             noise: where randomness is taken from; None draws keyed noise from `seed`.
+            on_step: called after each step of each batch of rows, to watch it.
 
         Returns:
             A `Rollout` whose tensors are on the model's device.
 
         Raises:
-            ValueError: a bad prompt, row id or hint, blocks that are not the model's, or logits that are not numbers.
+            ValueError: a bad prompt, row id, hint or choice, blocks that are not the model's, or logits that are not
+                numbers.
         """
         if num_generations < 1:
             raise ValueError(f"num_generations={num_generations} is not allowed; it must be 1 or larger")
         rows = [list(map(int, prompt)) for prompt in prompts for _ in range(num_generations)]
         ids = list(range(len(rows))) if row_ids is None else [int(i) for i in row_ids]
-        self._check(prompts, rows, ids, hints, config)
+        self._check(prompts, rows, ids, hints, choices, config)
         config = config.for_model(self.spec)
         noise = noise or KeyedNoise(seed)
         schedule, cache = config.build_schedule(), build_cache(config.cache)
+        parts = schedule if isinstance(schedule, Schedule) else None
+        self._check_parts(schedule, config, hints, choices, constraint, on_step)
         size = self.max_batch_rows or max(1, len(rows))
         length = config.canvas_length
         wide = torch.promote_types(self.model.dtype, torch.float32)
@@ -117,6 +129,7 @@ class RolloutEngine:
         for row, given in enumerate(hints or ()):
             for offset, token in given.items():
                 record.canvas[row, offset], record.hinted[row, offset] = token, True
+        limits = None if choices is None else self._choices(choices, length, record.canvas.device)
         slots = int((~record.hinted).sum())
         with (
             _evaluating(self.model),
@@ -132,7 +145,20 @@ class RolloutEngine:
                     assert isinstance(work, CanvasRecord)
                     batch = CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
                 else:
-                    batch = Batch(self.model, self.spec, rows[part], ids[part], work, config, schedule, cache, noise)
+                    batch = Batch(
+                        self.model,
+                        self.spec,
+                        rows[part],
+                        ids[part],
+                        work,
+                        config,
+                        schedule,
+                        cache,
+                        noise,
+                        None if limits is None else Choices(limits.sets, limits.index[part]),
+                        constraint,
+                        on_step,
+                    )
                 for committed in batch.decode():
                     bar.update(committed)
         return Rollout(
@@ -140,13 +166,18 @@ class RolloutEngine:
             canvas=record.canvas,
             valid=valid_mask(record.canvas, self.spec.eos_token_ids),
             hinted=record.hinted,
-            trace=record.trace(drawn=config.temperature > 0),
+            trace=record.trace(
+                drawn=config.temperature > 0,
+                monotone=parts is None or parts.monotone,
+                resizes=parts is not None and parts.resize is not None,
+            ),
             nfe=record.nfe,
+            extra_forwards=record.extra_forwards,
             stop_reason=record.stop_reasons(),
             row_ids=ids,
             schedule=config.schedule,
             cache=config.cache,
-            exact=self.spec.attention in cache.exact_for,
+            exact=self.spec.attention in cache.exact_for and (parts is None or parts.inputs is None),
             seed=seed,
             mask_token_id=self.spec.mask_token_id,
             weight_version=self.weight_version,
@@ -158,6 +189,7 @@ class RolloutEngine:
         rows: list[list[int]],
         row_ids: list[int],
         hints: Sequence[Mapping[int, int]] | None,
+        choices: Sequence[Mapping[int, Collection[int]]] | None,
         config: DecodingConfig,
     ) -> None:
         text = self.model.config.get_text_config()
@@ -183,6 +215,8 @@ class RolloutEngine:
                 )
         if len(row_ids) != len(rows) or len(set(row_ids)) != len(row_ids):
             raise ValueError(f"row_ids must be {len(rows)} different integers (prompts x num_generations)")
+        if choices is not None:
+            self._check_choices(choices, len(rows), config)
         if hints is None:
             return
         if self.spec.noise != "mask":
@@ -195,6 +229,81 @@ class RolloutEngine:
                     raise ValueError(
                         f"hints[{row}] maps offset {offset} to token {token}; allowed: offsets 0.."
                         f"{config.canvas_length - 1}, ids 0..{vocabulary - 1} except the mask token {mask}"
+                    )
+
+    def _check_parts(
+        self,
+        schedule: Schedule | CanvasSchedule,
+        config: DecodingConfig,
+        hints: object,
+        choices: object,
+        constraint: object,
+        on_step: object,
+    ) -> None:
+        """Whether the schedule can do with this model what it is asked to."""
+        if isinstance(schedule, CanvasSchedule):
+            for name, value in (("choices", choices), ("constraint", constraint), ("on_step", on_step)):
+                if value is not None:
+                    raise ValueError(f"{name} is not supported for noise={self.spec.noise!r}; leave it None")
+            return
+        if schedule.check is not None:
+            schedule.check(self.model)
+        if constraint is not None and schedule.replace is not None:
+            raise ValueError(
+                f"constraint is not supported for schedule={config.schedule!r}, which replaces written tokens; "
+                "leave it None"
+            )
+        if schedule.resize is not None:
+            for name, value in (("hints", hints), ("choices", choices), ("constraint", constraint)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} is not supported for schedule={config.schedule!r}, which changes the length of the "
+                        "canvas; leave it None"
+                    )
+            if not self.spec.eos_token_ids:
+                raise ValueError(
+                    f"schedule={config.schedule!r} changes the length of the canvas, which needs an end-of-sequence "
+                    "token; the model's eos_token_ids is empty"
+                )
+        if schedule.shadow and self.spec.logit_shift:
+            raise ValueError(
+                f"schedule={config.schedule!r} verifies tokens at their own slot; it cannot be used with logit_shift="
+                f"{self.spec.logit_shift}"
+            )
+
+    def _choices(self, choices: Sequence[Mapping[int, Collection[int]]], length: int, device: torch.device) -> Choices:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        numbers: dict[frozenset[int], int] = {}
+        index = torch.full((len(choices), length), -1)
+        for row, given in enumerate(choices):
+            for offset, tokens in given.items():
+                index[row, offset] = numbers.setdefault(frozenset(tokens), len(numbers))
+        sets = torch.zeros(max(1, len(numbers)), vocabulary, dtype=torch.bool)
+        for allowed, number in numbers.items():
+            sets[number, list(allowed)] = True
+        return Choices(sets.to(device), index.to(device))
+
+    def _check_choices(
+        self, choices: Sequence[Mapping[int, Collection[int]]], rows: int, config: DecodingConfig
+    ) -> None:
+        vocabulary, mask = self.model.config.get_text_config().vocab_size, self.spec.mask_token_id
+        if len(choices) != rows:
+            raise ValueError(f"choices has {len(choices)} entries; one per row is needed: {rows}")
+        checked: set[frozenset[int]] = set()  # one may be as large as the vocabulary and bind every slot of every row
+        for row, given in enumerate(choices):
+            for offset, tokens in given.items():
+                if not 0 <= offset < config.canvas_length:
+                    raise ValueError(
+                        f"choices[{row}] has offset {offset}; allowed: offsets 0..{config.canvas_length - 1}"
+                    )
+                if isinstance(tokens, frozenset) and tokens in checked:
+                    continue
+                checked.add(frozenset(tokens))
+                left = set(tokens) - {mask, *config.suppress_token_ids}
+                if not left or not all(0 <= token < vocabulary for token in tokens):
+                    raise ValueError(
+                        f"choices[{row}] allows {sorted(tokens)[:8]} at offset {offset}; it takes at least one token "
+                        f"that can be drawn, and ids 0..{vocabulary - 1}"
                     )
 
 

@@ -3,10 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class EventKind(IntEnum):
+    """What can happen to a slot."""
+
+    COMMIT = 0
+    """An open slot is written."""
+    REMASK = 1
+    """A written slot is open again; the event's token is the one that is lost."""
+    REPLACE = 2
+    """A written slot gets another token."""
+    INSERT = 3
+    """A slot is put in at the position, open (the mask token) or given; those from there on move right."""
+    TRUNCATE = 4
+    """The slots from the position on are cut off; the event's token is -1."""
+
+
+@dataclass
+class Events:
+    """Everything that happened, in order of rows, their steps, and what came first within a step. E events.
+
+    Args:
+        row: long `[E]`, row of the rollout. step: long `[E]`, the row's own step. kind: long `[E]`, see `EventKind`.
+        position: long `[E]`, canvas offset at that moment. token: long `[E]`.
+        raw_log_prob, log_prob: float `[E]`, as in `Trace`, for tokens that the model wrote; 0 elsewhere.
+        confidence: float `[E]`, the schedule's probability of the candidate; 0 where there is none.
+    """
+
+    row: Tensor
+    step: Tensor
+    kind: Tensor
+    position: Tensor
+    token: Tensor
+    raw_log_prob: Tensor
+    log_prob: Tensor
+    confidence: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def of(self, kind: EventKind) -> Events:
+        """Those of one kind."""
+        chosen = self.kind == kind
+        return Events(**{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
 
 
 @dataclass
@@ -32,13 +77,19 @@ class Trace:
 
     Args:
         commit_step: long `[N, L]`, the row's own step at which a token was committed for good; -1 where none was drawn:
-            a hint, or a slot that was still open when the row stopped at its end-of-sequence token.
+            a given slot, or one that was still open when the row stopped at its end-of-sequence token.
         raw_log_prob: float `[N, L]`, log-probability at drawing time, untempered, over the whole vocabulary; 0 at -1.
         log_prob: float `[N, L]`, log-probability of the distribution really drawn from (without the mask token,
             tempered, filtered), or None where nothing was drawn: at temperature 0, or where the most probable tokens of
             the last step are the result.
         steps: long `[N]`, number of steps of each row.
-        refinement: the states in between, where tokens may change after they were accepted; None where they never do.
+        refinement: the states in between, where a canvas of random tokens is refined; None elsewhere.
+        events: everything that happened, where a schedule can take tokens back, replace them or change the length;
+            None where each slot is written once, so that `commit_step` says everything.
+        selection_log_prob: float `[N, S]`, log-probability of the choice of positions made at each step, 0 behind a
+            row's last; None where positions follow from the candidates.
+        start_length: long `[N]`, slots that a row started with; None: all of the canvas.
+        length: long `[N]`, slots that it ended with; None: all of the canvas.
     """
 
     commit_step: Tensor
@@ -46,6 +97,10 @@ class Trace:
     log_prob: Tensor | None
     steps: Tensor
     refinement: Refinement | None = None
+    events: Events | None = None
+    selection_log_prob: Tensor | None = None
+    start_length: Tensor | None = None
+    length: Tensor | None = None
 
 
 @dataclass
@@ -54,16 +109,20 @@ class Rollout:
 
     Args:
         prompt_ids: N lists of prompt token ids, without padding.
-        canvas: long `[N, L]`, all completion slots; slots behind an early stop hold the end-of-sequence token.
+        canvas: long `[N, L]`, all completion slots; slots behind an early stop or a cut hold the end-of-sequence token.
         valid: bool `[N, L]`, the canvas up to and including the first end-of-sequence token.
-        hinted: bool `[N, L]`, slots that were given.
+        hinted: bool `[N, L]`, slots that were given, by the caller or by the schedule, and so are nobody's choice.
         trace: how the canvas was written.
         nfe: long `[N]`, forwards each row took part in; guidance counts two.
-        stop_reason: per row `"complete"` (every slot is written), `"eos"` (stopped early, the valid part is) or
-            `"max_steps"` (every slot is written, but a canvas of random tokens was still changing or unsure).
+        extra_forwards: long `[N]`, forwards of other models that a schedule asks for advice.
+        stop_reason: per row `"complete"` (every slot is written), `"eos"` (stopped early, the valid part is),
+            `"max_steps"` (every slot is written, but a canvas of random tokens was still changing or unsure),
+            `"step_cap"` (the schedule did not come to an end, so that the engine wrote the rest at once) or
+            `"constraint_dead_end"` (nothing that the constraint admits was among the candidates).
         row_ids: what keyed each row's randomness.
         schedule: name of the schedule. cache: name of the cache policy.
-        exact: whether every logit was that of a full forward; False for caches that approximate.
+        exact: whether every logit was that of a full forward of the tokens in the trace; False for caches that
+            approximate and for schedules that feed something else than tokens.
         seed: of the run. weight_version: the engine's, as set by its owner.
         mask_token_id: of the model; None if it has none.
     """
@@ -81,6 +140,7 @@ class Rollout:
     exact: bool
     seed: int
     mask_token_id: int | None
+    extra_forwards: Tensor
     weight_version: int | None = None
 
     def __len__(self) -> int:
@@ -95,8 +155,11 @@ class Rollout:
         """The canvas `[N, L]` that the model saw before each step, from the first step to the longest row's last.
 
         A row that needed fewer steps keeps its final state. Slots that nothing was written to yet hold the mask token,
-        or -1 if there is none.
+        or -1 if there is none; slots that do not exist (in canvases that change their length) hold -1.
         """
+        if self.trace.events is not None:
+            yield from self._replayed(self.trace.events)
+            return
         commit_step, last = self.trace.commit_step, int(self.trace.steps.max()) if len(self) else 0
         open_slot = -1 if self.mask_token_id is None else self.mask_token_id
         refinement = self.trace.refinement
@@ -109,6 +172,36 @@ class Rollout:
                 places = first + torch.arange(refinement.tokens.shape[2], device=first.device)
                 state[rows[:, None], places] = refinement.tokens[rows, step].long()
             yield state
+
+    def _replayed(self, events: Events) -> Iterator[Tensor]:
+        assert self.mask_token_id is not None
+        by_step: dict[int, list[tuple[int, int, int, int]]] = {}
+        columns = (events.step, events.row, events.kind, events.position, events.token)
+        for step, *event in zip(*(column.tolist() for column in columns), strict=True):
+            by_step.setdefault(step, []).append((event[0], event[1], event[2], event[3]))
+        start = [self.canvas.shape[1]] * len(self)
+        if self.trace.start_length is not None:
+            start = self.trace.start_length.tolist()
+        # Slots that a schedule gives are inserted, so those given from the start are the caller's.
+        given = self.hinted if self.trace.length is None else torch.zeros_like(self.hinted)
+        rows = [
+            [int(token) if known else self.mask_token_id for token, known in zip(ids[:n], mask, strict=False)]
+            for ids, mask, n in zip(self.canvas, given, start, strict=True)
+        ]
+        for step in range(int(self.trace.steps.max()) if len(self) else 0):
+            yield self._padded(rows)
+            for row, kind, position, token in by_step.get(step, ()):
+                if kind == EventKind.INSERT:
+                    rows[row].insert(position, token)
+                elif kind == EventKind.TRUNCATE:
+                    del rows[row][position:]
+                else:
+                    rows[row][position] = self.mask_token_id if kind == EventKind.REMASK else token
+
+    def _padded(self, rows: list[list[int]]) -> Tensor:
+        # Slots are put in before what exceeds the canvas is cut, but never stay beyond it.
+        width = self.canvas.shape[1]
+        return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=self.canvas.device)
 
 
 def valid_mask(canvas: Tensor, eos_token_ids: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ position, the prefix is encoded anew for each canvas instead of being continued,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ from transformers import DynamicCache
 from rl4dlm.models.canvas import canvas_inputs
 from rl4dlm.models.scoring import CHUNK_ELEMENTS
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.batch import Record
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import lowest_argmax
 from rl4dlm.rollout.noise import NoiseSource
+from rl4dlm.rollout.record import EOS, Record
 from rl4dlm.rollout.rollout import Refinement, Trace
 from rl4dlm.rollout.schedules.parts import CanvasSchedule
 
@@ -33,9 +33,9 @@ from rl4dlm.rollout.schedules.parts import CanvasSchedule
 class CanvasRecord(Record):
     """What is known of every row, with the states in between."""
 
-    tokens: Tensor  # [N, S, C]
-    accepted: Tensor  # [N, S, C]
-    unsettled: Tensor  # [N], a canvas ran out of steps
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))  # [N, S, C]
+    accepted: Tensor = field(default_factory=lambda: torch.empty(0))  # [N, S, C]
+    unsettled: Tensor = field(default_factory=lambda: torch.empty(0))  # [N], a canvas ran out of steps
 
     @classmethod
     def blank(
@@ -50,7 +50,7 @@ class CanvasRecord(Record):
             unsettled=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def trace(self, drawn: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool) -> Trace:
         made = int(self.steps.max()) if len(self.steps) else 0
         # Copies: a slice would keep room for all the steps that were never needed.
         states = Refinement(self.tokens[:, :made].clone(), self.accepted[:, :made].clone())
@@ -113,7 +113,7 @@ class CanvasBatch:
                 ends = torch.tensor(self.spec.eos_token_ids, device=canvas.device)
                 ended = torch.isin(canvas[rows, start:stop], ends).any(-1)
                 canvas[rows[ended], stop:] = self.spec.eos_token_ids[0]
-                self.record.stopped_early[rows[ended]] = True
+                self.record.reason[rows[ended]] = EOS
                 rows = rows[~ended]
         self.record.canvas[:] = canvas
 

@@ -103,6 +103,17 @@ def test_two_processes_equal_one(two: Any, one: dict[str, Any], name: str) -> No
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-5), key
 
 
+def test_two_processes_link_the_first_one_s_rows_to_replays(two: Any) -> None:
+    folder = two[0] / "runs" / "full"
+    table = pd.read_parquet(folder / "completions" / "completions_00001.parquet")
+    assert table["replay"].isna().tolist() == [False] * 3 + [True] * 5
+    text = (folder / "replays" / "step_00001.html").read_text(encoding="utf-8")
+    rows = json.loads(text.partition('id="replay">')[2].partition("</script>")[0])["rows"]
+    for row, reward in zip(rows, table["reward"], strict=False):
+        assert float(row["notes"]["reward"]) == pytest.approx(reward, rel=1e-3)
+        assert row["prompt"] == table["prompt"][row["row"]]
+
+
 def test_two_processes_of_sft_equal_one(two: Any, tmp_path: Path) -> None:
     assert_same(two[1]["sft"], load_worker().run_sft(tmp_path, 1), tolerance=1e-5)
 

@@ -43,7 +43,7 @@ def runs(world_size: int) -> dict[str, dict[str, Any]]:
     rows = 8 // world_size
     common = {"per_device_train_batch_size": rows, "max_steps": 4, "beta": 0.04}
     return {
-        "full": {**common, "log_completions": True},
+        "full": {**common, "log_completions": True, "log_replays": 3},
         "accumulated": {**common, "per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2},
         "adapter": {**common, "adapter": True, "gradient_checkpointing": True},
         "evaluated": {

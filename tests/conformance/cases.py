@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 COVERED = {
+    "ass": "ascending step sizes",
+    "eoser": "EOSER, alone and with ascending step sizes",
+    "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
+    "daedal": "DAEDAL's variable length",
+    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix cache",
     "tinydlm": "logits of the model itself",
     "llada": "LLaDA's sampler and its table of counts",
     "d1": "diffu-GRPO: samplers, log-probabilities, losses, rewards",
-    "fastdllm": "confidence threshold, without cache and with prefix cache",
+    "fastdllm": "confidence threshold, without cache and with prefix cache; the factor rule",
+    "dream": "Dream's samplers, and Fast-dLLM's threshold in them",
 }
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    "adablock": "AdaBlock-dLLM's adaptive blocks",
-    "ass": "ascending step sizes",
     "coupled": "coupled-GRPO",
-    "daedal": "DAEDAL's variable length",
     "dmpo": "DMPO",
-    "dream": "Dream's samplers",
-    "eoser": "EOSER",
     "espo": "ESPO",
     "freedave": "FreeDave's draft and verify",
-    "mdpo": "MDPO and running-confidence remasking",
     "spg": "SPG",
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""
@@ -67,26 +68,28 @@ class Case:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.family == "tinydlm":
             return "logits"
-        if self.family == "llada" and "table" in self.outputs:
-            return "counts"
         if self.family == "d1" and self.name.startswith("d1_rewards"):
             return "rewards"
+        if "table" in self.outputs:
+            return "counts"
         if self.family == "d1" and "loss" in self.outputs:
             return "loss"
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
-            if self.settings.get("factor") is not None:
-                return "not covered: the factor rule"
             if self.cache not in ("none", "prefix"):
                 return f"not covered: the {self.cache} cache"
+            if self.family == "dream" and (self.settings.get("temperature") or self.settings.get("alg_temp")):
+                return "not covered: draws whose randomness is torch's own"
+            if self.settings.get("factor") is not None and self.cache != "none":
+                return f"not covered: the factor rule with the {self.cache} cache"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
 
     @property
     def cache(self) -> str:
         """The cache of a recorded sampler, from the name of the recorded function."""
-        function = str(self.source.get("function") or self.name) if self.family == "fastdllm" else ""
+        function = str(self.source.get("function") or self.name)
         return next((kind for kind in ("prefix", "dual") if kind in function), "none")
 
     @property
@@ -121,6 +124,15 @@ def load_cases() -> list[Case]:
     """Every case. JSON files that are not cases (a model's configuration beside them) are left out."""
     found = [Case.load(path) for path in case_files()]
     return [case for case in found if case.outputs]
+
+
+def not_covered() -> dict[str, list[str]]:
+    """Reason to names of the cases that are not run."""
+    reasons = defaultdict(list)
+    for case in load_cases():
+        if case.not_covered:
+            reasons[case.not_covered].append(case.name)
+    return dict(reasons)
 
 
 def _floats(value: Any) -> Any:

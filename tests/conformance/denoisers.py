@@ -25,7 +25,9 @@ def spec_of(case: Case) -> DiffusionSpec:
     config = _config()
     eos = case.settings.get("eos_id", config.get("eos_token_id"))
     mask = case.settings.get("mask_id", config.get("mask_token_id"))
-    return DiffusionSpec(mask_token_id=mask, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+    shift = int(case.family == "dream")  # Dream predicts the next token, as the causal model that it came from
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    return DiffusionSpec(mask_token_id=mask, eos_token_ids=eos, logit_shift=shift)
 
 
 def denoiser(case: Case, name: str = "model") -> LlamaForCausalLM:

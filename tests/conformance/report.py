@@ -11,6 +11,18 @@ explained: dict[str, list[str]] = defaultdict(list)
 """Rule to names of the cases whose recorded output follows from it."""
 
 
+def found() -> dict[str, dict[str, list[str]]]:
+    """All that was gathered in this process, in a form that a test worker can send."""
+    return {"equal": dict(equal), "explained": dict(explained)}
+
+
+def add(other: dict[str, dict[str, list[str]]]) -> None:
+    """Takes in what another process has `found`."""
+    for mine, theirs in ((equal, other["equal"]), (explained, other["explained"])):
+        for key, names in theirs.items():
+            mine[key].extend(names)
+
+
 def lines(not_covered: dict[str, list[str]]) -> list[str]:
     """The report. `not_covered` maps a reason to names of cases."""
     text = []

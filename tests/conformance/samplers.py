@@ -1,28 +1,24 @@
-"""Runs a recorded sampler case through the rollout engine, with the recorded noise."""
+"""Runs a recorded sampler case through the rollout engine, with the recorded noise.
+
+What is particular to a family of cases is in `literals/`; this knows only what their records have in common.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
-from rl4dlm.rollout.schedules.llada import fixed_blocks
-from rl4dlm.rollout.schedules.parts import Schedule, above, random_order
+from rl4dlm.rollout.noise import NoiseSource
+from rl4dlm.rollout.rollout import Rollout
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import denoiser, spec_of
-
-DEFAULT_EOT = 2  # what the recorded functions' hard-coded end-of-turn id was replaced by
-
-
-class ThresholdOnRandomOrder(DecodingConfig):
-    """What Fast-dLLM's settings `threshold` and `remasking="random"` mean together, from the library's parts."""
-
-    def build_schedule(self) -> Schedule:
-        return Schedule(fixed_blocks(self), random_order, above(self.arguments().threshold))
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Recorded:
     case: Case
     prompts: Tensor  # long [B, P]
     keys: Tensor  # bool [B, P], what the reference attended to
-    ids: Tensor  # long [B, T]
+    ids: Tensor  # long [B, T]; -1 behind the end of a row in records of rows of different lengths
     forwards: list[Tensor] | None  # long [B, n] each, what was fed; n < T where keys and values were cached
     nfe: int
 
@@ -46,12 +42,20 @@ class Recorded:
         forwards = case.outputs.get("forward_inputs")
         if forwards is not None:  # with guidance the unconditional copies are the second half
             forwards = [torch.tensor(f).view(-1, torch.tensor(f).shape[-1])[: len(prompts)] for f in forwards]
+        ids = torch.tensor(case.outputs["ids"]).view(len(prompts), -1)
+        if not torch.equal(ids[:, : prompts.shape[1]], prompts):  # some records leave the prompt out
+            ids = torch.cat([prompts, ids], dim=1)
         nfe = case.outputs.get("nfe_forward_calls", case.outputs.get("nfe"))
-        return cls(case, prompts, keys, torch.tensor(case.outputs["ids"]).view(len(prompts), -1), forwards, int(nfe))
+        return cls(case, prompts, keys, ids, forwards, int(nfe))
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
-        return self.case.settings["gen_length"]
+        """Canvas slots."""
+        settings = self.case.settings
+        return next(
+            (settings[name] for name in ("gen_length", "max_new_tokens", "max_gen_length") if name in settings),
+            self.ids.shape[1] - self.prompts.shape[1],
+        )
 
     @property
     def block_length(self) -> int:
@@ -63,15 +67,6 @@ class Recorded:
         return max(1, self.case.settings["steps"] // (self.length // self.block_length))
 
     @property
-    def runs_all_steps(self) -> bool:
-        """Whether the reference runs a fixed number of steps per block (LLaDA, d1) or until the block is full."""
-        return self.case.family != "fastdllm"
-
-    @property
-    def threshold(self) -> float | None:
-        return self.case.settings.get("threshold")
-
-    @property
     def guidance(self) -> float:
         return self.case.settings.get("cfg_scale") or 0.0
 
@@ -80,20 +75,16 @@ class Recorded:
         return self.case.settings.get("temperature") or 0.0
 
     @property
-    def random(self) -> bool:
-        return self.case.settings.get("remasking") == "random"
+    def mask(self) -> int:
+        return spec_of(self.case).mask_token_id
 
     @property
     def eos(self) -> tuple[int, ...]:
         return spec_of(self.case).eos_token_ids
 
     @property
-    def eot(self) -> int:
-        return self.case.settings.get("eot_id", DEFAULT_EOT)
-
-    @property
     def masks_in_prompt(self) -> bool:
-        return bool(((self.prompts == spec_of(self.case).mask_token_id) & self.keys).any())
+        return bool(((self.prompts == self.mask) & self.keys).any())
 
 
 @dataclass
@@ -105,34 +96,81 @@ class Run:
     nfe: list[int] = field(default_factory=list)  # [B], forwards that wrote something; guidance counts once
 
 
-def run_engine(recorded: Recorded) -> Run:
+@dataclass
+class Literal:
+    """What a literal sampler did."""
+
+    ids: Tensor  # long [B, T]
+    forwards: list[Tensor] = field(default_factory=list)  # long [B, n] each, what was fed
+    states: list[Tensor] = field(default_factory=list)  # long [B, T] each, the rows before each forward
+    wrote: list[Tensor] = field(default_factory=list)  # bool [B] each, whether our engine makes that forward too
+    rules: set[str] = field(default_factory=set)  # the deviations from ours that came to bear
+
+    def working(self) -> Run:
+        """Row by row, without the forwards that had nothing to write."""
+        states = [
+            [state[row] for state, wrote in zip(self.states, self.wrote, strict=True) if wrote[row]]
+            for row in range(len(self.ids))
+        ]
+        return Run(self.ids, states, [len(row) for row in states])
+
+
+class Family(Protocol):
+    """A module of `literals/`: what it must have. It may have more, see `Optional`."""
+
+    def config(self, recorded: Recorded) -> DecodingConfig:
+        """What we run."""
+        ...
+
+    def literal(self, recorded: Recorded, *, deviations: bool = True) -> Literal:
+        """What the reference does, by a sampler that shares nothing with ours; without the deviations: what we do."""
+        ...
+
+
+class Optional(Protocol):
+    """Functions that a module of `literals/` may have; by default the functions of this and the next file serve."""
+
+    def record(self, case: Case) -> Recorded:
+        """Instead of `Recorded.of`, for records of another form."""
+        ...
+
+    def noise(self, recorded: Recorded) -> NoiseSource | None:
+        """What replays the recorded noise; by default there is none."""
+        ...
+
+    def rows(self, recorded: Recorded, rollout: Rollout) -> Run:
+        """Instead of `rows_of`, for canvases that change their length."""
+        ...
+
+    def difference(self, recorded: Recorded, run: Run) -> str:
+        """Instead of `verdict.difference`, likewise: in what a run differs from the record; empty when in nothing."""
+        ...
+
+    def made_up(self, seed: int) -> Recorded:
+        """A case with random settings, prompts and noise, not yet run; the engine must do as the literal does."""
+        ...
+
+    def check_counts(self, case: Case) -> None:
+        """For cases that are tables of counts: asserts that ours are the same."""
+        ...
+
+
+def run_engine(recorded: Recorded, family: Family) -> Run:
     """The case through `RolloutEngine`. Where the reference attends to padding, padding is prompt tokens."""
-    case, settings = recorded.case, recorded.case.settings
     prompts = []
     for row, keys in zip(recorded.prompts, recorded.keys, strict=True):
         assert bool((keys.long().diff() >= 0).all()), "padding that is not on the left has no counterpart here"
         prompts.append(row[keys].tolist())
-    if recorded.threshold is None:
-        schedule, arguments = "random" if recorded.random else "low_confidence", {}
-    else:
-        schedule, arguments = "threshold", {"threshold": recorded.threshold}
-    config = (ThresholdOnRandomOrder if recorded.random and arguments else DecodingConfig)(
-        canvas_length=recorded.length,
-        block_length=recorded.block_length,
-        schedule=schedule,
-        steps=recorded.steps_per_block * (recorded.length // recorded.block_length) if not arguments else None,
-        temperature=recorded.temperature,
-        cfg_scale=recorded.guidance,
-        cache=case.cache,
-        stop_at_eos=False,
-        suppress_token_ids=recorded.eos if settings.get("logits_eos_inf") else (),
-        defer_token_ids=(*recorded.eos, recorded.eot) if settings.get("confidence_eos_eot_inf") else (),
-        schedule_args=arguments,
-    )
-    engine = RolloutEngine(denoiser(case), spec_of(case))
-    rollout = engine.generate(prompts, config, noise=ReplayedNoise(recorded) if case.noise else None)
+    config = family.config(recorded)
+    noise = getattr(family, "noise", lambda recorded: None)(recorded)
+    rollout = RolloutEngine(denoiser(recorded.case), spec_of(recorded.case)).generate(prompts, config, noise=noise)
     assert all(reason == "complete" for reason in rollout.stop_reason)
-    assert rollout.exact == (case.cache == "none")
+    assert rollout.exact == (config.cache == "none")
+    return getattr(family, "rows", rows_of)(recorded, rollout)
+
+
+def rows_of(recorded: Recorded, rollout: Rollout) -> Run:
+    """A rollout as rows of the record's form."""
     states = [torch.cat([recorded.prompts, state], dim=1) for state in rollout.states()]
     nfe = [int(n) // (2 if recorded.guidance else 1) for n in rollout.nfe]
     return Run(
@@ -163,13 +201,13 @@ def recorded_noise(recorded: Recorded) -> tuple[list[Tensor], list[Tensor]]:
 class ReplayedNoise:
     """A `NoiseSource` that replays recorded uniforms, which are indexed by the reference's forward.
 
-    A row's own steps are fewer where the reference runs steps that write nothing, so they are counted block by block.
+    `forward_of(row, step, position)` says which forward of the reference corresponds to a row's own step at which
+    something is drawn at a canvas offset. Schedules ask at open slots only.
     """
 
     def __init__(self, recorded: Recorded) -> None:
         self.recorded = recorded
         self.tokens, self.order = recorded_noise(recorded)
-        self.entered: dict[int, list[tuple[int, int]]] = {}  # row -> (block, the row's step at its first step) so far
 
     def uniform(self, purpose: str, rows: Tensor, steps: Tensor, positions: Tensor) -> Tensor:
         assert purpose == "order", f"the references draw no {purpose!r}"
@@ -184,25 +222,13 @@ class ReplayedNoise:
         keys = zip(rows.tolist(), steps.tolist(), positions.tolist(), strict=True)
         found = []
         for row, step, position in keys:
-            at = values[min(self._forward(row, step, position), len(values) - 1)][row]
+            at = values[min(self.forward_of(row, step, position), len(values) - 1)][row]
             found.append(at[len(at) - self.recorded.length + position])
         return torch.stack(found)
 
-    def _forward(self, row: int, step: int, position: int) -> int:
-        block = position // self.recorded.block_length
-        entered = self.entered.setdefault(row, [(block, step)])
-        if entered[-1][0] != block:
-            entered.append((block, step))
-        starts = [first for _, first in entered]
-        made = [after - before for before, after in itertools.pairwise(starts)]
-        return sum(forwards_of_block(self.recorded, steps) for steps in made) + step - starts[-1]
-
-
-def forwards_of_block(recorded: Recorded, writing: int) -> int:
-    """Forwards the reference spends on a block that took so many steps which wrote something."""
-    if recorded.runs_all_steps:
-        return recorded.steps_per_block
-    return max(2, writing) if recorded.case.cache == "prefix" else writing
+    def forward_of(self, row: int, step: int, position: int) -> int:
+        """By default a row makes the same steps as the reference."""
+        return step
 
 
 def gumbel(uniforms: Tensor) -> Tensor:

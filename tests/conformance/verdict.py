@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conformance.literal import MASK_IN_PROMPT, literal
+from tests.conformance.literals import family_of
+from tests.conformance.literals.tools import MASK_IN_PROMPT
 from tests.conformance.samplers import Recorded, Run, run_engine
 
 
@@ -14,16 +15,18 @@ def verdict(recorded: Recorded) -> set[str]:
 
     Raises AssertionError if the rules do not predict the record, or do not lead from the record to what the engine did.
     """
+    family = family_of(recorded.case)
+    differs = getattr(family, "difference", difference)
     ours = None
     if recorded.masks_in_prompt:
         with pytest.raises(ValueError, match="contains the mask token"):
-            run_engine(recorded)
+            run_engine(recorded, family)
     else:
-        ours = run_engine(recorded)
-        if not difference(recorded, ours):
+        ours = run_engine(recorded, family)
+        if not differs(recorded, ours):
             return set()
-    theirs = literal(recorded)
-    assert theirs.rules, f"no rule explains why {difference(recorded, ours)}"
+    theirs = family.literal(recorded)
+    assert theirs.rules, f"no rule explains why {differs(recorded, ours)}"
     assert torch.equal(theirs.ids, recorded.ids), f"{theirs.rules} do not predict the recorded ids"
     assert len(theirs.forwards) == recorded.nfe, f"{theirs.rules} do not predict the recorded number of forwards"
     if recorded.forwards is not None:
@@ -32,7 +35,7 @@ def verdict(recorded: Recorded) -> set[str]:
     if ours is None:
         assert MASK_IN_PROMPT in theirs.rules
         return theirs.rules
-    predicted = literal(recorded, deviations=False).working()
+    predicted = family.literal(recorded, deviations=False).working()
     assert torch.equal(ours.ids, predicted.ids), f"{theirs.rules} do not predict our ids"
     assert ours.nfe == predicted.nfe, f"{theirs.rules} do not predict our forwards"
     for mine, expected in zip(ours.states, predicted.states, strict=True):

@@ -244,7 +244,7 @@ class LeftToRight(DecodingConfig):
             whole = torch.full_like(window.masked_at_start, self.block_length)
             return top(scores, window.eligible, even_counts(whole, self.steps_per_block, window.step))
 
-        return Schedule(fixed_blocks(self), lambda window: -window.positions.double(), rule)
+        return Schedule(fixed_blocks(self), lambda step: -step.offsets.double().expand(step.tokens.shape), rule)
 
 
 def recorded_model(folder: Path, block_length: int) -> Any:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from rl4dlm.rollout.decoding import DecodingConfig
-from rl4dlm.rollout.drawing import draw_tokens
+from rl4dlm.rollout.drawing import Places, Scored
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import KeyedNoise, inverse_cdf, keyed_uniform
 from tests.rollout.chi_square import chi_square
 from tests.rollout.denoisers import sampling_distribution
@@ -113,14 +114,18 @@ def test_draws_follow_the_filtered_distribution(name: str):
     settings = FILTERS[name]
     rows = torch.arange(N // 4)
     noise, zero = KeyedNoise(9), torch.zeros_like(rows)
-    drawn = draw_tokens(
-        LOGITS.expand(len(rows), -1),
-        lambda probabilities: noise.draw(probabilities, rows, zero, zero),
-        mask_token_id=LIKELY_MASK,
-        **settings,
-    )
     logits = LOGITS.clone()
     logits[list(settings.get("suppress", ()))] = -torch.inf
+    scored = Scored(
+        logits.expand(len(rows), -1),
+        settings["temperature"],
+        settings.get("top_p", 1.0),
+        settings.get("top_k", 0),
+        LIKELY_MASK,
+        None,
+        Places(rows, zero, zero, rows, zero, noise, Memory()),
+    )
+    drawn = scored.drawn(scored.log_probs)
     expected = sampling_distribution(
         logits, LIKELY_MASK, settings["temperature"], settings.get("top_p", 1.0), settings.get("top_k", 0)
     )

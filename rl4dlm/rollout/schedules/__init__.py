@@ -2,7 +2,54 @@
 
 from __future__ import annotations
 
-from rl4dlm.rollout.schedules import entropy_bound_canvas, llada, threshold
+from rl4dlm.rollout.schedules import (
+    adablock,
+    ctrldiff,
+    daedal,
+    dinfer,
+    dream,
+    editing,
+    edlm,
+    entropy_bound,
+    entropy_bound_canvas,
+    eoser,
+    guided,
+    klass,
+    latent_refinement,
+    learn2pd,
+    llada,
+    pc_sampler,
+    rcr,
+    saber,
+    schema,
+    sdar,
+    threshold,
+    wino,
+)
 from rl4dlm.rollout.schedules.registry import register
 
-__all__ = ["entropy_bound_canvas", "llada", "register", "threshold"]
+__all__ = [
+    "adablock",
+    "ctrldiff",
+    "daedal",
+    "dinfer",
+    "dream",
+    "editing",
+    "edlm",
+    "entropy_bound",
+    "entropy_bound_canvas",
+    "eoser",
+    "guided",
+    "klass",
+    "latent_refinement",
+    "learn2pd",
+    "llada",
+    "pc_sampler",
+    "rcr",
+    "register",
+    "saber",
+    "schema",
+    "sdar",
+    "threshold",
+    "wino",
+]

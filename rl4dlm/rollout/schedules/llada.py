@@ -1,7 +1,8 @@
-"""LLaDA's sampler (Nie et al., arXiv 2502.09992): an even number of tokens per step, best first or in random order.
+"""LLaDA's sampler (Nie et al., arXiv 2502.09992): an even number of tokens per step, best first or in another order.
 
 In each block the masked positions are shared out evenly over the block's steps. `low_confidence` commits the candidates
-of highest untempered probability; `random` an order drawn per row. Differences from the released sampler: the mask
+of highest untempered probability; `random` an order drawn per row; `left_to_right` the first ones, as a causal model
+would with a few tokens at a time. Differences from the released sampler: the mask
 token is no candidate, masked means "a slot not yet written" rather than "holds the mask id", noise is keyed per
 position, steps at which nothing is left to write cost no forward.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rl4dlm.rollout.schedules.parts import FixedBlocks, Schedule, even_top, probability, random_order
+from torch import Tensor
+
+from rl4dlm.rollout.schedules.parts import FixedBlocks, Schedule, Step, even_top, probability, random_order
 from rl4dlm.rollout.schedules.registry import register
 
 
@@ -32,6 +35,17 @@ def random(arguments: LLaDAArguments, config: Any) -> Schedule:
     return Schedule(fixed_blocks(config), random_order, even_top(config.steps_per_block))
 
 
+@register("left_to_right", LLaDAArguments)
+def left_to_right(arguments: LLaDAArguments, config: Any) -> Schedule:
+    """Commits positions in reading order, whatever their confidence."""
+    return Schedule(fixed_blocks(config), reading_order, even_top(config.steps_per_block))
+
+
+def reading_order(step: Step) -> Tensor:
+    """Scores `[R, W]` that fall from left to right."""
+    return -step.offsets.to(step.drawn.confidence).expand(step.tokens.shape)
+
+
 def fixed_blocks(config: Any) -> FixedBlocks:
     """The blocks that a `DecodingConfig` asks for."""
-    return FixedBlocks(config.block_length or config.canvas_length, config.canvas_length)
+    return FixedBlocks(config.block_length or config.canvas_length)

@@ -1,84 +1,278 @@
 """What schedules are made of: small functions over rows, none of which reads another row.
 
 A schedule has a block policy (where it may write), a confidence (which candidates are good) and a commit rule (which of
-them are written now). The engine owns the order of things, the eligible set and progress: it never commits outside the
-eligible set, and writes the best candidate of a row whose rule picked none.
+them are written now). Some also take tokens back, replace them, change the length of the canvas, look at more of the
+logits or feed something else than tokens; each is a part of its own. The engine owns the order of things, the eligible
+set and progress: it never commits outside the eligible set, never touches a slot that was given, and writes the best
+candidate of a row whose rules would not get on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.drawing import Drawn
+from rl4dlm.rollout.drawing import Drawn, Reading, Transform
+from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
 
+Scope = Literal["eligible", "masked", "block", "canvas"]
+"""Which slots a step draws candidates for and reads: the masked ones up to the end of the active block, all masked
+ones, the masked ones up to there and the written ones of the block, or all there are."""
 
-@dataclass(frozen=True)
-class Window:
-    """The active block of each row at one step; R rows, blocks of at most W positions.
+
+@dataclass
+class Step:
+    """All rows at one step, as a schedule sees them. R rows, canvases of W slots; everything is per row.
 
     Args:
-        eligible: bool `[R, W]`, masked positions of the block; everything else is undefined where this is False.
-        positions: long `[R, W]`, canvas offsets, ascending.
+        tokens: long `[R, W]`, the canvas before this step; the mask token where nothing is written.
+        masked: bool `[R, W]`, slots that are not written. locked: bool `[R, W]`, slots that were given, never changed.
+        length: long `[R]`, slots of each row; what lies behind does not exist.
+        start: long `[R]`, first slot of the active block. stop: long `[R]`, the one behind its last.
+        block: long `[R]`, its number, from 0.
+        eligible: bool `[R, W]`, masked slots before `stop`: what may be written now.
+        seen: bool `[R, W]`, slots that have a candidate; `drawn` and `read` are undefined elsewhere.
         drawn: candidates, tensors `[R, W]`.
+        read: what the schedule's `reads` gave, by name, `[R, W, ...]`.
         step: long `[R]`, steps already made in this block. total_step: long `[R]`, steps already made in all.
-        masked_at_start: long `[R]`, masked positions when the block was entered.
+        masked_at_start: long `[R]`, masked slots before `stop` when the block was entered.
+        prompts: token ids of each row's prompt, without padding.
         row_ids: long `[R]`. noise: keyed by row id, step and position.
+        memory: what parts remember of these rows; parts write into it.
+        mask_token_id, eos_token_ids: of the model.
+        selection_log_prob: `[R]`, for parts that draw positions to add the log-probability of their draw to.
+        extra_forwards: long `[R]`, for parts that run another model to count its forwards in.
     """
 
+    tokens: Tensor
+    masked: Tensor
+    locked: Tensor
+    length: Tensor
+    start: Tensor
+    stop: Tensor
+    block: Tensor
     eligible: Tensor
-    positions: Tensor
+    seen: Tensor
     drawn: Drawn
+    read: Mapping[str, Tensor]
     step: Tensor
     total_step: Tensor
     masked_at_start: Tensor
+    prompts: list[list[int]]
     row_ids: Tensor
     noise: NoiseSource
+    memory: Memory
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    selection_log_prob: Tensor
+    extra_forwards: Tensor
 
+    @property
+    def offsets(self) -> Tensor:
+        """long `[W]`, canvas offsets."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
-Confidence = Callable[[Window], Tensor]
-"""Scores `[R, W]`; higher is written earlier."""
+    @property
+    def inside(self) -> Tensor:
+        """bool `[R, W]`, slots of the active block."""
+        return (self.offsets >= self.start[:, None]) & (self.offsets < self.stop[:, None])
 
-CommitRule = Callable[[Window, Tensor], Tensor]
-"""From the window and scores `[R, W]` to bool `[R, W]`: what is written in this step."""
+    @property
+    def written(self) -> Tensor:
+        """bool `[R, W]`, slots that hold a token, given ones included."""
+        return ~self.masked & (self.offsets < self.length[:, None])
+
+    def is_eos(self, tokens: Tensor) -> Tensor:
+        """Where a tensor of ids holds an end-of-sequence token; bool of its shape."""
+        return torch.isin(tokens, torch.tensor(self.eos_token_ids, dtype=tokens.dtype, device=tokens.device))
+
+    def uniform(self, purpose: str, where: Tensor | None = None) -> Tensor:
+        """Uniform numbers in (0, 1), float64 `[R, W]`, keyed by row id, the row's step and the slot.
+
+        Args:
+            purpose: streams of different purposes are independent.
+            where: bool `[R, W]`, slots that need one, 0 elsewhere; None: all.
+        """
+        rows, slots = (torch.ones_like(self.masked) if where is None else where).nonzero(as_tuple=True)
+        drawn = self.noise.uniform(purpose, self.row_ids[rows], self.total_step[rows], slots)
+        return torch.zeros(self.masked.shape, dtype=drawn.dtype, device=drawn.device).index_put((rows, slots), drawn)
 
 
 @dataclass(frozen=True)
-class FixedBlocks:
-    """Blocks of equal length, written left to right. The last one, and a first one that started earlier, are shorter.
+class BlockStart:
+    """Rows that begin a block, as a block policy sees them.
 
     Args:
-        block_length: of a whole block. canvas_length: where the last one ends.
+        start: long `[R]`, the first slot of the block. block: long `[R]`, its number, from 0.
+        offset: long `[R]`, prompt tokens that lie in the same block of the model's attention as the first slot.
+        length: long `[R]`, slots of each row.
+        masked: bool `[R, W]`.
+        memory: of these rows.
     """
 
-    block_length: int
-    canvas_length: int
+    start: Tensor
+    block: Tensor
+    offset: Tensor
+    length: Tensor
+    masked: Tensor
+    memory: Memory
 
-    def bounds(self, block: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """First canvas offset of blocks, and the one behind their last.
 
-        Args:
-            block: long `[R]`, from 0.
-            offset: long `[R]`, prompt tokens that are in the first block of each row, fewer than a whole block.
+class BlockPolicy(Protocol):
+    """Decides where blocks end. Each starts where the one before ended, the first at slot 0."""
 
-        Returns:
-            long `[R]` each.
-        """
-        start = block * self.block_length - offset
-        return start.clamp(min=0), (start + self.block_length).clamp(max=self.canvas_length)
+    @property
+    def on_grid(self) -> bool:
+        """Whether the blocks are those of a fixed grid, as models need whose attention has blocks."""
+        ...
+
+    def end(self, rows: BlockStart) -> Tensor:
+        """The slot behind the last one of the block: long `[R]`, larger than `start`. Called for all rows; it counts
+        for those that begin a block."""
+        ...
+
+    def settle(self, step: Step) -> Tensor | None:
+        """A new end, long `[R]`, once the candidates of a block's first step are known (`step.step == 0`; it counts
+        for those rows only); None leaves all as they are."""
+        ...
+
+
+Confidence = Callable[[Step], Tensor]
+"""Scores `[R, W]`; higher is written earlier."""
+
+CommitRule = Callable[[Step, Tensor], Tensor]
+"""From the step and the scores to bool `[R, W]`: slots that are written now. Only eligible ones count."""
+
+RemaskRule = Callable[[Step, Tensor], Tensor]
+"""From the step and what it commits, bool `[R, W]`, to bool `[R, W]`: slots that are masked again after that, whether
+written in this step or earlier. Only written slots that were not given count."""
+
+ReplaceRule = Callable[[Step, Tensor], Tensor]
+"""From the step and what it commits to bool `[R, W]`: written slots that take their candidate instead of their token.
+Only slots in `step.seen` that were not given count."""
+
+RowRule = Callable[[Step], Tensor]
+"""From the step to bool `[R]`."""
+
+SoftInput = Callable[["CanvasInput"], Tensor]
+"""From the canvas as it is about to be fed to its input embeddings `[R, W, D]`."""
+
+
+@dataclass(frozen=True)
+class CanvasInput:
+    """A canvas on its way into the model.
+
+    Args:
+        embeddings: `[R, W, D]`, of its tokens. masked: bool `[R, W]`.
+        total_step: long `[R]`, steps already made. memory: of these rows.
+    """
+
+    embeddings: Tensor
+    masked: Tensor
+    total_step: Tensor
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A change of length after a step: first slots are put in, then what exceeds a length is cut off.
+
+    Args:
+        at: long `[R]`, slots go in before this one; `length` appends.
+        count: long `[R]`, how many, 0 for none.
+        token: long `[R]`, what they hold; the mask token leaves them open, anything else counts as given.
+        limit: long `[R]`, the largest length afterwards.
+    """
+
+    at: Tensor
+    count: Tensor
+    token: Tensor
+    limit: Tensor
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The parts of a schedule."""
+    """The parts of a schedule. What is None is not done.
 
-    blocks: FixedBlocks
+    Args:
+        blocks: where blocks end. confidence: which candidates are good. commit: which are written.
+        propose: other candidates than those drawn, before anything else looks at them.
+        replace: which written tokens take their candidate. remask: which slots are masked again.
+        resize: how the canvas changes its length.
+        stay: rows that make another step in their block though nothing in it is masked.
+        finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
+        scope: slots that candidates are drawn for.
+        reads: more to be had from the logits of these slots, by name.
+        transform: changes logits before candidates are drawn.
+        inputs: what is fed in place of the canvas's embeddings.
+        shadow: the active block is also fed as a copy of mask tokens, each of which sees all but the slot it stands
+            for; `read["shadow"]` is then the log-probability there of the token now held, `[R, W]`, in written slots of
+            the block.
+        patience: steps in a row that a row may spend without more slots being written than before; after that the
+            engine writes its best candidate and takes nothing back.
+        start_length: slots that a row starts with; None: all of the canvas.
+        reopens: the rules take back slots of earlier blocks too.
+        check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
+    """
+
+    blocks: BlockPolicy
     confidence: Confidence
     commit: CommitRule
+    propose: Callable[[Step], Drawn] | None = None
+    replace: ReplaceRule | None = None
+    remask: RemaskRule | None = None
+    resize: Callable[[Step], Resize | None] | None = None
+    stay: RowRule | None = None
+    finish: RowRule | None = None
+    scope: Scope = "eligible"
+    reads: Mapping[str, Reading] = field(default_factory=dict)
+    transform: Transform | None = None
+    inputs: SoftInput | None = None
+    shadow: bool = False
+    patience: int = 0
+    start_length: int | None = None
+    reopens: bool = False
+    check: Callable[[Any], None] | None = None
+
+    @property
+    def monotone(self) -> bool:
+        """Whether each slot is written once and for good, so that the steps of commitment say everything."""
+        return self.replace is None and self.remask is None and self.resize is None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every step needs a forward of the whole row, which rules out caches."""
+        return (
+            self.reopens
+            or self.shadow
+            or self.inputs is not None
+            or self.resize is not None
+            or self.scope in ("masked", "canvas")
+        )
+
+
+@dataclass(frozen=True)
+class FixedBlocks:
+    """Blocks of equal length. The last one, and a first one that started in the prompt, are shorter.
+
+    Args:
+        block_length: of a whole block.
+    """
+
+    block_length: int
+    on_grid: bool = True
+
+    def end(self, rows: BlockStart) -> Tensor:
+        grid = (rows.start + rows.offset).div(self.block_length, rounding_mode="floor") + 1
+        return torch.minimum(grid * self.block_length - rows.offset, rows.length)
+
+    def settle(self, step: Step) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -100,16 +294,14 @@ class CanvasSchedule:
     confidence: float
 
 
-def probability(window: Window) -> Tensor:
+def probability(step: Step) -> Tensor:
     """The candidate's untempered probability (low-confidence remasking keeps the most confident)."""
-    return window.drawn.confidence
+    return step.drawn.confidence
 
 
-def random_order(window: Window) -> Tensor:
+def random_order(step: Step) -> Tensor:
     """Uniform scores: positions are written in random order."""
-    rows, width = window.positions.shape
-    row_ids, steps = (k[:, None].expand(rows, width).flatten() for k in (window.row_ids, window.total_step))
-    return window.noise.uniform("order", row_ids, steps, window.positions.flatten()).view(rows, width)
+    return step.uniform("order", step.eligible)
 
 
 def even_counts(masked: Tensor, steps: int, step: Tensor) -> Tensor:
@@ -127,23 +319,33 @@ def even_counts(masked: Tensor, steps: int, step: Tensor) -> Tensor:
 def even_top(steps: int) -> CommitRule:
     """Commits the best positions, an even number at each of `steps` steps per block."""
 
-    def rule(window: Window, scores: Tensor) -> Tensor:
-        counts = even_counts(window.masked_at_start, steps, window.step)
-        return top(scores, window.eligible, counts)
+    def rule(step: Step, scores: Tensor) -> Tensor:
+        return top(scores, step.eligible, even_counts(step.masked_at_start, steps, step.step))
 
     return rule
 
 
 def above(threshold: float) -> CommitRule:
     """Commits every position whose score reaches the threshold."""
-    return lambda window, scores: scores >= threshold
+    return lambda step, scores: scores >= threshold
 
 
 def top(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """The best `counts` `[R]` eligible positions of each row, the lower position among equals: bool `[R, W]`."""
+    return (ranks(scores, eligible) < counts[:, None]) & eligible
+
+
+def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
+    """The rank of each eligible position in its row, 0 for the highest score, the lower position first among equals.
+
+    Args:
+        scores: `[R, W]`. eligible: bool `[R, W]`.
+
+    Returns:
+        long `[R, W]`; the others come behind.
+    """
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     first = eligible.gather(-1, by_score).long().argsort(dim=-1, descending=True, stable=True)
     order = by_score.gather(-1, first)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, places)
-    return (rank < counts[:, None]) & eligible
+    return torch.empty_like(order).scatter_(-1, order, places)

@@ -1,0 +1,125 @@
+"""What a batch writes down while it decodes: one record for all rows of a call, filled by batches of some of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rl4dlm.rollout.rollout import EventKind, Events, Trace
+
+STOP_REASONS = ("complete", "eos", "step_cap", "constraint_dead_end")
+COMPLETE, EOS, STEP_CAP, DEAD_END = range(len(STOP_REASONS))
+
+
+@dataclass
+class Log:
+    """Parts of the lists that become `Events` and the selection log-probabilities; rows are those of the whole call."""
+
+    events: list[dict[str, Tensor]] = field(default_factory=list)
+    selections: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # rows, steps, values
+
+    def add(
+        self,
+        kind: EventKind,
+        rows: Tensor,
+        steps: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        **numbers: Tensor,
+    ) -> None:
+        """Appends events `[e]` of one kind; numbers that are not given are 0."""
+        zeros = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        values = {"raw_log_prob": zeros, "log_prob": zeros, "confidence": zeros, **numbers}
+        kinds = torch.full_like(rows, int(kind))
+        self.events.append(
+            {"row": rows, "step": steps, "kind": kinds, "position": positions, "token": tokens, **values}
+        )
+
+    def sorted_events(self, dtype: torch.dtype) -> Events:
+        """All of them, by row and step; within a step in the order of adding."""
+        names = [f.name for f in fields(Events)]
+        empty = torch.zeros(0, dtype=torch.long)
+        columns = {n: torch.cat([part[n] for part in self.events]) if self.events else empty for n in names}
+        by_step = columns["step"].argsort(stable=True)
+        order = by_step[columns["row"][by_step].argsort(stable=True)]
+        real = ("raw_log_prob", "log_prob", "confidence")
+        return Events(**{n: c[order].to(dtype) if n in real else c[order] for n, c in columns.items()})
+
+    def selection_log_prob(self, rows: int, steps: int, dtype: torch.dtype) -> Tensor | None:
+        """`[N, S]`, or None where no position was ever drawn."""
+        if not any(bool((values != 0).any()) for _, _, values in self.selections):
+            return None
+        dense = torch.zeros(rows, steps, dtype=dtype, device=self.selections[0][0].device)
+        for row, step, values in self.selections:
+            dense[row, step] = values.to(dtype)
+        return dense
+
+
+@dataclass
+class Record:
+    """What is known of every row; batches write into views of it."""
+
+    canvas: Tensor  # [N, L]
+    hinted: Tensor  # [N, L]
+    commit_step: Tensor  # [N, L]
+    raw_log_prob: Tensor  # [N, L]
+    log_prob: Tensor  # [N, L]
+    steps: Tensor  # [N]
+    nfe: Tensor  # [N]
+    extra_forwards: Tensor  # [N]
+    reason: Tensor  # [N], index into STOP_REASONS
+    start_length: Tensor  # [N]
+    length: Tensor  # [N]
+    log: Log
+    first: int = 0  # the row of the whole call that this part starts with
+
+    @classmethod
+    def empty(cls, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Record:
+        """A record in which nothing has happened."""
+        shape = (rows, length)
+
+        def per_row(value: int = 0) -> Tensor:
+            return torch.full((rows,), value, dtype=torch.long, device=device)
+
+        return cls(
+            canvas=torch.zeros(shape, dtype=torch.long, device=device),
+            hinted=torch.zeros(shape, dtype=torch.bool, device=device),
+            commit_step=torch.full(shape, -1, dtype=torch.long, device=device),
+            raw_log_prob=torch.zeros(shape, dtype=dtype, device=device),
+            log_prob=torch.zeros(shape, dtype=dtype, device=device),
+            steps=per_row(),
+            nfe=per_row(),
+            extra_forwards=per_row(),
+            reason=per_row(COMPLETE),
+            start_length=per_row(length),
+            length=per_row(length),
+            log=Log(),
+        )
+
+    def part(self, rows: slice) -> Self:
+        """The same for some rows: views, and the same log."""
+        views = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return type(self)(**{**vars(self), **views, "first": self.first + (rows.start or 0)})
+
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool) -> Trace:
+        """How the rows came about; `drawn`: at a temperature above 0, `monotone`: each slot is written once,
+        `resizes`: the canvas can change its length."""
+        steps = int(self.steps.max()) if len(self.steps) else 0
+        dtype = self.raw_log_prob.dtype
+        return Trace(
+            self.commit_step,
+            self.raw_log_prob,
+            self.log_prob if drawn else None,
+            self.steps,
+            events=None if monotone else self.log.sorted_events(dtype),
+            selection_log_prob=self.log.selection_log_prob(len(self.steps), steps, dtype),
+            start_length=self.start_length if resizes else None,
+            length=self.length if resizes else None,
+        )
+
+    def stop_reasons(self) -> list[str]:
+        """In words."""
+        return [STOP_REASONS[code] for code in self.reason.tolist()]

@@ -1,0 +1,36 @@
+"""The references' samplers, one module per family of cases, with their deviations from ours as switches.
+
+A module's `literal(recorded)` does what the released code does and must give the record; with `deviations=False` it
+does what we do and must give what the engine gives. Where the two differ, the rules it names are the only reason. The
+logits come from the model's own forward, not through the library's scoring or caches. `samplers.Family` says what a
+module has, `samplers.Optional` what it may have.
+"""
+
+from __future__ import annotations
+
+from tests.conformance.cases import Case
+from tests.conformance.literals import adablock, daedal, dream, eoser, llada, mdpo
+from tests.conformance.samplers import Family, Recorded
+
+FAMILIES: dict[str, Family] = {
+    "adablock": adablock,
+    "daedal": daedal,
+    "llada": llada,
+    "d1": llada,
+    "fastdllm": llada,
+    "dream": dream,
+    "eoser": eoser,
+    "ass": eoser,
+    "mdpo": mdpo,
+}
+"""The first word of a case's name to the module of its family."""
+
+
+def family_of(case: Case) -> Family:
+    """The module that knows a case's sampler."""
+    return FAMILIES[case.family]
+
+
+def record(case: Case) -> Recorded:
+    """A sampler case in tensors."""
+    return getattr(family_of(case), "record", Recorded.of)(case)
