@@ -33,6 +33,7 @@ LAUNCHER_ONLY = (
     "--gpu_ids",
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STOPS = {"yes": True, "no": False, "block": "block"}
 OPTIONAL = ("deepspeed", "bitsandbytes", "wandb", "tensorboard", "trackio", "matplotlib")
 
 
@@ -169,6 +170,11 @@ def _decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_k": arguments.top_k,
         "cfg_scale": arguments.cfg_scale,
         "cache": arguments.cache,
+        "stop_at_eos": STOPS[arguments.stop_at_eos],
+        "min_new_tokens": arguments.min_new_tokens,
+        "eos_penalty": arguments.eos_penalty,
+        "suppress_token_ids": _ids("suppress-token-ids", arguments.suppress_token_ids),
+        "defer_token_ids": _ids("defer-token-ids", arguments.defer_token_ids),
         "schedule_args": mapping("schedule-args", arguments.schedule_args),
     }
 
@@ -232,6 +238,10 @@ def _listed(name: str, text: str) -> list[str]:
     return values
 
 
+def _ids(name: str, text: str | None) -> tuple[int, ...]:
+    return () if text is None else tuple(_numbers(name, text))
+
+
 def _numbers(name: str, text: str) -> list[int]:
     try:
         return [int(value) for value in _listed(name, text)]
@@ -292,7 +302,10 @@ def decode(arguments: argparse.Namespace) -> int:
     write_page(arguments.output, replay)
     quiet.print(f"written to {arguments.output}")
     if arguments.svg is not None:
-        steps = pictured or [max(row.steps for row in replay.rows) // 2]
+        last = max(row.steps for row in replay.rows)
+        steps = pictured or [last // 2]
+        if not all(0 <= step <= last for step in steps):
+            raise ValueError(f"svg-steps={arguments.svg_steps!r} is not allowed; this rollout has steps 0 to {last}")
         frames = [frame for step in steps for frame in replay_frames(replay, step)]
         write_svg(arguments.svg, frames, replay.texts, arguments.colour)
         quiet.print(f"written to {arguments.svg}")
@@ -415,6 +428,11 @@ def _add_decoding_flags(add: Callable[..., Any]) -> None:
     add("--top-k", type=int, default=0, help="keep that many tokens; 0 is off (default: %(default)s)")
     add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance; 0 is off (default: %(default)s)")
     add("--cache", default="none", help="cache policy (default: %(default)s)")
+    add("--stop-at-eos", default="yes", choices=STOPS, help="when rows stop early (default: %(default)s)")
+    add("--min-new-tokens", type=int, default=0, metavar="N", help="no end before that many tokens (default: none)")
+    add("--eos-penalty", type=float, default=0.0, help="off the logits of end tokens (default: %(default)s)")
+    add("--suppress-token-ids", metavar="LIST", help="tokens that are never drawn, with commas between them")
+    add("--defer-token-ids", metavar="LIST", help="tokens that are written only when nothing else can be")
     add("--num-samples", type=_count, default=1, metavar="N", help="completions per prompt (default: %(default)s)")
     add("--seed", type=int, default=0, help="keys every draw (default: %(default)s)")
     add("--batch-rows", type=_count, metavar="N", help="completions decoded at the same time (default: all)")

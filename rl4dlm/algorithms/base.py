@@ -160,6 +160,12 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
                 f"{type(self).__name__} estimates likelihoods of models with noise={self.estimator.noise!r}, but this "
                 f"one has noise={self.spec.noise!r}"
             )
+        schedule = self.decoding.build_schedule()
+        if self.estimator.scope == "canvas" and getattr(schedule, "resize", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} scores the whole canvas, of which schedule={self.decoding.schedule!r} uses "
+                "another part in each row; choose another schedule, or score valid tokens only"
+            )
         self.eos_token_ids = list(self.spec.eos_token_ids)
         check_tokenizer(self._tokenizer, self.spec)
         if self.aux_loss_enabled:
@@ -274,10 +280,11 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
     def _check_forward_counts(self) -> None:
         """Sharded models run in step: every rank must decode with the same number of forwards."""
         causes: list[str] = []
-        if self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).takes_steps:
+        if self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).fixed_forwards:
+            fixed = [name for name in registry.names() if registry.lookup(name).fixed_forwards]
             causes.append(
                 f"schedule={self.decoding.schedule!r} with stop_at_eos={self.decoding.stop_at_eos} (choose a schedule "
-                "with a fixed number of steps, low_confidence or random, and stop_at_eos=False)"
+                f"with a fixed number of forwards, one of {', '.join(fixed)}, and stop_at_eos=False)"
             )
         if self.spec.attention in BLOCK_KINDS and self.spec.grid_origin == "position_zero":
             causes.append(f"attention={self.spec.attention!r} from position 0 (a prompt that ends in a block adds one)")
@@ -308,6 +315,9 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         batch["row_ids"] = torch.tensor(rollout.row_ids, device=device)
         batch["drawn"] = (rollout.trace.commit_step >= 0).to(device)
         batch["drawn_log_probs"] = rollout.trace.raw_log_prob.to(device)
+        if rollout.trace.length is not None:
+            slots = torch.arange(rollout.canvas.shape[1], device=device)
+            batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]
         if self.estimator.scope == "canvas":
             kept = batch["completion_mask"].any(-1, keepdim=True)  # false: masked out because it was truncated
             batch["completion_ids"] = batch["canvas_ids"]
@@ -438,6 +448,7 @@ def _rows(batch: dict[str, Any]) -> Rows:
         canvas_ids=batch["canvas_ids"],
         valid=batch["canvas_valid"],
         row_ids=batch["row_ids"],
+        seen=batch.get("canvas_seen"),
     )
 
 

@@ -83,6 +83,12 @@ class DiffusionPolicyConfig(GRPOConfig):
     stop_at_eos: bool = field(
         default=True, metadata={"help": "Stop a row once everything up to its first end-of-sequence token is written."}
     )
+    min_new_tokens: int = field(
+        default=0, metadata={"help": "No end-of-sequence token is drawn at this many first slots of the canvas."}
+    )
+    eos_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted from the logits of end-of-sequence tokens while decoding."}
+    )
     suppress_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that are never drawn."})
     defer_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Token ids that are committed only when nothing else can be."}
@@ -155,6 +161,8 @@ class DiffusionPolicyConfig(GRPOConfig):
                 cfg_scale=self.cfg_scale,
                 cache=self.cache,
                 stop_at_eos=self.stop_at_eos,
+                min_new_tokens=self.min_new_tokens,
+                eos_penalty=self.eos_penalty,
                 suppress_token_ids=tuple(self.suppress_token_ids or ()),
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},

@@ -22,6 +22,8 @@ class Rows:
         canvas_ids: long `[B, L]`, every completion slot the model saw.
         valid: bool `[B, L]`, the canvas up to and including the first end-of-sequence token.
         row_ids: long `[B]`, what keys a row's randomness; unique in a run.
+        seen: bool `[B, L]`, the canvas slots that the model saw while decoding; None: all of them. Schedules that
+            change the length of the canvas leave some that it did not.
     """
 
     prompt_ids: Tensor
@@ -29,6 +31,7 @@ class Rows:
     canvas_ids: Tensor
     valid: Tensor
     row_ids: Tensor
+    seen: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.prompt_mask, self.valid = self.prompt_mask.bool(), self.valid.bool()
@@ -48,7 +51,12 @@ class Rows:
 
     def __getitem__(self, rows: slice | Tensor) -> Rows:
         return Rows(
-            self.prompt_ids[rows], self.prompt_mask[rows], self.canvas_ids[rows], self.valid[rows], self.row_ids[rows]
+            self.prompt_ids[rows],
+            self.prompt_mask[rows],
+            self.canvas_ids[rows],
+            self.valid[rows],
+            self.row_ids[rows],
+            None if self.seen is None else self.seen[rows],
         )
 
     @property
@@ -58,8 +66,9 @@ class Rows:
 
     @property
     def attention_mask(self) -> Tensor:
-        """bool `[B, T]`: padding is hidden, the whole canvas is seen, as it was while decoding."""
-        return torch.cat([self.prompt_mask, torch.ones_like(self.valid)], dim=1)
+        """bool `[B, T]`: padding is hidden, the canvas is seen as it was while decoding."""
+        seen = torch.ones_like(self.valid) if self.seen is None else self.seen
+        return torch.cat([self.prompt_mask, seen], dim=1)
 
 
 @dataclass

@@ -258,6 +258,7 @@ class Batch:
         capped = self.total_step >= self.step_cap
         self.reason = torch.where(capped, STEP_CAP, self.reason)
         commit = (schedule.commit(step, scores) | capped[:, None]) & step.eligible
+        commit = self._admissible(step, scores, commit)
         none = torch.zeros_like(commit)
         changeable = step.seen & step.written & ~self.locked & ~capped[:, None]
         replace = none if schedule.replace is None else schedule.replace(step, commit) & changeable
@@ -270,12 +271,17 @@ class Batch:
         self.stalled = torch.where(forced, 0, self.stalled)
         remask &= ~forced[:, None]
         best = top(scores, step.eligible, torch.ones_like(self.block))
-        commit |= best & (forced & ~commit.any(-1))[:, None]
-        if self.constraint is not None:
-            commit, step.drawn, dead = constrain(step, scores, commit, self.constraint)
-            self.reason, self.done = torch.where(dead, DEAD_END, self.reason), self.done | dead
+        commit |= self._admissible(step, scores, best & (forced & ~commit.any(-1))[:, None])
         self._write(step, commit, replace, remask)
         self._after(step, capped)
+
+    def _admissible(self, step: Step, scores: Tensor, commit: Tensor) -> Tensor:
+        """What the constraint lets pass of the slots to be written; changes `step.drawn` to what is written there."""
+        if self.constraint is None:
+            return commit
+        commit, step.drawn, dead = constrain(step, scores, commit, self.constraint)
+        self.reason, self.done = torch.where(dead, DEAD_END, self.reason), self.done | dead
+        return commit
 
     def _write(self, step: Step, commit: Tensor, replace: Tensor, remask: Tensor) -> None:
         """Records and applies what happens to slots in this step."""
@@ -294,7 +300,8 @@ class Batch:
             drawn = getattr(step.drawn, name).to(dtype)
             setattr(self, name, torch.where(kept, drawn, getattr(self, name)).masked_fill(lost, 0.0))
         slots = self.slot + self.record.first
-        self.record.log.selections.append((slots, self.total_step, step.selection_log_prob))
+        if self.schedule.draws_positions:
+            self.record.log.selections.append((slots, self.total_step, step.selection_log_prob))
         self.record.extra_forwards[self.slot] += step.extra_forwards
         self.block_step = self.block_step + 1
         self.total_step = self.total_step + 1

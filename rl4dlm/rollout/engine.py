@@ -19,7 +19,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.batch import Batch, Choices, Progress
 from rl4dlm.rollout.caches import build_cache
-from rl4dlm.rollout.constraints import Constraint
+from rl4dlm.rollout.constraints import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record
@@ -95,7 +95,8 @@ class RolloutEngine:
             hints: per row, a mapping from canvas offset to token id: written from the start, visible, never changed.
             choices: per row, a mapping from canvas offset to the token ids that may be drawn there; other slots are
                 free. Confidences keep the softmax over the whole vocabulary.
-            constraint: says of each token that is about to be written whether it may be; see `constraints.py`.
+            constraint: says of each token that is about to be written whether it may be; see `constraints.py`. An
+                `Automaton` also gives `choices` where there are none.
             noise: where randomness is taken from; None draws keyed noise from `seed`.
             on_step: called after each step of each batch of rows, to watch it.
 
@@ -116,6 +117,8 @@ class RolloutEngine:
         schedule, cache = config.build_schedule(), build_cache(config.cache)
         parts = schedule if isinstance(schedule, Schedule) else None
         self._check_parts(schedule, config, hints, choices, constraint, on_step)
+        if choices is None and isinstance(constraint, Automaton):  # candidates that can never be written waste a step
+            choices = [constraint.choices(config.canvas_length)] * len(rows)
         size = self.max_batch_rows or max(1, len(rows))
         length = config.canvas_length
         wide = torch.promote_types(self.model.dtype, torch.float32)
@@ -170,6 +173,7 @@ class RolloutEngine:
                 drawn=config.temperature > 0,
                 monotone=parts is None or parts.monotone,
                 resizes=parts is not None and parts.resize is not None,
+                draws_positions=parts is not None and parts.draws_positions,
             ),
             nfe=record.nfe,
             extra_forwards=record.extra_forwards,
@@ -252,6 +256,11 @@ class RolloutEngine:
             raise ValueError(
                 f"constraint is not supported for schedule={config.schedule!r}, which replaces written tokens; "
                 "leave it None"
+            )
+        if constraint is not None and not self.spec.eos_token_ids:
+            raise ValueError(
+                "constraint needs an end-of-sequence token, which fills what is open in a row that cannot go on; the "
+                "model's spec has eos_token_ids=()"
             )
         if schedule.resize is not None:
             for name, value in (("hints", hints), ("choices", choices), ("constraint", constraint)):

@@ -48,13 +48,11 @@ class Log:
         real = ("raw_log_prob", "log_prob", "confidence")
         return Events(**{n: c[order].to(dtype) if n in real else c[order] for n, c in columns.items()})
 
-    def selection_log_prob(self, rows: int, steps: int, dtype: torch.dtype) -> Tensor | None:
-        """`[N, S]`, or None where no position was ever drawn."""
-        if not any(bool((values != 0).any()) for _, _, values in self.selections):
-            return None
-        dense = torch.zeros(rows, steps, dtype=dtype, device=self.selections[0][0].device)
+    def selection_log_prob(self, like: Tensor, steps: int) -> Tensor:
+        """`[N, S]`, for N rows and with the dtype and device of `like` `[N, L]`."""
+        dense = like.new_zeros(len(like), steps)
         for row, step, values in self.selections:
-            dense[row, step] = values.to(dtype)
+            dense[row, step] = values.to(dense)
         return dense
 
 
@@ -104,9 +102,9 @@ class Record:
         views = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return type(self)(**{**vars(self), **views, "first": self.first + (rows.start or 0)})
 
-    def trace(self, *, drawn: bool, monotone: bool, resizes: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool) -> Trace:
         """How the rows came about; `drawn`: at a temperature above 0, `monotone`: each slot is written once,
-        `resizes`: the canvas can change its length."""
+        `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write."""
         steps = int(self.steps.max()) if len(self.steps) else 0
         dtype = self.raw_log_prob.dtype
         return Trace(
@@ -115,7 +113,7 @@ class Record:
             self.log_prob if drawn else None,
             self.steps,
             events=None if monotone else self.log.sorted_events(dtype),
-            selection_log_prob=self.log.selection_log_prob(len(self.steps), steps, dtype),
+            selection_log_prob=self.log.selection_log_prob(self.raw_log_prob, steps) if draws_positions else None,
             start_length=self.start_length if resizes else None,
             length=self.length if resizes else None,
         )

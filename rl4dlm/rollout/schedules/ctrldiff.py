@@ -160,7 +160,7 @@ class CtrlDiffArguments:
 def ctrldiff(arguments: CtrlDiffArguments, config: Any) -> Schedule:
     """Draws each block's size from a policy, then commits candidates whose probability reaches the threshold."""
     refuse_block_length(config, "sizes")
-    return Schedule(ChosenBlocks(arguments.chosen), probability, above(arguments.threshold))
+    return Schedule(ChosenBlocks(arguments.chosen), probability, above(arguments.threshold), draws_positions=True)
 
 
 @dataclass(frozen=True)

@@ -100,22 +100,22 @@ def dream_origin(arguments: DreamOriginArguments, config: Any) -> Schedule:
     """Commits each position with the probability that ancestral sampling gives it; a step may write nothing."""
     steps = config.steps_per_block
     rule = each_with(time_shares(steps, arguments.eps))
-    return Schedule(fixed_blocks(config), random_order, rule, patience=steps)
+    return Schedule(fixed_blocks(config), random_order, rule, patience=steps, draws_positions=True)
 
 
-@register("dream_maskgit_plus", DreamArguments)
+@register("dream_maskgit_plus", DreamArguments, fixed_forwards=True)
 def dream_maskgit_plus(arguments: DreamArguments, config: Any) -> Schedule:
     """Commits the candidates of highest probability."""
     return _most_certain(candidate_probability, arguments, config)
 
 
-@register("dream_topk_margin", DreamArguments)
+@register("dream_topk_margin", DreamArguments, fixed_forwards=True)
 def dream_topk_margin(arguments: DreamArguments, config: Any) -> Schedule:
     """Commits where the most probable token is furthest ahead of the second."""
     return _most_certain(margin, arguments, config)
 
 
-@register("dream_entropy", DreamArguments)
+@register("dream_entropy", DreamArguments, fixed_forwards=True)
 def dream_entropy(arguments: DreamArguments, config: Any) -> Schedule:
     """Commits where the entropy is lowest."""
     return _most_certain(negative_entropy, arguments, config)
@@ -143,7 +143,8 @@ def _most_certain(reading: Any, arguments: DreamArguments, config: Any) -> Sched
         return draw_positions(step, scores.double() / arguments.alg_temp, counts)
 
     blocks = fixed_blocks(config)
-    return Schedule(blocks, certainty, rule, reads={"certainty": reading}, patience=patience)
+    drawn = arguments.alg_temp > 0
+    return Schedule(blocks, certainty, rule, reads={"certainty": reading}, patience=patience, draws_positions=drawn)
 
 
 # --- how certain candidates are ---------------------------------------------------------------------------------------

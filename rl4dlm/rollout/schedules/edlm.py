@@ -73,7 +73,7 @@ def _is_window(value: Any) -> bool:
     return numbers and 0 <= value[0] <= value[1] <= 1
 
 
-@register("edlm", EDLMArguments)
+@register("edlm", EDLMArguments, fixed_forwards=True)
 def edlm(arguments: EDLMArguments, config: Any) -> Schedule:
     """Commits tokens of the draft that a causal model prefers.
 
@@ -90,6 +90,7 @@ def edlm(arguments: EDLMArguments, config: Any) -> Schedule:
         even_top(config.steps_per_block),
         propose=_resampled(arguments),
         reads={"drafts": _more_drafts(arguments.drafts - 1)},
+        draws_positions=arguments.drafts > 1,
         check=lambda denoiser: check_causal(causal_model(arguments.energy), denoiser),
     )
 

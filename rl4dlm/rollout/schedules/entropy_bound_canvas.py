@@ -54,6 +54,7 @@ def entropy_bound_canvas(arguments: EntropyBoundCanvasArguments, config: Any) ->
     """Accepts the proposals of lowest entropy and renews all other tokens."""
     without = {
         "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "cache": "none", "suppress_token_ids": (), "defer_token_ids": (),
+        "min_new_tokens": 0, "eos_penalty": 0.0,
     }  # fmt: skip
     for name, off in without.items():
         if getattr(config, name) != off:

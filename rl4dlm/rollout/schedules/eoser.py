@@ -70,7 +70,7 @@ class EOSERASSArguments:
         _check_gammas(self)
 
 
-@register("eoser", EOSERArguments)
+@register("eoser", EOSERArguments, fixed_forwards=True)
 def eoser(arguments: EOSERArguments, config: Any) -> Schedule:
     """Even counts, most confident first, end-of-sequence tokens discounted at early steps."""
     last = config.steps_per_block - 1
@@ -82,13 +82,13 @@ def eoser(arguments: EOSERArguments, config: Any) -> Schedule:
     return Schedule(fixed_blocks(config), confidence, even_top(config.steps_per_block))
 
 
-@register("ass", ASSArguments, takes_steps=False)
+@register("ass", ASSArguments, takes_steps=False, fixed_forwards=True)
 def ass(arguments: ASSArguments, config: Any) -> Schedule:
     """Twice as many tokens at each step as at the one before."""
     return _ascending(arguments.num_blocks, config, lambda ascent: probability)
 
 
-@register("eoser_ass", EOSERASSArguments, takes_steps=False)
+@register("eoser_ass", EOSERASSArguments, takes_steps=False, fixed_forwards=True)
 def eoser_ass(arguments: EOSERASSArguments, config: Any) -> Schedule:
     """The same with end-of-sequence tokens discounted; progress is the share of tokens written after the step."""
 

@@ -2,16 +2,16 @@
 
 A candidate is ready when its probability is above a threshold and, for some steps in a row, the distribution at its
 position moved by less than a Kullback-Leibler divergence from that of the step before. All that are ready are written;
-a step with fewer of them than its even share of the block writes the most confident others too, so that the given
-number of steps suffices.
+a step with none of them writes its even share of the block, the most confident ones, and at least one. So a block may
+take more steps than it was given, where few are ready at a time.
 
 The divergence is taken over the most probable tokens of the step before, one by one, and all others together, since
 keeping whole distributions costs the vocabulary for every slot. It is exact where these are the whole vocabulary, and
 otherwise at most the true one.
 
-Differences from the released code: there a step with any ready token writes only those, which leaves masks in the
-result when a step's share is more than one; its confidences at a temperature above 0 are those of noised logits, its
-history runs on from block to block, and its entropy option prefers the least certain.
+Differences from the released code: there masks are left when the steps are over, here decoding goes on; its confidences
+at a temperature above 0 are those of noised logits, its history runs on from block to block, and its entropy option
+prefers the least certain.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class KLASSArguments:
 
 @register("klass", KLASSArguments)
 def klass(arguments: KLASSArguments, config: Any) -> Schedule:
-    """Commits what is confident and stable, and at least an even number per step."""
+    """Commits what is confident and stable; where nothing is, an even number."""
     reads: dict[str, Reading] = {
         TOKENS: lambda scored: likeliest(scored, arguments.kl_tokens)[1],
         LOG_PROBS: lambda scored: likeliest(scored, arguments.kl_tokens)[0],
@@ -80,13 +80,13 @@ def divergence(scored: Scored) -> Tensor:
 
 
 def ready(arguments: KLASSArguments, steps: int) -> CommitRule:
-    """Commits what is confident and was stable for long enough, and the best up to the step's share of the block."""
+    """Commits what is confident and was stable for long enough, or else the best, the step's share of the block."""
 
     def rule(step: Step, scores: Tensor) -> Tensor:
         steady = _steady(step, arguments.kl_threshold)
         chosen = step.eligible & (scores > arguments.threshold) & (steady >= arguments.history)
-        missing = even_counts(step.masked_at_start, steps, step.step) - chosen.sum(-1)
-        return chosen | top(scores, step.eligible & ~chosen, missing)
+        share = even_counts(step.masked_at_start, steps, step.step).clamp(min=1)
+        return torch.where(chosen.any(-1, keepdim=True), chosen, top(scores, step.eligible, share))
 
     return rule
 

@@ -23,19 +23,19 @@ class LLaDAArguments:
     """LLaDA's schedules have no settings beyond those every schedule shares."""
 
 
-@register("low_confidence", LLaDAArguments)
+@register("low_confidence", LLaDAArguments, fixed_forwards=True)
 def low_confidence(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits the most confident candidates; the others stay masked."""
     return Schedule(fixed_blocks(config), probability, even_top(config.steps_per_block))
 
 
-@register("random", LLaDAArguments)
+@register("random", LLaDAArguments, fixed_forwards=True)
 def random(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in random order, whatever their confidence."""
     return Schedule(fixed_blocks(config), random_order, even_top(config.steps_per_block))
 
 
-@register("left_to_right", LLaDAArguments)
+@register("left_to_right", LLaDAArguments, fixed_forwards=True)
 def left_to_right(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in reading order, whatever their confidence."""
     return Schedule(fixed_blocks(config), reading_order, even_top(config.steps_per_block))

@@ -33,8 +33,8 @@ class PCSamplerArguments:
     Args:
         frequencies: how often tokens occur in a corpus: a mapping from token id to count, the path of a JSON file that
             holds one (or the released form of it, `{"num_token": total, "p_baseline_dict": counts}`), or `"uniform"`:
-            every token counts the same, so that position and confidence decide. Tokens that are not in it count as
-            seen once.
+            every token tells one nat, so that position and confidence alone decide, which is not the paper's rule.
+            Tokens that are not in it count as seen once.
         decay: lambda, how fast scores fall along a block; 0 is off.
         alpha: what the information of a candidate is clipped at, in nats.
     """
@@ -53,7 +53,7 @@ class PCSamplerArguments:
     def information(self) -> Tensor:
         """float64 `[n + 1]`, `-ln f` of tokens 0 to n - 1 in nats, and of all that come behind."""
         if self.frequencies == "uniform":
-            return torch.ones(1, dtype=torch.float64)  # any constant: it changes no order
+            return torch.ones(1, dtype=torch.float64)
         counts, total = _counts(self.frequencies)
         table = torch.ones(max(counts, default=-1) + 2, dtype=torch.float64)
         for token, count in counts.items():
@@ -61,7 +61,7 @@ class PCSamplerArguments:
         return math.log(total) - table.log()
 
 
-@register("pc_sampler", PCSamplerArguments)
+@register("pc_sampler", PCSamplerArguments, fixed_forwards=True)
 def pc_sampler(arguments: PCSamplerArguments, config: Any) -> Schedule:
     """Commits early positions and informative candidates first."""
     scores = calibrated(arguments.information(), arguments.decay, arguments.alpha)

@@ -9,7 +9,8 @@ With `remask=False` the best are committed and stay, which is what MDPO compares
 How many slots stay open after step j of S, of n that were masked when the block was entered, is floor(n g(r)) with
 r = (j + 1) / S and g one of: `linear` 1 - r, `cosine` cos(pi r / 2), `pow` 1 - r^exponent, `log` -log2(r) / log2(n),
 `exp` 1 - n^-(1 - r), within [0, 1] and 0 at the last step. `pow`, `exp` and `log` may have steps that change no count;
-they cost their forward all the same, because with remasking they decide again.
+they cost their forward all the same, because with remasking they decide again. A block ends once nothing is to stay
+open, which with more steps than slots is before the last one.
 
 Confidences are those of the distribution drawn from, tempered and filtered. Differences from the released code: whether
 a slot was ever predicted is known rather than read off a confidence of 0; products that are whole numbers are not
@@ -83,7 +84,7 @@ class RCRArguments:
         check_flag(self, "remask")
 
 
-@register("rcr", RCRArguments)
+@register("rcr", RCRArguments, fixed_forwards=True)
 def rcr(arguments: RCRArguments, config: Any) -> Schedule:
     """Writes everything at every step and keeps the most confident."""
     steps = config.steps_per_block

@@ -20,13 +20,14 @@ class Entry:
     build: Builder
     takes_steps: bool
     noise: str
+    fixed_forwards: bool
 
 
 _entries: dict[str, Entry] = {}
 
 
 def register(
-    name: str, arguments: type, *, takes_steps: bool = True, noise: str = "mask"
+    name: str, arguments: type, *, takes_steps: bool = True, noise: str = "mask", fixed_forwards: bool = False
 ) -> Callable[[Builder], Builder]:
     """Registers a schedule under a name.
 
@@ -35,6 +36,8 @@ def register(
         arguments: dataclass of the settings it takes from `schedule_args`; its `__post_init__` validates them.
         takes_steps: whether the number of steps is given (`DecodingConfig.steps`) or follows from the logits.
         noise: the corruption that it undoes, as in `DiffusionSpec`.
+        fixed_forwards: whether the number of forwards follows from the settings alone, whatever the model says, where
+            nothing is given and rows do not stop early. Models that are sharded over processes need that.
 
     Raises:
         ValueError: the name is taken.
@@ -43,7 +46,7 @@ def register(
     def add(build: Builder) -> Builder:
         if name in _entries:
             raise ValueError(f"a schedule named {name!r} is registered already")
-        _entries[name] = Entry(arguments, build, takes_steps, noise)
+        _entries[name] = Entry(arguments, build, takes_steps, noise, fixed_forwards)
         return build
 
     return add

@@ -39,7 +39,7 @@ class SchemaArguments:
             check_count(self, "tokens_per_step", 1)
 
 
-@register("schema", SchemaArguments)
+@register("schema", SchemaArguments, fixed_forwards=True)
 def schema(arguments: SchemaArguments, config: Any) -> Schedule:
     """Commits the most confident candidates of the whole template, the same number at each step.
 
