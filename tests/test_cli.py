@@ -329,7 +329,7 @@ def test_decode_shows_and_writes_what_the_engine_decodes(model_folder, tmp_path,
         assert row["blocks"][0] == [0, 0, 4]
     printed = capsys.readouterr()
     assert "row 3" in printed.out and "NFE" in printed.out and "sure" in printed.out
-    assert f"written to {output}" in " ".join(printed.err.split())
+    assert "".join(f"written to {output}".split()) in "".join(printed.err.split()), "long paths are wrapped"
     drawn = picture.read_text(encoding="utf-8").replace("&#160;", " ")
     assert "step 1 " in drawn and "step 3 " in drawn and "step 2 " not in drawn
 

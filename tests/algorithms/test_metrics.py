@@ -21,6 +21,7 @@ def test_rollout_metrics_count_what_they_say() -> None:
         hinted=torch.zeros_like(valid),
         trace=Trace(commit_step, nothing, None, torch.tensor([2, 1])),
         nfe=torch.tensor([2, 1]),
+        extra_forwards=torch.tensor([0, 0]),
         stop_reason=["complete", "eos"],
         row_ids=[0, 1],
         schedule="low_confidence",
