@@ -14,11 +14,33 @@ if TYPE_CHECKING:
         DiffusionPolicyConfig as DiffusionPolicyConfig,
         DiffusionPolicyTrainer as DiffusionPolicyTrainer,
     )
+    from rl4dlm.algorithms.bgpo import BGPOConfig as BGPOConfig, BGPOTrainer as BGPOTrainer
+    from rl4dlm.algorithms.coupled_grpo import (
+        CoupledGRPOConfig as CoupledGRPOConfig,
+        CoupledGRPOTrainer as CoupledGRPOTrainer,
+    )
     from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig as DiffuGRPOConfig, DiffuGRPOTrainer as DiffuGRPOTrainer
+    from rl4dlm.algorithms.diffusion_gdpo import (
+        DiffusionGDPOConfig as DiffusionGDPOConfig,
+        DiffusionGDPOTrainer as DiffusionGDPOTrainer,
+    )
+    from rl4dlm.algorithms.dmpo import DMPOConfig as DMPOConfig, DMPOTrainer as DMPOTrainer
+    from rl4dlm.algorithms.dream_coder_rl import (
+        DreamCoderRLConfig as DreamCoderRLConfig,
+        DreamCoderRLTrainer as DreamCoderRLTrainer,
+    )
+    from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
+    from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
+    from rl4dlm.algorithms.inpainting import Inpainting as Inpainting
+    from rl4dlm.algorithms.intervention import Intervention as Intervention
+    from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
     from rl4dlm.algorithms.sft import (
         DiffusionSFTConfig as DiffusionSFTConfig,
         DiffusionSFTTrainer as DiffusionSFTTrainer,
     )
+    from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
+    from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
+    from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
     from rl4dlm.grading import load_reward as load_reward, load_rewards as load_rewards
     from rl4dlm.likelihood.views import Views as Views
@@ -55,18 +77,42 @@ __version__ = "0.1.0.dev0"
 
 # The imports above are for type checkers and editors, this table is what runs; tests/test_import.py holds them equal.
 _MODULE_OF = {
+    "BGPOConfig": "rl4dlm.algorithms.bgpo",
+    "BGPOTrainer": "rl4dlm.algorithms.bgpo",
+    "CoupledGRPOConfig": "rl4dlm.algorithms.coupled_grpo",
+    "CoupledGRPOTrainer": "rl4dlm.algorithms.coupled_grpo",
+    "DMPOConfig": "rl4dlm.algorithms.dmpo",
+    "DMPOTrainer": "rl4dlm.algorithms.dmpo",
     "DecodingConfig": "rl4dlm.rollout.decoding",
     "DiffuGRPOConfig": "rl4dlm.algorithms.diffu_grpo",
     "DiffuGRPOTrainer": "rl4dlm.algorithms.diffu_grpo",
+    "DiffusionGDPOConfig": "rl4dlm.algorithms.diffusion_gdpo",
+    "DiffusionGDPOTrainer": "rl4dlm.algorithms.diffusion_gdpo",
     "DiffusionPolicyConfig": "rl4dlm.algorithms.base",
     "DiffusionPolicyTrainer": "rl4dlm.algorithms.base",
     "DiffusionSFTConfig": "rl4dlm.algorithms.sft",
     "DiffusionSFTTrainer": "rl4dlm.algorithms.sft",
     "DiffusionSpec": "rl4dlm.models.spec",
+    "ESPOConfig": "rl4dlm.algorithms.espo",
+    "ESPOTrainer": "rl4dlm.algorithms.espo",
+    "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",
+    "JustGRPOTrainer": "rl4dlm.algorithms.justgrpo",
+    "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
+    "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
+    "IGPOConfig": "rl4dlm.algorithms.igpo",
+    "IGPOTrainer": "rl4dlm.algorithms.igpo",
+    "Inpainting": "rl4dlm.algorithms.inpainting",
+    "Intervention": "rl4dlm.algorithms.intervention",
     "Rollout": "rl4dlm.rollout.rollout",
     "RolloutEngine": "rl4dlm.rollout.engine",
+    "SPGConfig": "rl4dlm.algorithms.spg",
+    "SPGTrainer": "rl4dlm.algorithms.spg",
     "Trace": "rl4dlm.rollout.rollout",
+    "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
+    "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
     "Views": "rl4dlm.likelihood.views",
+    "WD1Config": "rl4dlm.algorithms.wd1",
+    "WD1Trainer": "rl4dlm.algorithms.wd1",
     "attach_scoring": "rl4dlm.models.scoring",
     "available_schedules": "rl4dlm.rollout.decoding",
     "adapt_causal_lm": "rl4dlm.models.adapt",

@@ -10,6 +10,67 @@ import torch
 from torch import Tensor
 
 
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, low: float, high: float | None = None, dual_clip: float | None = None
+) -> Tensor:
+    """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, the loss of PPO (arXiv 1707.06347) and GRPO (arXiv 2402.03300).
+
+    Args:
+        log_ratio: log rho, per token or per sequence. advantages: broadcast against it.
+        low, high: clip range; `high` None: `low`.
+        dual_clip: c > 1, an upper bound `c |A|` of the loss where A < 0 (dual-clip PPO, arXiv 1912.09729); None: none.
+
+    Returns:
+        Of the shape of both together.
+    """
+    return clipped_ratio(log_ratio.exp(), advantages, low, high, dual_clip)
+
+
+def clipped_ratio(
+    ratio: Tensor, advantages: Tensor, low: float, high: float | None = None, dual_clip: float | None = None
+) -> Tensor:
+    """`clipped_surrogate` of something that stands for the ratio rho itself, such as a bound of it."""
+    clipped = ratio.clamp(1 - low, 1 + (low if high is None else high))
+    gain = torch.min(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.max(gain, dual_clip * advantages), gain)
+    return -gain
+
+
+def ratio_bound(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """b with `mean(A b) <= A exp(mean(log_ratio))`, a mean over estimates of one sequence (BGPO, arXiv 2510.11683).
+
+    `1 + log_ratio` where A >= 0, as exp(x) >= 1 + x; `exp(log_ratio)` elsewhere, by Jensen's inequality.
+    """
+    return torch.where(advantages >= 0, 1 + log_ratio, log_ratio.exp())
+
+
+def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
+    """An estimate of KL(policy, other) from `log_ratio` = log policy - log other, on samples of the policy.
+
+    Args:
+        log_ratio: d, per token or per sequence.
+        kind: `"k1"`, d: unbiased, but its plain gradient has mean zero; `"k2"`, d^2 / 2: its gradient is the right one
+            on samples of the policy, and it is the only one that is usable on whole sequences; `"k3"`, exp(-d) + d - 1:
+            TRL's (http://joschu.net/blog/kl-approx.html).
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind == "k3":
+        return (-log_ratio).exp() + log_ratio - 1
+    raise ValueError(f"kl={kind!r} is not allowed; choose k1, k2 or k3")
+
+
+def weighted_likelihood(scores: Tensor, weights: Tensor) -> Tensor:
+    """`-w S`, the loss of ratio-free methods, per sequence `[B]`; `weights` are constants."""
+    return -weights.detach() * scores
+
+
 def denoising_cross_entropy(log_probs: Tensor, weight: Tensor, denominator: Tensor | float) -> Tensor:
     """Weighted cross-entropy of hidden tokens: `-sum(weight * log_probs) / denominator`.
 

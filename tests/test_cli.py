@@ -31,6 +31,9 @@ from rl4dlm.cli import launch_command, main
 ROOT = Path(__file__).resolve().parent.parent
 
 
+TRAINERS = ", ".join(sorted(path.stem for path in resources.find("trainers").glob("*.py")))
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -62,7 +65,7 @@ def test_train_help_lists_the_trainers(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0
-    assert "diffu_grpo, sft" in " ".join(capsys.readouterr().out.split())
+    assert TRAINERS in " ".join(capsys.readouterr().out.split())
 
 
 def test_env_says_what_is_there(capsys):
@@ -161,8 +164,8 @@ def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([], "needs the name of a trainer; choose one of diffu_grpo, sft"),
-        (["grpo"], "trainer 'grpo' is unknown; choose one of diffu_grpo, sft"),
+        ([], "needs the name of a trainer; choose one of " + TRAINERS),
+        (["grpo"], "trainer 'grpo' is unknown; choose one of " + TRAINERS),
         (["../evil"], "trainer '../evil' is unknown"),
         (["sft", "--num_processes", "2"], "--num_processes belongs to accelerate"),
         (["sft", "--", "--config_file=x.yaml"], "--config_file=x.yaml belongs to accelerate"),

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rl4dlm.likelihood.complementary import check_context
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 
-LOSS_WEIGHTS = ("1/t", "none")
+LOSS_WEIGHTS = ("1/t", "none", "cart")
 NOISE_LEVELS = ("row", "block")
 
 
@@ -27,7 +28,11 @@ class AdaptationSettings:
     Training alone is affected: evaluation stays the bound of one view per example, so that runs can be compared.
 
     Args:
-        loss_weight: `"1/t"`: the evidence bound. `"none"`: hidden tokens count 1 whatever their level.
+        loss_weight: `"1/t"`: the evidence bound. `"none"`: hidden tokens count 1 whatever their level. `"cart"`: they
+            count by how near they are to visible tokens of prompt and completion, see
+            `rl4dlm.likelihood.complementary.context_weights`, and the loss is per hidden token (Dream-Coder, arXiv
+            2509.01142).
+        cart_p: p of these weights, in (0, 1].
         complementary_masks: score each row twice, hiding in the second copy what the first one shows, so that every
             target is scored exactly once (Fast-dLLM v2, arXiv 2509.26328, with `loss_weight="none"`). Levels are then
             in [eps, 1 - eps], eps being `noise_floor`.
@@ -43,7 +48,13 @@ class AdaptationSettings:
 
     loss_weight: str = field(
         default="1/t",
-        metadata={"help": "What a hidden token counts for: 1/t or none (1).", "choices": list(LOSS_WEIGHTS)},
+        metadata={
+            "help": "What a hidden token counts for: 1/t, none (1) or cart (by its visible neighbours).",
+            "choices": list(LOSS_WEIGHTS),
+        },
+    )
+    cart_p: float = field(
+        default=0.1, metadata={"help": "p of the weights of loss_weight='cart': larger is more local, up to 1."}
     )
     complementary_masks: bool = field(
         default=False, metadata={"help": "Score each row also with the inverted mask: every target exactly once."}
@@ -68,6 +79,7 @@ class AdaptationSettings:
         for name, allowed in (("loss_weight", LOSS_WEIGHTS), ("noise_levels", NOISE_LEVELS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {', '.join(allowed)}")
+        check_context("cart_p", self.cart_p)
         if not 0 <= self.mask_ratio_tilt <= 1:
             raise ValueError(f"mask_ratio_tilt={self.mask_ratio_tilt} is not allowed; it must be in [0, 1]")
         if not (math.isfinite(self.ar_loss_weight) and self.ar_loss_weight >= 0):

@@ -51,6 +51,8 @@ class DiffusionPolicyConfig(GRPOConfig):
         schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
         rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
+        one_view: score the views of a completion one after another instead of at once: the memory of one view, for one
+            forward more. Losses and gradients are the same.
         max_prompt_length: longest prompt allowed, in tokens of the rendered prompt. None: what the model can hold.
         overlong_prompts: `"error"`, or `"filter"` to leave longer ones out. Prompts are never truncated.
         log_replays: rows of a logged batch that get a replay of their denoising, a page in `<output_dir>/replays`; the
@@ -101,6 +103,10 @@ class DiffusionPolicyConfig(GRPOConfig):
     )
     score_temperature: float = field(
         default=1.0, metadata={"help": "Divides the logits that log-probabilities in the loss are computed from."}
+    )
+    one_view: bool = field(
+        default=False,
+        metadata={"help": "Score the views of a completion one after another: less memory, one forward more."},
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt allowed, in tokens. Default: what the model's positions hold."}

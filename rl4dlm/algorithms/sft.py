@@ -11,6 +11,8 @@ TRL's SFT trainer prepares the data and runs the loop; this file replaces its lo
   nothing. The code averages over micro-batches.
 - Padding is not seen and no target. `eos_padding="max_length"` is the code's way: padding is end-of-sequence tokens,
   seen, hidden and counted like any other; `"longest"` is LLaDA's, which pads so within a batch.
+- Random truncation draws its length by a key, per micro-batch and process; the code draws it from a generator that
+  workers share copies of.
 - Levels and masks are keyed by (seed, example, step). The evaluation grid has midpoints (i + 1/2)/n, not i/(n - 1),
   whose first point hides next to nothing at weight 1/eps.
 
@@ -19,6 +21,7 @@ TRL's SFT trainer prepares the data and runs the loop; this file replaces its lo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -34,6 +37,7 @@ from rl4dlm.algorithms.adaptation import AdaptationSettings
 from rl4dlm.algorithms.contract import check_contract
 from rl4dlm.algorithms.policy_config import set_but_not_supported
 from rl4dlm.algorithms.setup import base_model, prepared, swapped, tokenizer_for
+from rl4dlm.likelihood.complementary import context_weights
 from rl4dlm.likelihood.denoising import denoising_views, hiding, places_of
 from rl4dlm.likelihood.scoring import ViewScores, score_views
 from rl4dlm.likelihood.views import Views
@@ -42,7 +46,9 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.objectives import denoising_cross_entropy
 from rl4dlm.rollout.noise import keyed_uniform
 
-EOS_PADDING = ("none", "longest", "max_length")
+logger = logging.getLogger(__name__)
+
+EOS_PADDING = ("none", "longest", "max_length", "canvas")
 NOT_A_TARGET = -100
 LEVEL_UNIT = 2**30  # levels travel as integers, since DeepSpeed casts a batch's floats to the model's dtype
 
@@ -50,7 +56,7 @@ check_contract(
     SFTTrainer,
     parameters={
         "__init__": ["model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"],
-        "_prepare_dataset": ["dataset"],
+        "_prepare_dataset": ["dataset", "processing_class", "args"],
         "_set_signature_columns_if_needed": [],
         "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
         "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
@@ -77,7 +83,13 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         noise_floor: eps, the smallest level; weights are at most 1/eps.
         eos_padding: `"none"`: padding is hidden and no target. `"longest"` and `"max_length"`: rows are padded with
             end-of-sequence tokens, targets like any other, to the batch's longest or to `max_length`, so that the model
-            learns to fill a canvas after its answer.
+            learns to fill a canvas after its answer. `"canvas"`: every completion is padded so, to
+            `max_completion_length`, and what makes a batch rectangular is hidden.
+        max_completion_length: examples with longer completions, in tokens, are left out, not cut: what is learnt fits
+            the canvas that RL then decodes (length-aligned SFT; IGPO, arXiv 2509.10396). It needs `max_length=None`.
+        random_truncation: cut and pad the completions of each micro-batch to the length of a random one of them; the
+            padding is end-of-sequence tokens, targets like any other. So lengths vary, and padding is a small part of
+            what is learnt (Dream-Coder, arXiv 2509.01142). Training alone is affected.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -87,9 +99,17 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
     eos_padding: str = field(
         default="none",
         metadata={
-            "help": "Pad with end-of-sequence tokens that are trained on: none, longest (of the batch) or max_length.",
+            "help": "Pad with end-of-sequence tokens that are trained on: none, longest (of the batch), max_length, or "
+            "canvas (each completion to max_completion_length).",
             "choices": list(EOS_PADDING),
         },
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Leave out examples with longer completions, in tokens."}
+    )
+    random_truncation: bool = field(
+        default=False,
+        metadata={"help": "Cut and pad the completions of a micro-batch to the length of a random one of them."},
     )
 
     def __post_init__(self) -> None:
@@ -108,6 +128,23 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
             raise ValueError(f"eos_padding={self.eos_padding!r} is not allowed; choose one of {', '.join(EOS_PADDING)}")
         if self.eos_padding == "max_length" and self.max_length is None:
             raise ValueError("eos_padding='max_length' needs max_length, which is None")
+        if self.max_completion_length is not None:
+            if self.max_completion_length < 1:
+                raise ValueError(
+                    f"max_completion_length={self.max_completion_length} is not allowed; it must be 1 or larger"
+                )
+            if self.max_length is not None:
+                raise ValueError(
+                    f"max_length={self.max_length} with max_completion_length={self.max_completion_length} is not "
+                    "allowed: it cuts examples before they are measured; set max_length to None"
+                )
+        elif self.eos_padding == "canvas":
+            raise ValueError("eos_padding='canvas' needs max_completion_length, which is None")
+        if self.random_truncation and self.eos_padding != "none":
+            raise ValueError(
+                f"eos_padding={self.eos_padding!r} with random_truncation=True is not allowed: both say how "
+                "completions are padded; use one of them"
+            )
         self.check_adaptation(self.noise_floor)
 
 
@@ -179,13 +216,15 @@ class DiffusionSFTTrainer(SFTTrainer):
             mask_token_id=self.spec.mask_token_id,
             eos_padding=args.eos_padding,
             max_length=args.max_length,
+            max_completion_length=args.max_completion_length,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         dataset = _numbered(dataset)
         with swapped(sft, "common_prefix_length", _prompt_length):
-            return super()._prepare_dataset(dataset, *args, **kwargs)
+            prepared_dataset = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        return _fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -196,9 +235,17 @@ class DiffusionSFTTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of an optimizer step, and the number of their target tokens over all processes."""
+        """The micro-batches of an optimizer step, and the number of their target tokens over all processes; with
+        `loss_weight="cart"` of their hidden ones."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        targets = torch.as_tensor(sum((s["labels"] != NOT_A_TARGET).sum() for s in samples), device=device)
+        if self.args.random_truncation:
+            samples = [self._truncated(sample, i) for i, sample in enumerate(samples)]
+        if self.args.loss_weight == "cart":
+            self._set_block_length()
+            counts = [self.draw(s, training=True).hidden.sum().to(device) for s in samples]
+        else:
+            counts = [(s["labels"] != NOT_A_TARGET).sum() for s in samples]
+        targets = torch.as_tensor(sum(counts), device=device)
         if self.args.average_tokens_across_devices:
             targets = self.accelerator.gather(targets).sum()
         return samples, targets
@@ -225,6 +272,8 @@ class DiffusionSFTTrainer(SFTTrainer):
             next_tokens=_followers(targets) if ar_weight else None,
         )
         count = targets.sum() if num_items_in_batch is None else num_items_in_batch
+        if num_items_in_batch is None and self.args.loss_weight == "cart" and self.model.training:
+            count = views.hidden.sum()
         loss = denoising_cross_entropy(scores.log_probs, views.weight, count)
         if scores.next_log_probs is not None:
             loss = loss + ar_weight * denoising_cross_entropy(
@@ -235,6 +284,29 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._log(scores, views, inputs)
         return loss
 
+    def _truncated(self, inputs: Any, place: int) -> Any:
+        """A micro-batch whose completions are cut or padded to the length of a random one of them."""
+        keys = (self.state.global_step, place, self.accelerator.process_index)
+        uniform = keyed_uniform(self.args.seed, "sft truncation", *(torch.tensor(key) for key in keys)).item()
+        start = _prompt_lengths(inputs).tolist()
+        lengths = [_count_targets(row) for row in inputs["labels"].tolist()]
+        length = lengths[int(uniform * len(lengths))]
+        eos, collator = self._tokenizer.eos_token_id, self.data_collator
+        rows = []
+        columns = (inputs["input_ids"].tolist(), inputs["labels"].tolist(), start, lengths)
+        for ids, labels, first, own in zip(*columns, strict=True):
+            if own == 0:  # nothing to learn from, nothing to pad
+                rows.append((ids[:first], labels[:first]))
+                continue
+            fill = [eos] * max(0, length - own)
+            rows.append((ids[: first + min(own, length)] + fill, labels[: first + min(own, length)] + fill))
+        examples = [
+            {"input_ids": ids, "labels": labels, "example_id": example}
+            for (ids, labels), example in zip(rows, inputs["example_id"].tolist(), strict=True)
+        ]
+        padded = collator(examples)
+        return {**inputs, **{name: value.to(inputs["input_ids"].device) for name, value in padded.items()}}
+
     def _set_block_length(self) -> None:
         """The length of the attention blocks at this step, in the spec that is used and in the one that is saved."""
         length = self.args.block_length_at(self.state.global_step, self.spec.block_length)
@@ -242,13 +314,14 @@ class DiffusionSFTTrainer(SFTTrainer):
             self.spec = replace(self.spec, block_length=length)
             base_model(self.model).config.diffusion["block_length"] = length
 
-    def draw(self, inputs: Any) -> Views:
-        """The views of a micro-batch's rows: `hidden` and `weight` (1/t where hidden) `[B, K, T]`.
+    def draw(self, inputs: Any, training: bool | None = None) -> Views:
+        """The views of a micro-batch's rows: `hidden` and `weight` (1/t where hidden) `[B, K, T]`, for `training` or
+        evaluation; None: as the model is.
 
         K is 1, or 2 with complementary masks. A function of (seed, example, optimizer step); in evaluation of the
         example alone, and by the plain bound whatever the settings of adaptation are.
         """
-        args, training = self.args, self.model.training
+        args, training = self.args, self.model.training if training is None else training
         ids = inputs["example_id"]  # [B]
         position = torch.arange(inputs["input_ids"].shape[1], device=ids.device)
         targets = inputs["labels"] != NOT_A_TARGET
@@ -268,13 +341,17 @@ class DiffusionSFTTrainer(SFTTrainer):
         complementary = args.complementary_masks and training
         ceiling = 1 - args.noise_floor if complementary else 1  # what the other view hides needs a floor as well
         level = (ceiling - args.noise_floor) * level + args.noise_floor
-        return denoising_views(
+        views = denoising_views(
             keyed_uniform(args.seed, purpose, ids[:, None], step, position),  # [B, T]
             targets,
             *hiding(level, None if places is None else places.relative, args.mask_ratio_tilt if training else 0.0),
             weighted=args.loss_weight == "1/t" or not training,
             complementary=complementary,
         )
+        if args.loss_weight == "cart" and training:
+            visible = inputs["attention_mask"].bool()[:, None] & ~views.hidden
+            views = replace(views, weight=(views.hidden * context_weights(visible, args.cart_p)).float())
+        return views
 
     @torch.no_grad()
     def _log(self, scores: ViewScores, views: Views, inputs: Any) -> None:
@@ -310,18 +387,21 @@ class DenoisingCollator:
     mask_token_id: int
     eos_padding: str = "none"
     max_length: int | None = None
+    max_completion_length: int | None = None
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         for example in examples:
             if self.mask_token_id in example["input_ids"]:
                 raise ValueError(f"example {example['example_id']} contains the mask token (id {self.mask_token_id})")
+        if self.eos_padding == "canvas":
+            examples = [self._to_canvas(example) for example in examples]
         width = max(len(example["input_ids"]) for example in examples)
         if self.eos_padding == "max_length":
             width = max(width, self.max_length or 0)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        visible = self.eos_padding != "none"
+        visible = self.eos_padding in ("longest", "max_length")
         fill = self.eos_token_id if visible else self.pad_token_id
 
         def padded(rows: list[list[int]], value: int) -> Tensor:
@@ -337,6 +417,18 @@ class DenoisingCollator:
         if "noise_level" in examples[0]:
             batch["noise_level"] = torch.tensor([example["noise_level"] for example in examples])
         return batch
+
+    def _to_canvas(self, example: dict[str, Any]) -> dict[str, Any]:
+        """An example whose completion is as long as the canvas."""
+        assert self.max_completion_length is not None
+        fill = [self.eos_token_id] * (self.max_completion_length - _count_targets(example["labels"]))
+        return {**example, "input_ids": [*example["input_ids"], *fill], "labels": [*example["labels"], *fill]}
+
+
+def _count_targets(labels: list[int]) -> int:
+    """Length of a completion: from its first target to its last."""
+    places = [i for i, label in enumerate(labels) if label != NOT_A_TARGET]
+    return places[-1] - places[0] + 1 if places else 0
 
 
 def _prompt_lengths(inputs: Any) -> Tensor:
@@ -361,6 +453,20 @@ def _numbered(dataset: Any) -> Any:
                 dataset = dataset.add_column(column, values)
         return dataset
     return dataset.map(lambda row, i: {**row, "example_id": i}, with_indices=True)
+
+
+def _fitting(dataset: Any, most: int | None) -> Any:
+    """A prepared dataset without the examples whose completions are longer."""
+    if most is None:
+        return dataset
+    found = dataset.filter(lambda row: _count_targets(row["labels"]) <= most)
+    if isinstance(found, Dataset):
+        if not len(found):
+            raise ValueError(f"max_completion_length={most} leaves no example: all completions are longer")
+        if len(found) < len(dataset):
+            left_out = len(dataset) - len(found)
+            logger.warning("left out %d of %d examples: completions over %d tokens", left_out, len(dataset), most)
+    return found
 
 
 def _prompt_length(prompt_ids: list[int], ids: list[int]) -> int:

@@ -22,11 +22,14 @@ class Estimator(ABC):
         scope: which tokens the loss is about: `"valid"` ones (up to the first end of sequence) or the whole `"canvas"`.
         fresh: whether each inner iteration sees other views than the one before.
         noise: the corruption that its views are, as in `DiffusionSpec`.
+        reweighted: whether the weights of a token do not add up to 1 on average, so that the sum of the scores is no
+            estimate of a log-likelihood or of a bound of it, only proportional to one at best.
     """
 
     scope: str = "valid"
     fresh: bool = True
     noise: ClassVar[str] = "mask"
+    reweighted: bool = False
 
     @abstractmethod
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
@@ -37,4 +40,4 @@ class Estimator(ABC):
 
     def reduce(self, log_probs: Tensor, views: Views) -> Tensor:
         """Scores `[B, L]` from log-probabilities `[B, K, L]`: their weighted sum over views."""
-        return (log_probs * views.weight).sum(1)
+        return (log_probs * views.weight.to(log_probs.dtype)).sum(1)

@@ -43,6 +43,7 @@ def score_views(
     rows_per_forward: int | None = None,
     prompt_lengths: Tensor | None = None,
     next_tokens: Tensor | None = None,
+    one_view: bool = False,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
 
@@ -61,10 +62,12 @@ def score_views(
             before the last L positions.
         next_tokens: bool `[B, T]`, tokens also to be predicted from the clean ones before them, as a causal model does;
             for attention `context_causal`, where the clean copy is causal. The first column cannot be.
+        one_view: score the views one after another inside the wrapped forward, each computed again in the backward
+            pass: the memory of one view instead of K, for the time of one more forward. Numbers are the same.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
-        is not zero; all K views of a row share one forward.
+        is not zero; all K views of a row share one call of the model.
 
     Raises:
         ValueError: shapes that do not fit, guidance without a mask token, or `rows_per_forward` while gradients are
@@ -90,7 +93,7 @@ def score_views(
     def forward(rows: slice) -> ViewScores:
         batch = ids[rows], attention_mask[rows], views[rows], prompt_lengths[rows]
         following = None if next_tokens is None else next_tokens[rows]
-        return _forward(model, spec, *batch, temperature, cfg_scale, following)
+        return _forward(model, spec, *batch, temperature, cfg_scale, following, one_view)
 
     if rows_per_forward is None or rows_per_forward >= len(ids):
         return forward(slice(None))
@@ -115,6 +118,7 @@ def _forward(
     temperature: float,
     cfg_scale: float,
     next_tokens: Tensor | None,
+    one_view: bool,
 ) -> ViewScores:
     batch, num_views, length = views.hidden.shape
     canvas = views.weight.shape[2]
@@ -128,7 +132,7 @@ def _forward(
         unconditional = inputs.clone()
         unconditional[:, : length - canvas] = spec.mask_token_id
         inputs, keys = torch.cat([inputs, unconditional]), torch.cat([keys, keys])
-    extra: dict[str, Tensor] = {}
+    extra: dict[str, Any] = {}
     if spec.attention in BLOCK_KINDS:
         finished = targets[:, length - canvas :].repeat(copies, 1)
         extra["score_clean_ids"] = torch.cat([inputs[:, : length - canvas], finished], dim=1)
@@ -137,6 +141,8 @@ def _forward(
         extra["score_next_tokens"] = next_tokens.new_zeros(batch, num_views, length)
         extra["score_next_tokens"][:, 0] = next_tokens
         extra["score_next_tokens"] = extra["score_next_tokens"].flatten(0, 1)
+    if one_view and num_views > 1:  # rows are b * K + k, so that every K-th row is a view of each sequence
+        extra["score_in_turn"] = num_views
     scores = model(
         input_ids=inputs,
         attention_mask=keys,

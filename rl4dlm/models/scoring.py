@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rl4dlm.models.attention import (
@@ -71,6 +72,10 @@ def attach_scoring(model: Any) -> Any:
       causal: tokens also scored given those before them in the clean copy, as a causal model does and whatever the
       shift. Their entries come behind those of `score_positions`. The first column has no predecessor.
 
+    - `score_in_turn`: int K; the rows are scored in K forwards of every K-th row each, one after the other, and each is
+      computed again in the backward pass, so that activations of one forward at a time are in memory. It is still one
+      call of the wrapped model before one backward pass. Not together with `score_next_tokens`.
+
     A model that denoises canvases over an encoded prefix needs the mask, targets, prompt lengths and clean ids; each
     canvas is a forward of its own there, and positions are always counted from the first real token.
 
@@ -96,11 +101,48 @@ def attach_scoring(model: Any) -> Any:
             return original(*args, **kwargs)
         # The spec as it is now: training may change the length of the blocks.
         score = _score_canvases if denoises_canvases(self) else _score
-        return score(self, DiffusionSpec.of(self), *args, score_positions=score_positions, **kwargs)
+        spec, in_turn = DiffusionSpec.of(self), kwargs.pop("score_in_turn", 1)
+        if in_turn > 1:
+            return _score_in_turn(score, self, spec, in_turn, *args, score_positions=score_positions, **kwargs)
+        return score(self, spec, *args, score_positions=score_positions, **kwargs)
 
     base.forward = types.MethodType(forward, base)
     base._scores_positions = True
     return model
+
+
+def _score_in_turn(
+    score: Callable[..., tuple[Tensor, ...]],
+    model: Any,
+    spec: DiffusionSpec,
+    turns: int,
+    input_ids: Tensor,
+    *args: Any,
+    score_positions: Tensor,
+    **kwargs: Any,
+) -> TokenScores:
+    """`score` in forwards of every `turns`-th row; their results in the order of one forward."""
+    if args or kwargs.get("score_next_tokens") is not None or kwargs.get("score_reduce") is not None:
+        raise ValueError("score_in_turn takes keyword arguments, and neither score_next_tokens nor score_reduce")
+    if len(score_positions) % turns:
+        raise ValueError(f"score_in_turn={turns} does not divide {len(score_positions)} rows")
+    rows = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.dim()}
+    rest = {name: value for name, value in kwargs.items() if name not in rows}
+    rows["input_ids"] = input_ids
+    row = score_positions.nonzero(as_tuple=True)[0]  # [n]
+    parts, places = [], []
+    for turn in range(turns):
+        chosen = {name: value[turn::turns] for name, value in rows.items()}
+        positions = score_positions[turn::turns]
+
+        def forward(chosen: dict[str, Tensor] = chosen, positions: Tensor = positions) -> tuple[Tensor, ...]:
+            return tuple(score(model, spec, **chosen, score_positions=positions, **rest))
+
+        recompute = torch.is_grad_enabled()
+        parts.append(checkpoint(forward, use_reentrant=False) if recompute else forward())
+        places.append((row % turns == turn).nonzero().squeeze(-1))
+    order = torch.cat(places).argsort()
+    return TokenScores(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
 
 
 def _score(
@@ -239,11 +281,41 @@ def _first_noisy(spec: DiffusionSpec, keys: Tensor, prompt_lengths: Tensor | Non
 
 def _log_prob_reduction(targets: Tensor) -> Reduction:
     def reduce(logits: Tensor, part: slice) -> TokenScores:
-        log_probs = logits.log_softmax(-1)
-        entropies = -(log_probs.exp() * log_probs).sum(-1)
-        return TokenScores(log_probs.gather(-1, targets[part, None]).squeeze(-1), entropies)
+        return TokenScores(*_LogProbsAndEntropies.apply(logits, targets[part]))
 
     return reduce
+
+
+class _LogProbsAndEntropies(torch.autograd.Function):
+    """Log-probabilities of targets and entropies, `[c]` each, from logits `[c, V]`, as one node of the graph.
+
+    Of two nodes, that of the entropies has no gradient in most losses. It would never run, and hold what checkpointing
+    computes again for it until the whole backward pass is over: logits of all chunks and views at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        log_probs = logits.log_softmax(-1)
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+        ctx.save_for_backward(log_probs, targets, entropies)
+        return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, None]:
+        log_probs, targets, entropies = ctx.saved_tensors
+        if of_log_probs is None and of_entropies is None:
+            return None, None
+        gradient: Tensor = log_probs.exp()  # [c, V]
+        if of_entropies is not None:
+            slope = -of_entropies[:, None] * (log_probs + entropies[:, None])
+            gradient.mul_(slope if of_log_probs is None else slope.sub_(of_log_probs[:, None]))
+        elif of_log_probs is not None:
+            gradient.mul_(-of_log_probs[:, None])
+        if of_log_probs is not None:
+            gradient.scatter_add_(-1, targets[:, None], of_log_probs[:, None])
+        return gradient, None
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:

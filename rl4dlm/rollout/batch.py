@@ -512,7 +512,7 @@ class Batch:
 
         def reduce(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
             here = places.at(part)
-            logits = self._adjusted(logits)
+            logits = self._adjusted(logits, here)
             changed = logits if self.schedule.transform is None else self.schedule.transform(logits, here)
             scored = Scored(
                 logits=changed,
@@ -532,7 +532,7 @@ class Batch:
 
         return reduce
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
+    def _adjusted(self, logits: Tensor, places: Places) -> Tensor:
         """Logits after the options that change the model's distribution."""
         if self.config.suppress_token_ids:
             ids = torch.tensor(self.config.suppress_token_ids, device=logits.device)
@@ -540,7 +540,11 @@ class Batch:
         if self.config.eos_penalty:
             penalty = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
             penalty[list(self.spec.eos_token_ids)] = self.config.eos_penalty
-            logits = logits - penalty
+            share: Tensor | float = 1.0
+            if self.config.eos_penalty_decay:
+                open_slots = self.masked.sum(-1)[places.rows, None]
+                share = open_slots.to(logits.dtype) / self.config.canvas_length
+            logits = logits - share * penalty
         return logits
 
     def _banned(self, logits: Tensor, places: Places) -> Tensor | None:

@@ -41,6 +41,8 @@ class DecodingConfig:
             valid part is the same either way, because it does not change any more.
         min_new_tokens: no end-of-sequence token is drawn for this many first slots.
         eos_penalty: subtracted from the logits of end-of-sequence tokens: larger values make longer completions.
+        eos_penalty_decay: multiply it by the share of the canvas that is still open, so that it vanishes towards the
+            end (Dream-Coder, arXiv 2509.01142, whose authors show 3.0).
         suppress_token_ids: ids taken out of the model's distribution (their logits become -inf).
         defer_token_ids: ids that may be candidates but are committed only when nothing else can be; for instruction
             models decoding one long block, which otherwise end too early (LLaDA, arXiv 2502.09992, appendix B.4).
@@ -62,6 +64,7 @@ class DecodingConfig:
     stop_at_eos: bool | Literal["block"] = True
     min_new_tokens: int = 0
     eos_penalty: float = 0.0
+    eos_penalty_decay: bool = False
     suppress_token_ids: tuple[int, ...] = ()
     defer_token_ids: tuple[int, ...] = ()
     schedule_args: Mapping[str, Any] = field(default_factory=dict)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,49 @@ class Rollout:
         """The valid part of each row as a list of token ids; never empty."""
         return [row[mask].tolist() for row, mask in zip(self.canvas, self.valid, strict=True)]
 
+    def replaced(self, rows: Mapping[int, int], other: Rollout) -> Rollout:
+        """A copy in which some rows, the keys, are those rows of another rollout of the same canvas, the values.
+
+        Raises ValueError for canvases of random tokens, or if the two were decoded differently.
+        """
+        same = ("schedule", "cache", "seed", "mask_token_id", "weight_version")
+        differing = [name for name in same if getattr(self, name) != getattr(other, name)]
+        if differing or self.canvas.shape[1] != other.canvas.shape[1]:
+            raise ValueError(f"rows of another rollout cannot take a place here: {differing or ['canvas']} differ")
+        if self.trace.refinement is not None or other.trace.refinement is not None:
+            raise ValueError("rows of a canvas of random tokens cannot be replaced")
+        if not rows:
+            return self
+        order = [len(self) + rows[i] if i in rows else i for i in range(len(self))]
+        index = torch.tensor(order, device=self.canvas.device)
+
+        def picked(mine: Tensor | None, others: Tensor | None) -> Tensor | None:
+            return None if mine is None or others is None else torch.cat([mine, others])[index]
+
+        tensors: dict[str, Any] = {
+            f.name: picked(getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        mine, others = self.trace, other.trace
+        per_row = ("commit_step", "raw_log_prob", "log_prob", "steps", "start_length", "length")
+        trace: dict[str, Any] = {name: picked(getattr(mine, name), getattr(others, name)) for name in per_row}
+        selections = _as_wide(mine.selection_log_prob, others.selection_log_prob, mine.raw_log_prob, len(other))
+        events = None
+        if mine.events is not None and others.events is not None:
+            events = _picked_events(mine.events, others.events, order, len(self))
+        lists: dict[str, Any] = {
+            name: [([*getattr(self, name), *getattr(other, name)])[i] for i in order]
+            for name in ("prompt_ids", "stop_reason", "row_ids")
+        }
+        return replace(
+            self,
+            **tensors,
+            **lists,
+            trace=Trace(**trace, selection_log_prob=picked(*selections), events=events),
+            exact=self.exact and other.exact,
+        )
+
     def states(self) -> Iterator[Tensor]:
         """The canvas `[N, L]` that the model saw before each step, from the first step to the longest row's last.
 
@@ -202,6 +246,30 @@ class Rollout:
         # Slots are put in before what exceeds the canvas is cut, but never stay beyond it.
         width = self.canvas.shape[1]
         return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=self.canvas.device)
+
+
+def _picked_events(mine: Events, others: Events, order: list[int], behind: int) -> Events:
+    """The events of rows of two rollouts, the second one's numbered from `behind` on; `order`: the rows to keep."""
+    row = torch.cat([mine.row, others.row + behind])
+    found = [(row == source).nonzero().squeeze(-1) for source in order]
+    index = torch.cat(found)
+    columns = {f.name: torch.cat([getattr(mine, f.name), getattr(others, f.name)])[index] for f in fields(Events)}
+    counts = torch.tensor([len(part) for part in found], device=row.device)
+    columns["row"] = torch.arange(len(order), device=row.device).repeat_interleave(counts)
+    return Events(**columns)
+
+
+def _as_wide(
+    mine: Tensor | None, others: Tensor | None, like: Tensor, rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Two `[N, S]` tensors padded with zeros to the same S; one that is missing is all zeros, unless both are."""
+    if mine is None and others is None:
+        return None, None
+    mine = like.new_zeros(len(like), 0) if mine is None else mine
+    others = like.new_zeros(rows, 0) if others is None else others
+    width = max(mine.shape[1], others.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(mine, (0, width - mine.shape[1])), pad(others, (0, width - others.shape[1]))
 
 
 def valid_mask(canvas: Tensor, eos_token_ids: tuple[int, ...]) -> Tensor:

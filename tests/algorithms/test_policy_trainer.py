@@ -214,7 +214,7 @@ def test_completions_that_cannot_be_scored_get_no_advantage(make_trainer: Any) -
 
 def test_an_algorithm_may_define_advantages_and_loss(make_trainer: Any, tmp_path: Path) -> None:
     class Own(DiffuGRPOTrainer):
-        def advantages(self, rewards: Tensor) -> Tensor:
+        def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
             self.grouped = rewards
             return rewards.softmax(-1) - 0.25
 

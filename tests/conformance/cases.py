@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COVERED = {
     "ass": "ascending step sizes",
+    "spg": "SPG: bounds, losses, gradients",
+    "dmpo": "DMPO: evidence lower bounds, losses, gradients",
+    "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
+    "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
     "daedal": "DAEDAL's variable length",
@@ -31,11 +35,7 @@ COVERED = {
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    "coupled": "coupled-GRPO",
-    "dmpo": "DMPO",
-    "espo": "ESPO",
     "freedave": "FreeDave's draft and verify",
-    "spg": "SPG",
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""
 
@@ -72,6 +72,8 @@ class Case:
             return "rewards"
         if "table" in self.outputs:
             return "counts"
+        if self.family in OBJECTIVES:
+            return "objective"
         if self.family == "d1" and "loss" in self.outputs:
             return "loss"
         if self.family == "d1" and "per_token_logps" in self.outputs:
@@ -106,7 +108,9 @@ class Case:
         return next((w for w in words if w in ("float64", "float32", "bfloat16")), "float64")
 
 
-KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler")
+KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
+OBJECTIVES = ("coupled", "dmpo", "espo", "spg")
+"""Families of scores, losses and gradients that have a module in `losses/`."""
 
 
 def folder() -> Path:

@@ -25,7 +25,8 @@ def spec_of(case: Case) -> DiffusionSpec:
     config = _config()
     eos = case.settings.get("eos_id", config.get("eos_token_id"))
     mask = case.settings.get("mask_id", config.get("mask_token_id"))
-    shift = int(case.family == "dream")  # Dream predicts the next token, as the causal model that it came from
+    # Dream, and DiffuCoder after it, predict the next token, as the causal model that they came from.
+    shift = int(str(case.settings.get("shift", "")).lower().startswith("dream") or case.family in ("dream", "coupled"))
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     return DiffusionSpec(mask_token_id=mask, eos_token_ids=eos, logit_shift=shift)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.cases import KINDS, NOT_COVERED, case_files, load_cases
+from tests.conformance.cases import KINDS, NOT_COVERED, OBJECTIVES, case_files, load_cases
 
 CASES = load_cases()
 TESTS = {
@@ -16,6 +16,7 @@ TESTS = {
     "loss": "test_losses.py",
     "logps": "test_log_probs.py",
     "sampler": "test_samplers.py",
+    "objective": "test_objectives.py",
 }
 
 
@@ -30,8 +31,8 @@ def test_every_case_is_run_or_listed():
 
 def test_every_kind_of_case_has_its_test():
     assert set(TESTS) == set(KINDS)
-    for file in TESTS.values():
-        assert Path(__file__).with_name(file).is_file()
+    for file in [*TESTS.values(), *(f"losses/{family}.py" for family in OBJECTIVES)]:
+        assert (Path(__file__).parent / file).is_file()
 
 
 def test_a_family_is_not_both():

@@ -1,0 +1,132 @@
+"""BGPO: a bound of the policy ratio that is a sum over views (arXiv 2510.11683).
+
+With n views (`rl4dlm.likelihood.elbo`, masks of a fixed count), l_v the estimate that view v alone gives of a
+completion's evidence lower bound, over its number of tokens, and d_v = l_v - l_v,old in the same view, the ratio of
+policies is exp(mean_v d_v). Its exponential of a mean keeps all n forward passes alive until the backward pass. BGPO
+replaces it by a lower bound of A times the ratio, which is a mean over views:
+
+    b_v  = 1 + d_v         where A >= 0      exp(x) >= 1 + x
+    b_v  = exp(d_v)        elsewhere         Jensen's inequality: exp(mean) <= mean of exp
+    loss = mean_i mean_v -min(A_i b_v, clip(b_v, 1 - epsilon, 1 + epsilon_high) A_i)
+
+At the policy that made the completions b_v = 1, and the gradient is that of A times the evidence lower bound. Where
+A < 0, `delta` bounds the loss by delta |A| (dual clipping). A KL term, which the paper does without, is per view, too.
+
+`one_view=True` is what saves the memory here. It scores one view after another for every estimator and whatever is made
+of the views, at the price of one more forward pass, so that bounds are not needed for that; they are BGPO's loss.
+
+Decided differently from the released code: with A >= 0 the clipped value is 1 + d_v itself, whose logarithm the port
+in DARE (arXiv 2604.04215) takes, so that it needs 1 + d_v > 0 and this does not; the numbers of hidden tokens are
+spread over the views of a completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
+from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig, set_but_not_supported
+from rl4dlm.algorithms.ratio_free import RATIO_SETTINGS
+from rl4dlm.likelihood.elbo import ELBO
+from rl4dlm.likelihood.masks import STRATIFY
+from rl4dlm.objectives import clipped_ratio, kl_estimate, ratio_bound
+
+__all__ = ["BGPOConfig", "BGPOTrainer"]
+
+_LIVE = ("epsilon", "epsilon_high", "delta")
+
+
+@dataclass
+class BGPOConfig(DiffusionPolicyConfig):
+    """Settings of `BGPOTrainer`: those of `DiffusionPolicyConfig`, with BGPO's own.
+
+    Args:
+        num_views: n, views per completion and pass.
+        stratify: whether the numbers of hidden tokens are spread over the `"views"` of a completion, also over
+            `"rows"`, or drawn one by one (`"none"`).
+        epsilon, epsilon_high: clip range of a view's bound.
+        delta: bounds the loss of a view where A < 0; None: not bounded.
+        beta, kl_estimator: weight of a KL term per view, and its form: k1, k2 or k3.
+        scale_rewards: TRL's: advantages are divided by the group's standard deviation.
+        scope: `"valid"` tokens or the whole `"canvas"`.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    num_views: int = field(default=16, metadata={"help": "Views per completion and pass (n)."})
+    stratify: str = field(
+        default="views",
+        metadata={
+            "help": f"How counts of hidden tokens are spread: {', '.join(STRATIFY)}.",
+            "choices": list(STRATIFY),
+        },
+    )
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
+    kl_estimator: str = field(default="k2", metadata={"help": "Form of the KL term: k1, k2 or k3."})
+    scope: str = field(default="valid", metadata={"help": "Which tokens the loss is about: valid or canvas."})
+    temperature: float = field(default=0.6, metadata={"help": "Temperature of the rollout."})
+
+    def __post_init__(self) -> None:
+        refused = set_but_not_supported(self, {k: why for k, why in RATIO_SETTINGS.items() if k not in _LIVE})
+        super().__post_init__()
+        if refused:
+            raise ValueError("; ".join(refused))
+        kl_estimate(torch.zeros(()), self.kl_estimator)
+        self.estimator()
+
+    def estimator(self) -> ELBO:
+        """The views."""
+        return ELBO(num_views=self.num_views, form="count", stratify=self.stratify, scope=self.scope)
+
+
+class BGPOTrainer(DiffusionPolicyTrainer):
+    """BGPO in TRL's GRPO loop; `BGPOConfig` has its settings, the module's docstring the algorithm."""
+
+    config_class = BGPOConfig
+    args: BGPOConfig
+    _tag_names = ["trl", "rl4dlm", "bgpo"]  # noqa: RUF012  (TRL's own form)
+    _name = "BGPO"
+    _paper = {  # noqa: RUF012  (TRL's own form)
+        "title": "Boundary-Guided Policy Optimization for Memory-efficient RL of Diffusion Large Language Models",
+        "id": "2510.11683",
+    }
+
+    def build_estimator(self) -> ELBO:
+        """The views."""
+        return self.args.estimator()
+
+    def compared(self, scores: PolicyScores) -> Tensor:
+        """What each view says of the sequence, `[B, K]`."""
+        assert scores.view_log_probs is not None and scores.views is not None
+        weight = scores.views.weight.to(scores.view_log_probs.dtype)
+        return (scores.view_log_probs * weight).sum(-1) * weight.shape[1]
+
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        """The mean over completions and views."""
+        whole = self.estimator.scope == "canvas"
+        size = batch["canvas_valid"].sum(-1, keepdim=True)
+        size = torch.full_like(size, batch["canvas_valid"].shape[1]) if whole else size.clamp(min=1)
+        each = self.compared(scores) / size  # [B, K]
+        old = batch.get("old_per_token_logps")
+        difference = each - (each.detach() if old is None else old / size)
+        counts = batch["completion_mask"].any(-1)  # false: left out because it was truncated
+        advantages = batch["advantages"][:, None]
+        bound = ratio_bound(difference, advantages)
+        low, high = self.epsilon_low, self.epsilon_high
+        values = clipped_ratio(bound, advantages, low, high, self.args.delta)
+        mode = "train" if self.model.training else "eval"
+        outside = ((bound < 1 - low) & (advantages < 0)) | ((bound > 1 + high) & (advantages > 0))
+        self._log_mean(mode, "clip_ratio/region_mean", outside.float().mean())
+        if self.args.beta:
+            divergence = kl_estimate(each - batch["ref_per_token_logps"] / size, self.args.kl_estimator)
+            values = values + self.args.beta * divergence
+            self._log_mean(mode, "kl", divergence.detach().mean())
+        return self.mean_over_rows(values.mean(-1) * counts)
+
+    def _log_mean(self, mode: str, name: str, value: Tensor) -> None:
+        self._metrics[mode][name].append(self.accelerator.gather(value).nanmean().item())

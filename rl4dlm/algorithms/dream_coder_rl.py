@@ -1,0 +1,219 @@
+"""The RL stage of Dream-Coder (arXiv 2509.01142): GRPO on complementary masks with context-adaptive weights.
+
+In each of mu passes a completion has two views: one hides each token with probability t ~ U(0, 1), the other one
+exactly the others, so that every token is scored once, with score s. With A = (r - mean) / std of the group, and
+rho = exp(s - s_old), the loss is
+
+    sum of w * -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) / sum of w,
+
+where w is the token's context-adaptive weight in its view, sum over visible j of p (1 - p)^(|k - j| - 1) / 2. Groups
+whose rewards are all the same are overwritten by random ones that teach something. There is no KL term.
+
+Decided differently from the released code:
+- Levels and masks are keyed by row and pass. The code draws one level and one mask for all rows of a worker, and seeds
+  its sampler with the same numbers at every step, so that noise comes back.
+- `loss_type="dapo"`, the default, divides by the weights of the whole generation batch, so that splitting it changes
+  nothing; `"bnpo"` by those of a micro-batch, as the code does. Without any visible token the loss is 0.
+- Tokens behind the first end of sequence are hidden in every view and count for nothing. The code shows some of them,
+  though it scores none.
+- Groups are overwritten within a process, which needs whole groups there. Where no group teaches anything the
+  gradient is zero; the code crashes.
+- Without CART all tokens count 1. The code multiplies by 1/t, with tensors that do not fit.
+- Advantages are TRL's, which adds 1e-4 to the standard deviation instead of 1e-6.
+- Code rewards need a sandbox, which this library does not have yet: bring a reward function of your own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized, rows_of
+from rl4dlm.algorithms.policy_config import set_but_not_supported
+from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
+from rl4dlm.likelihood.views import Views
+from rl4dlm.objectives import clipped_surrogate, kl_estimate
+from rl4dlm.rollout.noise import keyed_uniform
+
+LOSS_TYPES = ("dapo", "bnpo")
+_WEIGHTED = "every token has a weight of its own"
+_NOT_SUPPORTED = {
+    "importance_sampling_level": f"{_WEIGHTED}, and so a ratio",
+    "off_policy_mask_threshold": _WEIGHTED,
+    "top_entropy_quantile": _WEIGHTED,
+    "use_bias_correction_kl": _WEIGHTED,
+    "entropy_coef": "the loss has no entropy term",
+    "use_adaptive_entropy": "the loss has no entropy term",
+}
+
+
+@dataclass
+class DreamCoderRLConfig(DiffusionPolicyConfig):
+    """Settings of Dream-Coder's RL; the defaults are the paper's.
+
+    Args:
+        cart_p: p of the context-adaptive weights, in (0, 1]; None: every token counts 1.
+        substitute_groups: overwrite groups whose rewards are all the same.
+        num_iterations: mu, passes over a batch of completions, each with masks of its own.
+        epsilon, epsilon_high: clip range. delta: c > 1, bounds the loss by c |A| where A < 0 (dual clip); None: off.
+        beta: weight of a KL term; the paper has none.
+        scale_rewards: `"group"`: advantages are divided by the group's standard deviation.
+        loss_type: `"dapo"` or `"bnpo"`, see the module.
+        schedule: of the rollout: whole canvas, the most probable candidates first.
+        temperature, top_p: of the rollout. The paper divides the logits of scores by the temperature too; set
+            `score_temperature` where it is not 1.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    cart_p: float | None = field(
+        default=0.1, metadata={"help": "p of the context-adaptive weights; None weights all tokens the same."}
+    )
+    substitute_groups: bool = field(
+        default=True, metadata={"help": "Overwrite groups whose rewards are all the same by others."}
+    )
+    num_iterations: int = field(default=2, metadata={"help": "Passes over a batch of completions (mu)."})
+    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio, downwards."})
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Clip range of the policy ratio, upwards."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Multiply the KL term by the policy ratio: not supported here."}
+    )
+    loss_type: str = field(default="dapo", metadata={"help": "What the loss is averaged over: dapo or bnpo."})
+    schedule: str = field(
+        default="dream_maskgit_plus",
+        metadata={"help": "Name of the decoding schedule: which tokens are written when."},
+    )
+    num_generations: int | None = field(default=16, metadata={"help": "Completions of each prompt (G)."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the rollout."})
+    top_p: float = field(default=0.95, metadata={"help": "Keep the smallest set of tokens with this probability."})
+
+    def __post_init__(self) -> None:
+        refused = set_but_not_supported(self, _NOT_SUPPORTED)
+        super().__post_init__()
+        if refused:
+            raise ValueError("; ".join(refused))
+        check_context("cart_p", self.cart_p)
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r} is not allowed; choose one of {', '.join(LOSS_TYPES)}")
+        if self.delta is not None and not self.delta > 1 + (self.epsilon_high or self.epsilon):
+            raise ValueError(
+                f"delta={self.delta} is not allowed; it must be larger than 1 + epsilon_high, where ratios are clipped"
+            )
+
+
+class DreamCoderRLTrainer(DiffusionPolicyTrainer):
+    """Dream-Coder's RL in TRL's loop; `DreamCoderRLConfig` has its settings, the module's docstring the algorithm."""
+
+    config_class = DreamCoderRLConfig
+    args: DreamCoderRLConfig
+    per_iteration = (*DiffusionPolicyTrainer.per_iteration, "weight_total")
+    _tag_names = ["trl", "rl4dlm", "dream-coder-rl"]  # noqa: RUF012  (TRL's own form)
+    _name = "Dream-Coder RL"
+    _paper = {  # noqa: RUF012  (TRL's own form)
+        "title": "Dream-Coder 7B: An Open Diffusion Language Model for Code",
+        "id": "2509.01142",
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if self.args.substitute_groups and rows % self.num_generations:
+            raise ValueError(
+                "substitute_groups=True needs whole groups on each process, but per_device_train_batch_size="
+                f"{self.args.per_device_train_batch_size} x steps_per_generation={self.args.steps_per_generation} = "
+                f"{rows} is no multiple of num_generations={self.num_generations}"
+            )
+
+    def build_estimator(self) -> Complementary:
+        """One pair of complementary views."""
+        return Complementary()
+
+    def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
+        """Overwrites groups that teach nothing, and sums up what tokens count for in each pass."""
+        if self.args.substitute_groups:
+            self._substitute(batch, rewards)
+        totals = []
+        for iteration in range(self.num_iterations):
+            views = self.estimator.draw(rows_of(batch), seed=self.args.seed, iteration=iteration)
+            totals.append(self.accelerator.gather(self._weights(views, batch).sum()).sum())
+        batch["weight_total"] = torch.stack(totals).expand(len(batch["canvas_ids"]), -1).contiguous()
+
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        """The weighted mean of clipped surrogates."""
+        assert scores.views is not None
+        weights = self._weights(scores.views, batch).to(scores.log_probs.dtype)
+        old = batch.get("old_per_token_logps")
+        log_ratio = scores.log_probs - (scores.log_probs.detach() if old is None else old)
+        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
+        advantages = batch["advantages"][:, None]
+        losses = clipped_surrogate(log_ratio, advantages, self.args.epsilon, high, dual_clip=self.args.delta)
+        if self.beta:
+            divergence = kl_estimate(scores.log_probs - batch["ref_per_token_logps"], "k3")
+            losses = losses + self.beta * divergence
+            self._log_mean("kl", divergence.detach(), weights)
+        ratio = log_ratio.detach().exp()
+        clipped = ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+        self._log_mean("clip_ratio/region_mean", clipped, weights)
+        self._log_mean("entropy", scores.entropies.detach(), (weights > 0).to(weights.dtype))
+        training = self.model.training
+        if self.args.loss_type == "dapo" and "weight_total" in batch:
+            total = batch["weight_total"][0].to(losses.dtype) / self.accelerator.num_processes
+            total = total * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        else:
+            total = weights.sum() * (self.current_gradient_accumulation_steps if training else 1)
+        # Without any weight, nothing was visible next to what was hidden, and the sum is zero too.
+        return (losses * weights).sum() / torch.where(total > 0, total, 1.0)
+
+    def _weights(self, views: Views, batch: dict[str, Any]) -> Tensor:
+        """What tokens count for, float64 `[B, C]`: context-adaptive in the view that hides them, zero outside the loss.
+
+        Neighbours are those within the completion.
+        """
+        hidden, valid = views.scored, batch["canvas_valid"][:, None]
+        weights = hidden.double()
+        if self.args.cart_p is not None:
+            weights = weights * context_weights(valid & ~hidden, self.args.cart_p)
+        mask = batch["completion_mask"]
+        return resized(weights.sum(1), mask.shape[1]) * mask
+
+    def _substitute(self, batch: dict[str, Any], rewards: Tensor) -> None:
+        """Groups of this process that teach nothing become copies of random ones that do, rows in their order."""
+        size = self.num_generations
+        rows = len(batch["canvas_ids"])
+        first = self.accelerator.process_index * rows // size
+        here = rewards[first : first + rows // size]
+        unknown = here.isnan()
+        spread = here.masked_fill(unknown, -torch.inf).amax(1) - here.masked_fill(unknown, torch.inf).amin(1)
+        useful = (spread > 0).nonzero().squeeze(-1)
+        dull = (~(spread > 0)).nonzero().squeeze(-1)
+        self._metrics["train"]["substituted_groups"].append(
+            self.accelerator.gather(torch.tensor(float(len(dull)) if len(useful) else 0.0, device=here.device))
+            .sum()
+            .item()
+            / len(rewards)
+        )
+        if len(useful) and len(dull):
+            keys = batch["row_ids"].view(-1, size)[dull.to(batch["row_ids"].device), 0]
+            uniform = keyed_uniform(self.args.seed, "substitute", keys).to(useful.device)
+            source = torch.arange(len(here), device=useful.device)
+            source[dull] = useful[(uniform * len(useful)).long()]
+            index = (source[:, None] * size + torch.arange(size, device=source.device)).flatten()
+            for name, value in batch.items():
+                if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+                    batch[name] = value[index.to(value.device)]
+        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+
+    @torch.no_grad()
+    def _log_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
+        sums = torch.stack([(values * weights).sum(), weights.sum()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train" if self.model.training else "eval"][name].append(total / count if count else 0.0)

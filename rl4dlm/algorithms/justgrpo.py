@@ -1,0 +1,106 @@
+"""JustGRPO (Ni et al., arXiv 2601.15165): plain GRPO on completions that are decoded from left to right.
+
+Token k is written alone, given the prompt, the tokens before it and a hidden rest, so that its log-probability is exact
+and the policy is an ordinary autoregressive one:
+
+    rho_k = p(y_k | y_<k, hidden rest) / p_old(y_k | y_<k, hidden rest),
+    A = (r - mean of the group's r) / standard deviation of the group's r,
+
+with GRPO's loss per token, -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A). The trained model can still be decoded
+in parallel. The price is one view per token (`rl4dlm.likelihood.left_to_right`): a canvas of 256 tokens is scored in
+256 forwards per completion, in the memory of one (`one_view`).
+
+With c tokens per step (`tokens_per_view`) rollouts and scores are c times cheaper, and the c tokens of a step are
+scored given what is before the first of them, which is how they were drawn: still exact.
+
+Decided differently from the released code:
+- It scores all tokens of the canvas and divides by its length; `scope="canvas"` and `loss_type="dr_grpo"` do that. The
+  default is the valid tokens, and TRL's mean over all tokens of a generation batch.
+- It divides by the number of completions whose advantage is not zero; here by that of all of them.
+- It makes one pass over a batch, so that its ratio is always 1; here `num_iterations` may be larger, with ratios to the
+  policy that wrote the completions.
+- It attends to padding; here padding is hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
+from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.left_to_right import LeftToRight
+
+SCHEDULE = "left_to_right"
+
+
+@dataclass
+class JustGRPOConfig(DiffusionPolicyConfig):
+    """Settings of JustGRPO; the defaults are the paper's.
+
+    Args:
+        tokens_per_view: c, tokens that a step of the rollout writes and a view scores; divides canvas and blocks.
+        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
+        schedule: `"left_to_right"`; scores would not be those of completions that are written in another order.
+        denoising_steps: None, or what c asks for: the canvas over c.
+        one_view: on, since there are as many views as steps.
+        epsilon: clip range, which acts from the second pass over a batch on. beta: weight of the KL term.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    tokens_per_view: int = field(
+        default=1, metadata={"help": "Tokens that a step of the rollout writes, and that a view scores."}
+    )
+    scope: str = field(
+        default="valid", metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)}
+    )
+    schedule: str = field(default=SCHEDULE, metadata={"help": "Decoding schedule: left_to_right."})
+    one_view: bool = field(
+        default=True,
+        metadata={"help": "Score the views of a completion one after another: less memory, one forward more."},
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule != SCHEDULE:
+            raise ValueError(f"schedule={self.schedule!r} is not allowed; JustGRPO decodes with {SCHEDULE}")
+        self.estimator()
+        for name in ("max_completion_length", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value % self.tokens_per_view:
+                raise ValueError(
+                    f"tokens_per_view={self.tokens_per_view} is not allowed; it must divide {name}={value}"
+                )
+        if self.max_completion_length is not None:
+            steps = self.max_completion_length // self.tokens_per_view
+            if self.denoising_steps not in (None, steps):
+                raise ValueError(
+                    f"denoising_steps={self.denoising_steps} is not allowed; {self.tokens_per_view} tokens per step "
+                    f"(tokens_per_view) are {steps} steps"
+                )
+            self.denoising_steps = steps
+        super().__post_init__()
+
+    def estimator(self) -> LeftToRight:
+        """The estimator that these settings describe; ValueError for settings that describe none."""
+        return LeftToRight(self.tokens_per_view, self.scope)
+
+
+class JustGRPOTrainer(DiffusionPolicyTrainer):
+    """JustGRPO in TRL's GRPO loop; `JustGRPOConfig` has its settings, the module's docstring the algorithm."""
+
+    config_class = JustGRPOConfig
+    args: JustGRPOConfig
+    _tag_names = ["trl", "rl4dlm", "justgrpo"]  # noqa: RUF012  (TRL's own form)
+    _name = "JustGRPO"
+    _paper = {  # noqa: RUF012  (TRL's own form)
+        "title": "The Flexibility Trap: Why Arbitrary Order Limits Reasoning Potential in Diffusion Language Models",
+        "id": "2601.15165",
+    }
+
+    def build_estimator(self) -> LeftToRight:
+        """One view per step of the rollout."""
+        return self.args.estimator()

@@ -1,0 +1,132 @@
+"""Clipped losses of one ratio per sequence, from estimates of its log-likelihood; what ESPO and GDPO share.
+
+With B(y) the estimate for a completion y (the sum of its tokens' scores) and n the number of tokens that it is about,
+the loss of a completion is
+
+    -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta / n * KL estimate of B - B_ref,
+
+    rho = exp((B - B_old) / n).
+
+The terms of a bound have no meaning as conditional log-probabilities of tokens, so nothing here is per token. A mean
+over completions follows, in which those that count for nothing (`mask_truncated_completions`) are zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
+from rl4dlm.algorithms.policy_config import set_but_not_supported
+from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.objectives import clipped_surrogate, kl_estimate
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+_PER_TOKEN = "the loss here is one clipped ratio per sequence"
+_NOT_SUPPORTED = {
+    "loss_type": _PER_TOKEN,
+    "importance_sampling_level": f"{_PER_TOKEN} already",
+    "sapo_temperature_neg": _PER_TOKEN,
+    "sapo_temperature_pos": _PER_TOKEN,
+    "vespo_k_pos": _PER_TOKEN,
+    "vespo_lambda_pos": _PER_TOKEN,
+    "vespo_k_neg": _PER_TOKEN,
+    "vespo_lambda_neg": _PER_TOKEN,
+    "top_entropy_quantile": _PER_TOKEN,
+    "entropy_coef": _PER_TOKEN,
+    "use_adaptive_entropy": _PER_TOKEN,
+    "off_policy_mask_threshold": _PER_TOKEN,
+}
+
+
+@dataclass
+class SequenceRatioConfig(DiffusionPolicyConfig):
+    """What the settings of ESPO and GDPO have in common; TRL's settings of losses per token are refused.
+
+    Args:
+        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"` of the difference of whole sequences; see `rl4dlm.objectives`.
+        delta: TRL's upper bound of the ratio where the advantage is negative; None: none.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    scope: str = field(
+        default="valid",
+        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
+    )
+    kl_estimator: str = field(
+        default="k2",
+        metadata={
+            "help": "Estimator of the sequence's KL term: k1, k2 or k3.",
+            "choices": list(KL_ESTIMATORS),
+        },
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Not supported: the KL term here has no ratio that could correct it."}
+    )
+
+    def __post_init__(self) -> None:
+        refused = set_but_not_supported(self, _NOT_SUPPORTED)
+        super().__post_init__()
+        if self.use_bias_correction_kl:
+            refused.append("use_bias_correction_kl=True is not supported: it corrects a KL term per token")
+        if refused:
+            raise ValueError("; ".join(refused))
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r} is not allowed; choose one of {', '.join(KL_ESTIMATORS)}"
+            )
+
+
+class SequenceRatioTrainer(DiffusionPolicyTrainer):
+    """The loss of the module's docstring; an algorithm says how sequences are estimated."""
+
+    config_class: type[SequenceRatioConfig] = SequenceRatioConfig
+    args: SequenceRatioConfig
+
+    def log_ratio(self, difference: Tensor, length: Tensor) -> tuple[Tensor, Tensor | float]:
+        """log rho of completions from B - B_old, and what their surrogate is multiplied by; all `[B]`."""
+        return difference / length, 1.0
+
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        """One clipped ratio per completion, and the KL term of whole sequences beside it."""
+        mask, advantages = batch["completion_mask"], batch["advantages"]
+        counts, length = mask.any(-1), mask.sum(-1).clamp(min=1)
+
+        def above(others: Tensor) -> Tensor:  # of [B, C] -> [B]
+            return ((scores.log_probs - others) * mask).sum(-1)
+
+        old = batch.get("old_per_token_logps")
+        log_ratio, share = self.log_ratio(above(scores.log_probs.detach() if old is None else old), length)
+        surrogate = clipped_surrogate(log_ratio, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
+        per_sequence = surrogate * share
+        measured = {"entropy": (scores.entropies * mask).sum(-1) / length}
+        if self.beta != 0.0:
+            kl = kl_estimate(above(batch["ref_per_token_logps"]), self.args.kl_estimator) / length
+            per_sequence = per_sequence + self.beta * kl
+            measured["kl"] = kl
+        self._log(log_ratio.exp(), advantages, counts, measured)
+        return self.mean_over_rows(per_sequence * counts)
+
+    @torch.no_grad()
+    def _log(self, ratio: Tensor, advantages: Tensor, counts: Tensor, measured: dict[str, Tensor]) -> None:
+        """TRL's metrics under TRL's names, of the completions that count."""
+        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        values = {**measured, "low": low, "high": high, "region": low | high}
+        local = torch.stack([value.to(ratio) for value in values.values()], dim=1)  # [B, metrics]
+        gathered, kept = self.accelerator.gather(local), self.accelerator.gather(counts)
+        gathered = gathered[kept] if kept.any() else gathered.new_zeros(1, len(values))
+        of = dict(zip(values, gathered.unbind(1), strict=True))
+        logged = self._metrics["train" if self.model.training else "eval"]
+        for name in measured:
+            logged[name].append(of[name].mean().item())
+        for name in ("low", "high", "region"):
+            logged[f"clip_ratio/{name}_mean"].append(of[name].mean().item())
+        logged["clip_ratio/low_min"].append(of["low"].min().item())
+        logged["clip_ratio/high_max"].append(of["high"].max().item())

@@ -1,0 +1,145 @@
+"""Sandwiched policy gradient: bounds of the likelihood instead of the likelihood (SPG, arXiv 2510.09541).
+
+With S_lower and S_upper a lower and an upper bound of log p(y), estimated from m views (`rl4dlm.likelihood.blockwise`),
+and A_i the reward of completion i less its group's mean,
+
+    S_i  = S_lower(y_i)                                       where A_i > 0
+           omega * S_upper(y_i) + (1 - omega) * S_lower(y_i)   elsewhere
+    loss = -sum_i A_i S_i / sum_i |y_i|.
+
+What is good becomes likelier if its lower bound rises, and what is bad unlikelier if its upper bound falls. There is no
+policy ratio, no clipping and no KL term; a batch may be used several times, with new views each time. What the two
+bounds are and are not is written where they are computed.
+
+Decided differently from the released code: the denominator is of the whole batch of completions, not of a micro-batch,
+so that splitting a batch changes nothing; the views of a completion take different blocks (`block_choice`); padding is
+neither seen nor counted as a prompt; masks come from keys, not from the global generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, resized
+from rl4dlm.algorithms.ratio_free import RatioFreeConfig
+from rl4dlm.likelihood.blockwise import BOUNDS, MODES, BlockwiseBound
+from rl4dlm.likelihood.masks import check_choice
+from rl4dlm.objectives import weighted_likelihood
+
+__all__ = ["SPGConfig", "SPGTrainer"]
+
+NEGATIVES = (*BOUNDS, "zero")
+
+
+@dataclass
+class SPGConfig(RatioFreeConfig):
+    """Settings of `SPGTrainer`: those of `DiffusionPolicyConfig`, with SPG's own.
+
+    Args:
+        num_views: m, views per completion and pass.
+        masking: what a view hides: `"block_random"`, some tokens of a block and all later blocks; `"block_all"`, a
+            block and all later ones; `"random"`, a random number of tokens; `"all"`, all tokens. Blocks are those that
+            completions are decoded in.
+        negatives: what completions that are not better than their group's mean count with: the `"mix"` of both
+            bounds, the upper one (`"eubo"`), the lower one (`"elbo"`), or nothing (`"zero"`).
+        eubo_beta: exponent of the upper bound, 1 or larger.
+        mix_weight: omega, share of the upper bound in the mix.
+        p_mask_prompt: probability that a prompt token, or a token of an earlier block, is hidden.
+        block_choice: `"stratified"`, views of a completion take different blocks; `"published"`, as the released code.
+        scored: all `"hidden"` tokens, as published, or those of a view's own `"block"`.
+        scope: `"valid"` tokens or the whole `"canvas"`.
+        num_iterations: passes over a batch of completions (mu), each with views of its own.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+
+    num_views: int = field(default=2, metadata={"help": "Views per completion and pass (m)."})
+    masking: str = field(
+        default="block_random",
+        metadata={"help": f"What a view hides: {', '.join(MODES)}.", "choices": list(MODES)},
+    )
+    negatives: str = field(
+        default="mix",
+        metadata={
+            "help": f"What completions that are not better than average count with: {', '.join(NEGATIVES)}.",
+            "choices": list(NEGATIVES),
+        },
+    )
+    eubo_beta: float = field(default=1.5, metadata={"help": "Exponent of the upper bound, 1 or larger."})
+    mix_weight: float = field(default=0.5, metadata={"help": "Share of the upper bound in the mix of bounds."})
+    p_mask_prompt: float = field(
+        default=0.15,
+        metadata={"help": "Probability with which tokens of the prompt and of earlier blocks are hidden."},
+    )
+    block_choice: str = field(
+        default="stratified", metadata={"help": "How views choose their blocks: stratified or published."}
+    )
+    scored: str = field(default="hidden", metadata={"help": "Which tokens count: hidden ones, or those of the block."})
+    scope: str = field(default="valid", metadata={"help": "Which tokens the loss is about: valid or canvas."})
+    num_iterations: int = field(default=4, metadata={"help": "Passes over a batch of completions (mu)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("negatives", self.negatives, NEGATIVES)
+        try:
+            self.estimator(block_length=1)
+        except ValueError as error:
+            message = str(error)
+            for theirs, ours in (("mode=", "masking="), ("beta=", "eubo_beta=")):
+                message = ours + message.removeprefix(theirs) if message.startswith(theirs) else message
+            raise ValueError(message) from None
+
+    def estimator(self, block_length: int) -> BlockwiseBound:
+        """The views and bounds, with blocks of a given length."""
+        return BlockwiseBound(
+            num_views=self.num_views,
+            mode=self.masking,
+            bound="elbo",
+            beta=self.eubo_beta,
+            mix_weight=self.mix_weight,
+            block_length=block_length,
+            p_mask_prompt=self.p_mask_prompt,
+            block_choice=self.block_choice,
+            scored=self.scored,
+            scope=self.scope,
+        )
+
+
+class SPGTrainer(DiffusionPolicyTrainer):
+    """SPG in TRL's GRPO loop; `SPGConfig` has its settings, the module's docstring the algorithm."""
+
+    config_class = SPGConfig
+    args: SPGConfig
+    uses_old_policy = False
+    _tag_names = ["trl", "rl4dlm", "spg"]  # noqa: RUF012  (TRL's own form)
+    _name = "SPG"
+    _paper = {  # noqa: RUF012  (TRL's own form)
+        "title": "SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models",
+        "id": "2510.09541",
+    }
+
+    def build_estimator(self) -> BlockwiseBound:
+        """The views and bounds, in the blocks of the rollout."""
+        self._bounds = self.args.estimator(self.decoding.block_length or self.decoding.canvas_length)
+        return self._bounds
+
+    def bounds(self, scores: PolicyScores, positive: Tensor) -> Tensor:
+        """Scores `[B, C]` per token: of the lower bound where `positive` (bool `[B]`), of the negatives' elsewhere."""
+        lower = scores.log_probs
+        if self.args.negatives == "zero":
+            return lower * positive[:, None]
+        if self.args.negatives == "elbo":
+            return lower
+        assert scores.view_log_probs is not None and scores.views is not None
+        upper = self._bounds.reduce_to(self.args.negatives, scores.view_log_probs, scores.views)
+        return lower.where(positive[:, None], resized(upper, lower.shape[1]))
+
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        """`-sum_i A_i S_i`, per token of the batch of completions."""
+        advantages = batch["advantages"]
+        values = weighted_likelihood(self.bounds(scores, advantages > 0), advantages[:, None])
+        return self.mean_over_tokens(values, batch["completion_mask"], batch)

@@ -1,0 +1,113 @@
+"""BGPO: its first step from plain logits, its bounds of the ratio, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl4dlm import BGPOConfig, BGPOTrainer
+from rl4dlm.algorithms.base import PolicyScores
+from rl4dlm.likelihood.views import Views
+from tests.algorithms.steps import check_gradient, one_step, sequences_mean
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def one_bgpo_step(make_trainer: Any, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
+    return one_step(make_trainer, BGPOTrainer, num_views=4, beta=0.1, **settings)
+
+
+def check_ratios(trainer: Any) -> None:
+    record, logs = trainer.seen[0], trainer.state.log_history[0]
+    assert record["old_per_token_logps"].shape == (8, 4), "one number per view"
+    torch.testing.assert_close(record["old_per_token_logps"], record["ref_per_token_logps"], rtol=0, atol=2e-5)
+    assert logs["clip_ratio/region_mean"] == 0 and logs["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("one_view", [False, True])
+def test_the_first_step_raises_bounds_by_advantages(make_trainer: Any, one_view: bool) -> None:
+    trainer, gradients = one_bgpo_step(make_trainer, one_view=one_view)
+    check_ratios(trainer)
+    check_gradient(trainer, sequences_mean(trainer, trainer.seen[0]), gradients)
+
+
+def test_an_adapter_is_trained(make_trainer: Any) -> None:
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    trainer, gradients = one_bgpo_step(make_trainer, peft_config=adapter)
+    check_ratios(trainer)
+    assert gradients and all("lora_" in name for name in gradients)
+    assert any(gradient.abs().max() > 1e-6 for gradient in gradients.values())
+
+
+def test_splitting_a_batch_changes_nothing(make_trainer: Any, losses: Any) -> None:
+    found = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        trainer = make_trainer(
+            trainer=BGPOTrainer,
+            config=BGPOConfig,
+            num_views=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], abs=5e-6)
+
+
+def test_the_loss_bounds_that_of_the_exact_ratio_and_is_clipped_per_view(make_trainer: Any) -> None:
+    gaps = torch.tensor([[0.4, -0.1, 0.0], [0.4, -0.5, 0.1], [-3.0, 0.0, 0.0]], requires_grad=True)  # per token
+    advantages = torch.tensor([1.0, -1.0, 1.0])
+    loss, _ = loss_of(make_trainer, gaps, advantages, epsilon=100.0)
+    d = gaps.detach()
+    each = -advantages[:, None] * torch.stack([1 + d[0], d[1].exp(), 1 + d[2]])  # 1 + d may be negative
+    assert loss == pytest.approx(each.mean().item(), abs=1e-6)
+    assert loss >= -(advantages * d.mean(-1).exp()).mean().item()
+    _, gradient = loss_of(make_trainer, gaps, advantages, epsilon=0.2)
+    expected = torch.tensor([[0.0, -1.0, -1.0], [1.0, 0.0, 1.0], [-1.0, -1.0, -1.0]]) / 9
+    expected[1] = expected[1] * d[1].exp()
+    torch.testing.assert_close(gradient, expected)
+    _, gradient = loss_of(make_trainer, gaps, advantages, epsilon=0.2, delta=1.3)
+    expected[1, 0] = 0.0  # exp(0.4) is above 1.3
+    torch.testing.assert_close(gradient, expected)
+
+
+def loss_of(make_trainer: Any, gaps: Tensor, advantages: Tensor, **settings: Any) -> tuple[float, Tensor]:
+    """Loss and its gradient by `gaps` `[B, K]`: each view's score per token above that of the old policy."""
+    trainer = make_trainer(trainer=BGPOTrainer, config=BGPOConfig, num_views=3, **settings)
+    rows, views = gaps.shape
+    weight = torch.zeros(rows, views, 8)
+    weight[:, :, 0] = 8 / views  # as if one of eight tokens were hidden
+    log_probs = torch.nn.functional.pad((gaps - 2.0)[..., None], (0, 7))
+    batch = {
+        "completion_mask": torch.ones(rows, 8),
+        "canvas_valid": torch.ones(rows, 8, dtype=torch.bool),
+        "advantages": advantages,
+        "old_per_token_logps": torch.full((rows, views), -2.0 * 8),
+    }
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    found = Views(torch.ones(rows, views, 8, dtype=torch.bool), weight)
+    loss = trainer.loss(PolicyScores(log_probs.sum(1), torch.zeros(rows, 8), found, log_probs), batch)
+    return loss.item(), torch.autograd.grad(loss, gaps)[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("loss_type", "bnpo", "loss of its own"),
+        ("importance_sampling_level", "sequence", "importance_sampling_level='sequence'"),
+        ("entropy_coef", 0.1, "no entropy term"),
+        ("kl_estimator", "k4", "k4"),
+        ("num_views", 0, "num_views=0"),
+        ("stratify", "all", "stratify='all'"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(tmp_path: Any, setting: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BGPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **{setting: value})

@@ -1,0 +1,177 @@
+"""Dream-Coder's RL: weights, clipping, substitution of groups, and what it must not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from rl4dlm.algorithms.base import PolicyScores
+from rl4dlm.algorithms.dream_coder_rl import DreamCoderRLConfig, DreamCoderRLTrainer
+from rl4dlm.likelihood.complementary import Complementary, context_weights
+from rl4dlm.likelihood.views import Rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+class Recording(DreamCoderRLTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seen: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        value = super().loss(scores, batch)
+        copies = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.seen.append({**copies, "scores": scores, "loss": value.detach().clone()})
+        return value
+
+
+@pytest.fixture
+def make(make_trainer: Any) -> Callable[..., Any]:
+    def build(**changes: Any) -> Any:
+        return make_trainer(**{"trainer": Recording, "config": DreamCoderRLConfig, **changes})
+
+    return build
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
+def test_the_first_pass_is_on_policy_and_the_loss_is_the_weighted_mean(make: Any, adapter: Any) -> None:
+    trainer = make(peft_config=adapter, beta=0.02)
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    first, second = trainer.seen
+    mask = first["completion_mask"].bool()
+    for policy in ("old_per_token_logps", "ref_per_token_logps"):
+        torch.testing.assert_close(first[policy][mask], first["scores"].log_probs[mask], rtol=0, atol=1e-6)
+    # Weights by hand: neighbours that the view shows within the completion.
+    hidden = first["scores"].views.scored
+    weights = (context_weights(first["canvas_valid"][:, None] & ~hidden, 0.1) * hidden).sum(1)[
+        :, : mask.shape[1]
+    ] * mask
+    torch.testing.assert_close(first["weight_total"][0].double(), weights.sum())
+    expected = -(weights * first["advantages"][:, None]).sum() / weights.sum()
+    assert first["loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert trainer.state.log_history[0]["clip_ratio/region_mean"] == 0
+    assert not torch.equal(first["scores"].views.hidden, second["scores"].views.hidden), "masks are new in each pass"
+    after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("cart_p", [0.1, None])
+def test_splitting_a_batch_changes_nothing(make: Any, cart_p: float | None) -> None:
+    def run(size: int, accumulation: int) -> list[Tensor]:
+        trainer = make(
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, cart_p=cart_p, max_steps=3
+        )
+        trainer.train()
+        return [p.detach().clone() for p in trainer.model.parameters()]
+
+    for whole, split in zip(run(8, 1), run(2, 4), strict=True):
+        torch.testing.assert_close(whole, split, rtol=0, atol=2e-6)
+
+
+def one_batch(ratios: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    scores = torch.full_like(ratios, -1.5, requires_grad=True)
+    batch = {
+        "completion_mask": mask.long(),
+        "canvas_valid": mask.bool(),
+        "advantages": advantages,
+        "old_per_token_logps": scores.detach() - ratios.log(),
+    }
+    return scores, batch
+
+
+def views_of(mask: Tensor, hidden: Tensor) -> Any:
+    count, length = mask.shape
+    canvas = torch.full((count, length), 9)
+    rows = Rows(canvas[:, :1], torch.ones(count, 1), canvas, mask, torch.arange(count))
+    return Complementary().views(rows, hidden[:, None])
+
+
+def gradient_of(trainer: Any, scores: Tensor, batch: dict[str, Any], views: Any) -> Tensor:
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.loss(PolicyScores(scores, torch.ones_like(scores), views), batch)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    return gradient
+
+
+def test_clipping_is_higher_upwards_and_bounded_where_advantages_are_negative(make: Any) -> None:
+    trainer = make(cart_p=None, delta=3.0)
+    ratios = torch.tensor([[0.7, 0.9, 1.25, 1.3], [0.7, 1.25, 2.9, 3.1]])
+    mask = torch.ones(2, 4)
+    scores, batch = one_batch(ratios, torch.tensor([1.0, -1.0]), mask)
+    gradient = gradient_of(trainer, scores, batch, views_of(mask, torch.rand(2, 4) < 0.5))
+    expected = -torch.tensor([[0.7, 0.9, 1.25, 0.0], [0.0, -1.25, -2.9, 0.0]]) / 8
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_tokens_without_visible_neighbours_or_behind_the_end_count_nothing(make: Any) -> None:
+    trainer = make(cart_p=1.0)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    hidden = torch.tensor([[True, False, True, True, True], [True, True, True, False, False]])
+    scores, batch = one_batch(torch.ones(2, 5), torch.tensor([1.0, 1.0]), mask)
+    gradient = gradient_of(trainer, scores, batch, views_of(mask, hidden))
+    weights = torch.tensor([[0.5, 1.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5, 0.0]])
+    torch.testing.assert_close(gradient, -weights / weights.sum())
+    # One view hides everything: nothing is visible, and nothing is learnt.
+    scores, batch = one_batch(torch.ones(2, 5), torch.tensor([1.0, 1.0]), mask)
+    gradient = gradient_of(trainer, scores, batch, views_of(mask, torch.ones(2, 5, dtype=torch.bool)))
+    assert gradient.isfinite().all() and not gradient.any()
+
+
+def test_groups_that_teach_nothing_are_overwritten(make: Any) -> None:
+    rewards = [0.0] * 4 + [1.0, 0.0, 0.0, 1.0] + [1.0] * 4 + [0.0, 0.0, 0.0, 1.0]
+
+    def run(substitute: bool, rewards: list[float]) -> dict[str, Any]:
+        trainer = make(
+            per_device_train_batch_size=16,
+            rewards=lambda completions, **_: rewards,
+            substitute_groups=substitute,
+            max_steps=1,
+        )
+        trainer.train()
+        seen = trainer.seen[0]
+        seen["share"] = trainer.state.log_history[0].get("substituted_groups")
+        return seen
+
+    plain, seen = run(False, rewards), run(True, rewards)
+    ids = sorted(seen["row_ids"].tolist())
+    assert len(ids) == 16 and not set(ids) & {*range(4), *range(8, 12)}
+    assert set(ids) == {*range(4, 8), *range(12, 16)}, "informative groups are still there"
+    assert seen["share"] == 0.5
+    assert (seen["advantages"] != 0).all()
+    place = {int(row): i for i, row in enumerate(plain["row_ids"])}
+    for i, row in enumerate(seen["row_ids"].tolist()):
+        for name in ("canvas_ids", "advantages", "old_per_token_logps", "prompt_ids", "completion_mask"):
+            torch.testing.assert_close(seen[name][i], plain[name][place[row]], msg=f"{name} moves along")
+    nothing = run(True, [1.0] * 16)
+    assert sorted(nothing["row_ids"].tolist()) == list(range(16))
+    assert nothing["loss"] == 0 and nothing["share"] == 0
+
+
+def test_equal_rewards_have_no_gradient(make: Any) -> None:
+    trainer = make(rewards=lambda completions, **_: [0.5] * len(completions), max_steps=1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("cart_p", 0.0),
+        ("loss_type", "grpo"),
+        ("importance_sampling_level", "sequence"),
+        ("use_bias_correction_kl", True),
+        ("entropy_coef", 0.1),
+        ("delta", 1.1),
+    ],
+)
+def test_what_has_no_meaning_is_refused(make: Any, setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{setting}="):
+        make(**{setting: value})

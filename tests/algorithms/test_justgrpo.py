@@ -1,0 +1,71 @@
+"""JustGRPO: scores are the log-probabilities that completions were drawn with; its first step, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rl4dlm import JustGRPOConfig, JustGRPOTrainer
+from rl4dlm.algorithms.base import resized
+from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.mark.parametrize("tokens_per_view", [1, 2])
+def test_the_first_step_is_reinforce_with_exact_log_probabilities(make_trainer: Any, tokens_per_view: int) -> None:
+    trainer, gradients = one_step(
+        make_trainer, JustGRPOTrainer, beta=0.04, tokens_per_view=tokens_per_view, denoising_steps=None
+    )
+    check_first_iteration(trainer)
+    record = trainer.seen[0]
+    drawn = resized(record["drawn_log_probs"], record["scores"].shape[1])
+    mask = record["completion_mask"].bool()
+    assert mask.any()
+    assert (drawn - record["scores"])[mask].abs().max() < 2e-6
+    assert trainer.state.log_history[0]["diffusion/rollout_gap"] == pytest.approx(0, abs=2e-6)
+    check_gradient(trainer, tokens_mean(trainer, record), gradients)
+
+
+def test_an_adapter_is_trained(make_trainer: Any) -> None:
+    lora_step(make_trainer, JustGRPOTrainer, beta=0.04, denoising_steps=None)
+
+
+def test_advantages_are_divided_by_the_deviation_of_the_group(make_trainer: Any) -> None:
+    trainer, _ = one_step(
+        make_trainer,
+        JustGRPOTrainer,
+        denoising_steps=None,
+        rewards=lambda completions, **_: [float(i % 4) for i in range(len(completions))],
+    )
+    record = trainer.seen[0]
+    found = record["advantages"][record["row_ids"].argsort()].view(-1, 4)
+    assert found.mean().item() == pytest.approx(0, abs=1e-6)
+    assert found.std(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(("tokens_per_view", "steps"), [(1, 24), (4, 6)])
+def test_steps_follow_from_the_canvas(tokens_per_view: int, steps: int, tmp_path: Any) -> None:
+    settings = {"max_completion_length": 24, "tokens_per_view": tokens_per_view}
+    config = JustGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
+    assert config.denoising_steps == steps and config.one_view
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"schedule": "low_confidence"},
+            "schedule='low_confidence' is not allowed; JustGRPO decodes with left_to_right",
+        ),
+        ({"denoising_steps": 64}, r"denoising_steps=64 is not allowed; 1 tokens per step.*are 256 steps"),
+        ({"tokens_per_view": 3}, "tokens_per_view=3 is not allowed; it must divide max_completion_length=256"),
+        ({"tokens_per_view": 8, "block_length": 4}, "tokens_per_view=8 is not allowed; it must divide block_length=4"),
+        ({"tokens_per_view": 0}, "tokens_per_view=0"),
+        ({"scope": "all"}, "scope='all'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=said):
+        JustGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
