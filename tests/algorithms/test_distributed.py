@@ -29,8 +29,8 @@ GATHER = {"stage3_gather_16bit_weights_on_model_save": True}  # or ZeRO-3 does n
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 
 
-def launch(folder: Path, stage: int | None = None) -> dict[str, Any]:
-    """What two processes of `worker.py` find."""
+def launch(folder: Path, stage: int | None = None, worker: Path = WORKER) -> dict[str, Any]:
+    """What two processes of a worker find."""
     results = folder / "results.pt"
     arguments = [str(results)]
     if stage is not None:
@@ -51,7 +51,7 @@ def launch(folder: Path, stage: int | None = None) -> dict[str, Any]:
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
     done = subprocess.run(
-        [*command, f"--master_port={port}", str(WORKER), *arguments],
+        [*command, f"--master_port={port}", str(worker), *arguments],
         env=environment, cwd=folder, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
