@@ -173,6 +173,7 @@ def _decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "stop_at_eos": STOPS[arguments.stop_at_eos],
         "min_new_tokens": arguments.min_new_tokens,
         "eos_penalty": arguments.eos_penalty,
+        "eos_penalty_decay": arguments.eos_penalty_decay,
         "suppress_token_ids": _ids("suppress-token-ids", arguments.suppress_token_ids),
         "defer_token_ids": _ids("defer-token-ids", arguments.defer_token_ids),
         "schedule_args": mapping("schedule-args", arguments.schedule_args),
@@ -431,6 +432,7 @@ def _add_decoding_flags(add: Callable[..., Any]) -> None:
     add("--stop-at-eos", default="yes", choices=STOPS, help="when rows stop early (default: %(default)s)")
     add("--min-new-tokens", type=int, default=0, metavar="N", help="no end before that many tokens (default: none)")
     add("--eos-penalty", type=float, default=0.0, help="off the logits of end tokens (default: %(default)s)")
+    add("--eos-penalty-decay", action="store_true", help="multiply it by the share of the canvas that is still open")
     add("--suppress-token-ids", metavar="LIST", help="tokens that are never drawn, with commas between them")
     add("--defer-token-ids", metavar="LIST", help="tokens that are written only when nothing else can be")
     add("--num-samples", type=_count, default=1, metavar="N", help="completions per prompt (default: %(default)s)")

@@ -229,7 +229,7 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
     """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
 
     scores_hints: bool = False
-    """Whether tokens that an intervention has given are in `completion_mask`. They are nobody's choice."""
+    """Whether tokens that an intervention has given are scored and in `completion_mask`. They are nobody's choice."""
 
     def compared(self, scores: PolicyScores) -> Tensor:
         """What is kept of old and reference scores, `[B, ...]`, for a loss to compare with; scores per token."""
@@ -284,6 +284,14 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         gathered: Tensor = self.accelerator.gather(values.contiguous())
         return gathered.view(-1, generations)
 
+    def tokens_scored(self, batch: dict[str, Any]) -> Tensor:
+        """How many canvas tokens of each completion its scores are about, `[B]`: those in scope that were not given."""
+        valid: Tensor = batch["canvas_valid"]
+        within = torch.ones_like(valid) if self.estimator.scope == "canvas" else valid
+        if batch.get("hinted") is not None and not self.scores_hints:
+            within = within & ~batch["hinted"]
+        return within.sum(-1)
+
     def mean_over_rows(self, values: Tensor) -> Tensor:
         """The mean of one number per row, `[B]`, scaled for gradient accumulation; for losses of whole sequences."""
         return values.mean() / (self.current_gradient_accumulation_steps if self.model.training else 1)
@@ -295,6 +303,16 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         if self.model.training:
             total = total * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return (values * mask).sum() / total
+
+    @torch.no_grad()
+    def log_entropy(self, scores: PolicyScores, mask: Tensor) -> None:
+        """Logs the mean `entropy` of the tokens of `mask` `[B, C]` that a view scores; TRL's own loss logs it, too."""
+        counted = mask.bool()
+        if scores.views is not None:
+            counted = counted & resized(scores.views.scored.any(1), mask.shape[1])
+        sums = torch.stack([(scores.entropies * counted).sum(), counted.sum().to(scores.entropies)])
+        total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train" if self.model.training else "eval"]["entropy"].append(total / max(tokens, 1))
 
     # --- rollout ------------------------------------------------------------------------------------------------------
 
@@ -644,6 +662,8 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
         estimator = self.estimator if estimator is None else estimator
         views = estimator.draw(rows, seed=self.args.seed, iteration=iteration)
+        if rows.given is not None and not self.scores_hints:
+            views = views.without(rows.given)
         with self.accelerator.autocast():
             found = score_views(
                 model,
@@ -686,7 +706,17 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         valid=batch["canvas_valid"],
         row_ids=batch["row_ids"],
         seen=batch.get("canvas_seen"),
+        given=batch.get("hinted"),
     )
+
+
+def places(row_ids: Tensor) -> Tensor:
+    """In which order the rows of a batch of completions were asked for, whether or not they were replaced since.
+
+    Completions of a group are next to each other; a replacement counts as the member of its group that it was decoded
+    for, so that two of a group may have one place.
+    """
+    return row_ids % _SECOND_ATTEMPT
 
 
 def resized(values: Tensor, width: int) -> Tensor:

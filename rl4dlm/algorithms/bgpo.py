@@ -11,6 +11,7 @@ replaces it by a lower bound of A times the ratio, which is a mean over views:
 
 At the policy that made the completions b_v = 1, and the gradient is that of A times the evidence lower bound. Where
 A < 0, `delta` bounds the loss by delta |A| (dual clipping). A KL term, which the paper does without, is per view, too.
+Tokens that an intervention has given are in no bound and in no number of tokens.
 
 `one_view=True` is what saves the memory here. It scores one view after another for every estimator and whatever is made
 of the views, at the price of one more forward pass, so that bounds are not needed for that; they are BGPO's loss.
@@ -29,15 +30,23 @@ import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig, set_but_not_supported
-from rl4dlm.algorithms.ratio_free import RATIO_SETTINGS
+from rl4dlm.algorithms.policy_config import OWN_LOSS, DiffusionPolicyConfig, check_delta, set_but_not_supported
 from rl4dlm.likelihood.elbo import ELBO
-from rl4dlm.likelihood.masks import STRATIFY
+from rl4dlm.likelihood.masks import STRATIFY, check_choice
 from rl4dlm.objectives import clipped_ratio, kl_estimate, ratio_bound
 
 __all__ = ["BGPOConfig", "BGPOTrainer"]
 
-_LIVE = ("epsilon", "epsilon_high", "delta")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+_PER_VIEW = "the loss here is one clipped bound per view"
+_NOT_SUPPORTED = {
+    **OWN_LOSS,
+    "loss_type": f"{_PER_VIEW}, averaged over views and completions: a loss of its own",
+    "importance_sampling_level": f"{_PER_VIEW} of a whole sequence already",
+    "off_policy_mask_threshold": f"{_PER_VIEW}; delta bounds it where the policy has moved far",
+    "top_entropy_quantile": f"{_PER_VIEW}, not per token",
+    "use_bias_correction_kl": "the KL term is per view, where a bound stands for the ratio that could correct it",
+}
 
 
 @dataclass
@@ -49,7 +58,7 @@ class BGPOConfig(DiffusionPolicyConfig):
         stratify: whether the numbers of hidden tokens are spread over the `"views"` of a completion, also over
             `"rows"`, or drawn one by one (`"none"`).
         epsilon, epsilon_high: clip range of a view's bound.
-        delta: bounds the loss of a view where A < 0; None: not bounded.
+        delta: c > 1 + epsilon_high, bounds the loss of a view by c |A| where A < 0 (dual clip); None: not bounded.
         beta, kl_estimator: weight of a KL term per view, and its form: k1, k2 or k3.
         scale_rewards: TRL's: advantages are divided by the group's standard deviation.
         scope: `"valid"` tokens or the whole `"canvas"`.
@@ -68,15 +77,19 @@ class BGPOConfig(DiffusionPolicyConfig):
     )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
     kl_estimator: str = field(default="k2", metadata={"help": "Form of the KL term: k1, k2 or k3."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Not supported: the KL term here has no ratio that could correct it."}
+    )
     scope: str = field(default="valid", metadata={"help": "Which tokens the loss is about: valid or canvas."})
     temperature: float = field(default=0.6, metadata={"help": "Temperature of the rollout."})
 
     def __post_init__(self) -> None:
-        refused = set_but_not_supported(self, {k: why for k, why in RATIO_SETTINGS.items() if k not in _LIVE})
+        refused = set_but_not_supported(self, _NOT_SUPPORTED)
         super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
-        kl_estimate(torch.zeros(()), self.kl_estimator)
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_delta(self)
         self.estimator()
 
     def estimator(self) -> ELBO:
@@ -108,9 +121,7 @@ class BGPOTrainer(DiffusionPolicyTrainer):
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The mean over completions and views."""
-        whole = self.estimator.scope == "canvas"
-        size = batch["canvas_valid"].sum(-1, keepdim=True)
-        size = torch.full_like(size, batch["canvas_valid"].shape[1]) if whole else size.clamp(min=1)
+        size = self.tokens_scored(batch).clamp(min=1)[:, None]
         each = self.compared(scores) / size  # [B, K]
         old = batch.get("old_per_token_logps")
         difference = each - (each.detach() if old is None else old / size)
@@ -119,14 +130,18 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         bound = ratio_bound(difference, advantages)
         low, high = self.epsilon_low, self.epsilon_high
         values = clipped_ratio(bound, advantages, low, high, self.args.delta)
-        mode = "train" if self.model.training else "eval"
         outside = ((bound < 1 - low) & (advantages < 0)) | ((bound > 1 + high) & (advantages > 0))
-        self._log_mean(mode, "clip_ratio/region_mean", outside.float().mean())
+        self._log_mean("clip_ratio/region_mean", outside, counts)
         if self.args.beta:
             divergence = kl_estimate(each - batch["ref_per_token_logps"] / size, self.args.kl_estimator)
             values = values + self.args.beta * divergence
-            self._log_mean(mode, "kl", divergence.detach().mean())
+            self._log_mean("kl", divergence, counts)
+        self.log_entropy(scores, batch["completion_mask"])
         return self.mean_over_rows(values.mean(-1) * counts)
 
-    def _log_mean(self, mode: str, name: str, value: Tensor) -> None:
-        self._metrics[mode][name].append(self.accelerator.gather(value).nanmean().item())
+    @torch.no_grad()
+    def _log_mean(self, name: str, values: Tensor, counts: Tensor) -> None:
+        """The mean of `values` `[B, K]` over the completions that count (bool `[B]`), of all processes."""
+        means = values.double().mean(-1) * counts
+        total, rows = self.accelerator.reduce(torch.stack([means.sum(), counts.sum().to(means)]), "sum").tolist()
+        self._metrics["train" if self.model.training else "eval"][name].append(total / max(rows, 1))

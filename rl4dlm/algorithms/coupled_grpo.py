@@ -32,6 +32,7 @@ from torch import Tensor
 
 from rl4dlm.algorithms.advantages import BASELINES, above_baseline, check_baseline
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
+from rl4dlm.algorithms.policy_config import check_ratio_level
 from rl4dlm.likelihood.coupled import Coupled
 from rl4dlm.likelihood.estimator import SCOPES
 
@@ -83,7 +84,7 @@ class CoupledGRPOConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.estimator()
+        check_ratio_level(self, self.estimator())
         check_baseline(self)
 
     def estimator(self) -> Coupled:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
 from rl4dlm.algorithms.setup import base_model
+from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.uniform import UniformMeanField
 
@@ -38,6 +39,7 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
 
     Args:
         p_mask_prompt: probability with which a prompt token is hidden from the policy when it is scored.
+        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions: 12 for GSM8K and MATH, 8 for Countdown and Sudoku.
         epsilon: clip range. beta: weight of the KL term.
         scale_rewards: `"none"`: advantages are not divided by the group's standard deviation.
@@ -49,6 +51,10 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
 
     p_mask_prompt: float = field(
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
+    )
+    scope: str = field(
+        default="valid",
+        metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)},
     )
     num_iterations: int = field(default=12, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.5, metadata={"help": "Clip range of the policy ratio."})
@@ -64,7 +70,7 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        MeanField(self.p_mask_prompt)
+        MeanField(self.p_mask_prompt, self.scope)
 
 
 class DiffuGRPOTrainer(DiffusionPolicyTrainer):
@@ -83,5 +89,5 @@ class DiffuGRPOTrainer(DiffusionPolicyTrainer):
         """The mean-field estimator of the model's noise, with this run's prompt masking."""
         if self.spec.noise == "uniform":
             size = base_model(self.model).config.get_text_config().vocab_size
-            return UniformMeanField(p_mask_prompt=self.args.p_mask_prompt, vocabulary_size=size)
-        return MeanField(self.args.p_mask_prompt)
+            return UniformMeanField(self.args.p_mask_prompt, self.args.scope, vocabulary_size=size)
+        return MeanField(self.args.p_mask_prompt, self.args.scope)

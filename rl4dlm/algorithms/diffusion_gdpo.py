@@ -1,7 +1,8 @@
 """GDPO, Group Diffusion Policy Optimization (Rojas et al., arXiv 2510.08554): ratios of bounds by quadrature.
 
 This is not NVIDIA's GDPO (Group reward-Decoupled Normalization, arXiv 2601.05242), which normalises each of several
-rewards by itself: TRL has that one as `multi_objective_aggregation="normalize_then_sum"`, for every algorithm here.
+rewards by itself: TRL has that one as `multi_objective_aggregation="normalize_then_sum"`, for this and every other
+algorithm here whose advantages are TRL's: not for the weights of wd1 and DMPO, nor with `baseline="leave_one_out"`.
 
 B(y) estimates the evidence lower bound of log p(y) at N fixed levels with K masks each, the nodes and weights of a
 Gauss-Legendre rule (`rl4dlm.likelihood.quadrature`), the same masks for the current, the old and the reference policy.

@@ -33,7 +33,11 @@ Decided differently from the released code: all weights are of whole groups, whe
 of one process there; the loss is the mean over groups, not the sum over the rows of a device; scope `"valid"` replaces
 an option that leaves out other rows than it means; alternatives' terms are averages over views, which the code adds up
 without `ddo_split`; scores have no dropout. Its decoding in random order with exact path likelihoods is not offered:
-bounds serve all rollouts. Its alpha = 0 is `beta=0, alpha=1` here.
+bounds serve all rollouts. Its alpha = 0 is `beta=0, alpha=1` here. The kappa that reaches a given effective sample size
+is not looked for; `kappa` is a constant.
+
+Completions without a reward, and truncated ones where those are left out, are in no term of the loss and have no share
+in the softmax of "unbiased". Tokens that were given are in no score and not in n.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rl4dlm.algorithms.advantages import softmax_weights
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, rows_of
+from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, places, rows_of
 from rl4dlm.algorithms.ratio_free import RATIO_SETTINGS, RatioFreeConfig
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.masks import check_choice
@@ -57,7 +61,7 @@ __all__ = ["DMPOConfig", "DMPOTrainer"]
 
 BASELINES = ("negative", "mean", "unbiased", "none")
 OBJECTIVES = ("cross_entropy", "ddo")
-_CYCLE = 2**24  # row ids of different batches of completions differ by multiples of it
+_NO_KL = "there is no KL term; beta is a share in the weights"
 
 
 @dataclass
@@ -131,8 +135,21 @@ class DMPOConfig(RatioFreeConfig):
         self.estimator()
 
     def refused_settings(self) -> dict[str, str]:
-        """Those of policy ratios and, since weights are a softmax, scales of rewards."""
-        return {**RATIO_SETTINGS, "scale_rewards": "weights are a softmax of rewards; set alpha"}
+        """Those of policy ratios, scales and normalisations of rewards, and DMPO's own that others leave idle."""
+        refused = {
+            **RATIO_SETTINGS,
+            "use_bias_correction_kl": _NO_KL,
+            "scale_rewards": "weights are a softmax of rewards; set alpha",
+            "multi_objective_aggregation": "weights are a softmax of the weighted sum of rewards; set reward_weights",
+        }
+        if self.objective != "ddo":
+            idle = ("ddo_scale", "ddo_negative_weight", "ddo_split")
+            refused |= dict.fromkeys(idle, f"it has no effect with objective={self.objective!r}")
+        if self.weight_baseline == "none":
+            refused["weight_baseline_strength"] = "it has no effect with weight_baseline='none'"
+        if not self.beta:
+            refused["sync_ref_model"] = "there is no reference model with beta=0"
+        return refused
 
     def estimator(self) -> ELBO:
         """The views, in complementary pairs."""
@@ -184,7 +201,9 @@ class DMPOTrainer(DiffusionPolicyTrainer):
                     batch["ref_scores"] = score(reference)
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Weights, less the baseline where that is a constant."""
+        """Weights, less the baseline where that is a constant; also notes which completions have a reward."""
+        start = self.accelerator.process_index * len(batch["advantages"])
+        batch["rewarded"] = ~rewards.flatten()[start : start + len(batch["advantages"])].isnan()
         log_ratio = torch.zeros_like(rewards)
         if "ref_scores" in batch:
             log_ratio = self.of_all_processes(batch["ref_scores"] - batch["old_scores"])
@@ -200,10 +219,13 @@ class DMPOTrainer(DiffusionPolicyTrainer):
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """Of the completions of a micro-batch, as a mean over groups."""
         counts = batch["completion_mask"].any(-1)  # false: left out because it was truncated
+        if "rewarded" in batch:
+            counts = counts & batch["rewarded"]
         views = scores.views
         assert scores.view_log_probs is not None and views is not None
         weighted = scores.view_log_probs * views.weight.to(scores.view_log_probs.dtype)
-        each = weighted.sum(-1) * weighted.shape[1] * counts[:, None]  # [B, K], what each view says of the sequence
+        each = weighted.sum(-1) * weighted.shape[1]  # [B, K], what each view says of the sequence
+        self.log_entropy(scores, batch["completion_mask"])
         group = self.num_generations if self.model.training else self.num_generations_eval
         weights = batch["advantages"].double()
         if self.args.objective == "ddo":
@@ -216,20 +238,17 @@ class DMPOTrainer(DiffusionPolicyTrainer):
         estimate = each.mean(-1)
         if self.args.weight_baseline == "unbiased":
             gain = estimate.detach().double() - batch["old_scores"]
+            gain = gain.masked_fill(~counts, -torch.inf)
             importance = self._softmax_in_groups(gain, batch["row_ids"], group)
             weights = weights - self.args.weight_baseline_strength * importance
-        size = self._tokens(batch).clamp(min=1)
-        return self.mean_over_rows(weighted_likelihood(estimate / size, weights)) * group
-
-    def _tokens(self, batch: dict[str, Any]) -> Tensor:
-        valid = batch["canvas_valid"]
-        return (valid if self.estimator.scope == "valid" else torch.ones_like(valid)).sum(-1)
+        size = self.tokens_scored(batch).clamp(min=1)
+        return self.mean_over_rows(weighted_likelihood(estimate / size, weights) * counts) * group
 
     def _softmax_in_groups(self, values: Tensor, row_ids: Tensor, group: int) -> Tensor:
-        """Softmax `[B]` over the members of each row's group, wherever in the batch they are."""
-        ids = self.accelerator.gather(row_ids)
-        order = (ids % _CYCLE).argsort()
-        everyone = self.accelerator.gather(values)[order].view(-1, group).softmax(-1).flatten()
+        """Softmax `[B]` over the members of each row's group, wherever in the batch they are; 0 where all are -inf."""
+        order = places(self.accelerator.gather(row_ids)).argsort()
+        grouped = self.accelerator.gather(values)[order].view(-1, group)
+        everyone = grouped.softmax(-1).nan_to_num(nan=0.0).flatten()
         start = self.accelerator.process_index * len(values)
         return torch.empty_like(everyone).index_copy(0, order, everyone)[start : start + len(values)]
 

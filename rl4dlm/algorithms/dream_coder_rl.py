@@ -7,7 +7,7 @@ rho = exp(s - s_old), the loss is
     sum of w * -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) / sum of w,
 
 where w is the token's context-adaptive weight in its view, sum over visible j of p (1 - p)^(|k - j| - 1) / 2. Groups
-whose rewards are all the same are overwritten by random ones that teach something. There is no KL term.
+whose advantages are all the same are overwritten by random ones that teach something. There is no KL term.
 
 Decided differently from the released code:
 - Levels and masks are keyed by row and pass. The code draws one level and one mask for all rows of a worker, and seeds
@@ -15,7 +15,7 @@ Decided differently from the released code:
 - `loss_type="dapo"`, the default, divides by the weights of the whole generation batch, so that splitting it changes
   nothing; `"bnpo"` by those of a micro-batch, as the code does. Without any visible token the loss is 0.
 - Tokens behind the first end of sequence are hidden in every view and count for nothing. The code shows some of them,
-  though it scores none.
+  though it scores none. `scope="canvas"` shows and scores them.
 - Groups are overwritten within a process, which needs whole groups there. Where no group teaches anything the
   gradient is zero; the code crashes.
 - Without CART all tokens count 1. The code multiplies by 1/t, with tensors that do not fit.
@@ -32,22 +32,26 @@ import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized, rows_of
-from rl4dlm.algorithms.policy_config import set_but_not_supported
+from rl4dlm.algorithms.policy_config import OWN_LOSS, check_delta, set_but_not_supported
+from rl4dlm.algorithms.sequence_ratio import KL_ESTIMATORS
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
+from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.objectives import clipped_surrogate, kl_estimate
 from rl4dlm.rollout.noise import keyed_uniform
 
 LOSS_TYPES = ("dapo", "bnpo")
+_SAME = 1e-6  # advantages that are no further apart are the same but for rounding
 _WEIGHTED = "every token has a weight of its own"
 _NOT_SUPPORTED = {
+    **OWN_LOSS,
     "importance_sampling_level": f"{_WEIGHTED}, and so a ratio",
     "off_policy_mask_threshold": _WEIGHTED,
     "top_entropy_quantile": _WEIGHTED,
     "use_bias_correction_kl": _WEIGHTED,
-    "entropy_coef": "the loss has no entropy term",
-    "use_adaptive_entropy": "the loss has no entropy term",
 }
+del _NOT_SUPPORTED["loss_type"]  # has values of its own
 
 
 @dataclass
@@ -56,10 +60,12 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
 
     Args:
         cart_p: p of the context-adaptive weights, in (0, 1]; None: every token counts 1.
-        substitute_groups: overwrite groups whose rewards are all the same.
+        substitute_groups: overwrite groups whose advantages are all the same.
+        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions, each with masks of its own.
-        epsilon, epsilon_high: clip range. delta: c > 1, bounds the loss by c |A| where A < 0 (dual clip); None: off.
-        beta: weight of a KL term; the paper has none.
+        epsilon, epsilon_high: clip range. delta: c > 1 + epsilon_high, bounds the loss by c |A| where A < 0 (dual
+            clip); None: off.
+        beta, kl_estimator: weight of a KL term per token, and its form: k1, k2 or k3. The paper has none.
         scale_rewards: `"group"`: advantages are divided by the group's standard deviation.
         loss_type: `"dapo"` or `"bnpo"`, see the module.
         schedule: of the rollout: whole canvas, the most probable candidates first.
@@ -74,12 +80,19 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
         default=0.1, metadata={"help": "p of the context-adaptive weights; None weights all tokens the same."}
     )
     substitute_groups: bool = field(
-        default=True, metadata={"help": "Overwrite groups whose rewards are all the same by others."}
+        default=True, metadata={"help": "Overwrite groups whose advantages are all the same by others."}
+    )
+    scope: str = field(
+        default="valid",
+        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
     )
     num_iterations: int = field(default=2, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio, downwards."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Clip range of the policy ratio, upwards."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
+    kl_estimator: str = field(
+        default="k3", metadata={"help": "Form of the KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)}
+    )
     scale_rewards: str = field(
         default="group",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
@@ -102,12 +115,10 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
         if refused:
             raise ValueError("; ".join(refused))
         check_context("cart_p", self.cart_p)
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type={self.loss_type!r} is not allowed; choose one of {', '.join(LOSS_TYPES)}")
-        if self.delta is not None and not self.delta > 1 + (self.epsilon_high or self.epsilon):
-            raise ValueError(
-                f"delta={self.delta} is not allowed; it must be larger than 1 + epsilon_high, where ratios are clipped"
-            )
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_delta(self)
+        Complementary(scope=self.scope)
 
 
 class DreamCoderRLTrainer(DiffusionPolicyTrainer):
@@ -135,7 +146,7 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> Complementary:
         """One pair of complementary views."""
-        return Complementary()
+        return Complementary(scope=self.args.scope)
 
     def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
         """Overwrites groups that teach nothing, and sums up what tokens count for in each pass."""
@@ -157,7 +168,7 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         advantages = batch["advantages"][:, None]
         losses = clipped_surrogate(log_ratio, advantages, self.args.epsilon, high, dual_clip=self.args.delta)
         if self.beta:
-            divergence = kl_estimate(scores.log_probs - batch["ref_per_token_logps"], "k3")
+            divergence = kl_estimate(scores.log_probs - batch["ref_per_token_logps"], self.args.kl_estimator)
             losses = losses + self.beta * divergence
             self._log_mean("kl", divergence.detach(), weights)
         ratio = log_ratio.detach().exp()
@@ -178,10 +189,12 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
 
         Neighbours are those within the completion.
         """
-        hidden, valid = views.scored, batch["canvas_valid"][:, None]
+        hidden, within = views.scored, batch["canvas_valid"][:, None]
+        if self.args.scope == "canvas":
+            within = torch.ones_like(within)
         weights = hidden.double()
         if self.args.cart_p is not None:
-            weights = weights * context_weights(valid & ~hidden, self.args.cart_p)
+            weights = weights * context_weights(within & ~hidden, self.args.cart_p)
         mask = batch["completion_mask"]
         return resized(weights.sum(1), mask.shape[1]) * mask
 
@@ -190,11 +203,12 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         size = self.num_generations
         rows = len(batch["canvas_ids"])
         first = self.accelerator.process_index * rows // size
-        here = rewards[first : first + rows // size]
-        unknown = here.isnan()
+        unknown = rewards[first : first + rows // size].isnan()
+        # Not rewards: if each of several is normalised by itself, their sums may be equal where advantages are not.
+        here = batch["advantages"].view(-1, size)
         spread = here.masked_fill(unknown, -torch.inf).amax(1) - here.masked_fill(unknown, torch.inf).amin(1)
-        useful = (spread > 0).nonzero().squeeze(-1)
-        dull = (~(spread > 0)).nonzero().squeeze(-1)
+        useful = (spread > _SAME).nonzero().squeeze(-1)
+        dull = (~(spread > _SAME)).nonzero().squeeze(-1)
         self._metrics["train"]["substituted_groups"].append(
             self.accelerator.gather(torch.tensor(float(len(dull)) if len(useful) else 0.0, device=here.device))
             .sum()

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized
 from rl4dlm.algorithms.inpainting import Inpainting, InpaintingSettings
+from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.masks import check_scope
 from rl4dlm.likelihood.mean_field import MeanField
 
 
@@ -40,6 +42,7 @@ class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
     Args:
         hint_entropy_share: tau, the share of a sequence's given tokens that count in the loss, those of the highest
             entropy. 1: all. 0: none.
+        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range. beta: weight of the KL term.
         importance_sampling_level: `"sequence"`: one ratio for all tokens of a completion; `"token"`: one for each.
@@ -53,6 +56,10 @@ class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
 
     hint_entropy_share: float = field(
         default=0.2, metadata={"help": "Share of the hint tokens, those of highest entropy, that count in the loss."}
+    )
+    scope: str = field(
+        default="valid",
+        metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)},
     )
     num_iterations: int = field(default=4, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
@@ -74,6 +81,7 @@ class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_inpainting()
+        check_scope(self.scope)
         if not 0 <= self.hint_entropy_share <= 1:
             raise ValueError(f"hint_entropy_share={self.hint_entropy_share} is not allowed; it must be in [0, 1]")
         if self.num_generations is not None and int(self.max_replaced_share * self.num_generations) < 1:
@@ -103,7 +111,7 @@ class IGPOTrainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> MeanField:
         """The mean-field estimator without prompt masking."""
-        return MeanField(p_mask_prompt=0.0)
+        return MeanField(p_mask_prompt=0.0, scope=self.args.scope)
 
     def build_intervention(self) -> Inpainting:
         """Inpainting with this run's settings."""

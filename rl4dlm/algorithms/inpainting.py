@@ -1,4 +1,4 @@
-"""Inpainting guidance: pieces of a worked solution in completions of groups that got everything wrong.
+r"""Inpainting guidance: pieces of a worked solution in completions of groups that got everything wrong.
 
 IGPO (arXiv 2509.10396, sections 3.1 and 3.2) has the idea, for which a denoiser is made: slots anywhere in the canvas
 can be given. Where all G completions of a prompt are wrong, advantages are zero and nothing is learnt. Then G attempts
@@ -11,9 +11,13 @@ last 30 slots are always free, for the answer.
 
 Decided differently from the released code:
 - The answer is never given away, as the paper has it (the code's default reveals the last chunk, which states it):
-  every writing of the answer in the solution is tokenised on its own and left open. Found are the reference answer,
-  what the solution boxes, states behind `####` or between `<answer>` tags, and numbers equal to any of them; an answer
-  in other words is not. A row whose answer is not known gets no hints.
+  every writing of the answer in the solution is tokenised on its own and left open. Answers are the reference, what the
+  solution boxes, states behind `####`, between `<answer>` tags or in an "answer is" at its end, the right sides of
+  their equations, their parts between commas, and all of these without brackets around them. Hidden are their texts,
+  whatever the spacing, the case and the form of LaTeX (`\dfrac`, `\text{}`, `\left(`, degrees, dollars); where an
+  answer is a number, all numbers that are equal to it, be they written as fractions, decimals, percentages or with
+  separators of thousands; and where it is not, all numbers that are in it. An answer in other words ("a half") or as
+  another expression of letters is not found. A row whose answer is not known gets no hints.
 - With eta < 1 at least one chunk stays hidden. (The number of hidden ones is rounded down, so that few chunks could all
   be given.)
 - A completion whose correctness could not be told is not wrong: its group is left alone.
@@ -22,22 +26,51 @@ Decided differently from the released code:
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.intervention import Context, Group, Intervention
-from rl4dlm.grading.text import hash_answer, last_boxed, parse_number
+from rl4dlm.grading.text import hash_answer, last_boxed
 from rl4dlm.rollout.noise import keyed_uniform
 
-_NUMBER = re.compile(r"-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?%?")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _SAID = re.compile(r"answer is:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE)
+
+# Numbers, as solutions write them.
+_GROUPS = r"\d{1,3}(?:(?:,\\!|\{,\}|,|\\[,;: ]|[~ \u00a0\u2009\u202f])\d{3})+(?!\d)"
+_PLAIN = rf"(?:(?:{_GROUPS}|\d+)(?:\.\d+)?|\.\d+)"
+_SIGN = r"(?:[-\u2212]\s*)?(?:\\?\$)?"
+_ARGUMENT = rf"\s*(?:\{{\s*([-\u2212]?\s*{_PLAIN})\s*\}}|(\d))"
+_NUMBER = re.compile(
+    rf"(?P<sign>{_SIGN})(?:"
+    rf"(?:(?P<whole>\d+)\s*)?\\[dtc]?frac(?![a-zA-Z]){_ARGUMENT}{_ARGUMENT}"
+    rf"|(?:(?P<units>\d+)\s+)?(?P<over>{_PLAIN})\s*(?:/|\u00f7|\\over(?![a-zA-Z]))\s*(?P<under>{_PLAIN})"
+    rf"|(?P<plain>{_PLAIN})"
+    rf")(?P<percent>\s*\\?%)?"
+)
+_DIGITS = re.compile(rf"{_PLAIN}")
+_DIGIT_GROUP = re.compile(r"\d+(?:\.\d+)?|\.\d+")
+
+# What a text keeps of itself when it is compared: neither spaces nor how LaTeX sets it.
+_LOOKS = "quad|qquad|left|right|big|Big|bigg|Bigg|displaystyle|textstyle|degrees?|circ"
+_FONTS = "text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|boldsymbol|operatorname|emph"
+_PIECE = re.compile(
+    rf"(?P<dropped>\s+|[~$%{{}}\u00b0]|\\[,;:! $%()\[\]]|\\(?:{_LOOKS}|{_FONTS})(?![a-zA-Z])|\^\s*\{{?\s*\\circ"
+    r"|(?<![a-zA-Z])degrees?(?![a-zA-Z]))|(?P<fraction>\\[dtc]?frac(?![a-zA-Z]))|(?P<one>.)",
+    re.DOTALL,
+)
+_SAME = {"\u2212": "-", "\u03c0": r"\pi", "\u221a": r"\sqrt", "\u221e": r"\infty"}
+_PARTS = re.compile(r"[,;]|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
+_LONGEST_NUMBER = 64  # digits
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
 @dataclass
@@ -46,10 +79,11 @@ class InpaintingSettings:
 
     Args:
         trace_column: the dataset's column with worked solutions, text.
-        answer_column: its column with the answer, text; rows without one use what the solution states.
+        answer_column: its column with the answer, text, which it must have if `hide_answer`; None: there is none. Rows
+            without an answer use what the solution states.
         trace_prefix: put before each solution, such as an opening tag of the format that completions have.
         hide_answer: never give tokens of the answer. False is for tasks where the whole completion is the answer.
-        correctness_reward: name of the reward function that says whether a completion is right; None: the first one.
+        correctness_reward: name of the reward function that says whether a completion is right; None: the only one.
         correct_from: the reward from which on it is right.
         hint_ratio: eta is uniform between these two.
         chunk_length: a chunk has between these two numbers of tokens.
@@ -60,11 +94,14 @@ class InpaintingSettings:
     """
 
     trace_column: str = field(default="solution", metadata={"help": "Column with the worked solutions hints are from."})
-    answer_column: str = field(default="answer", metadata={"help": "Column with the answers, which hints leave out."})
+    answer_column: str | None = field(
+        default="answer",
+        metadata={"help": "Column with the answers, which hints leave out. null: solutions alone state them."},
+    )
     trace_prefix: str = field(default="", metadata={"help": "Text put before each worked solution."})
     hide_answer: bool = field(default=True, metadata={"help": "Never give tokens of the answer as hints."})
     correctness_reward: str | None = field(
-        default=None, metadata={"help": "Reward function that says what is right. Default: the first one."}
+        default=None, metadata={"help": "Reward function that says what is right. Default: the only one."}
     )
     correct_from: float = field(default=1.0, metadata={"help": "Its reward from which on a completion is right."})
     hint_ratio: list[float] = field(
@@ -114,13 +151,18 @@ class Inpainting(InpaintingSettings, Intervention):
 
     @property
     def columns(self) -> tuple[str, ...]:  # type: ignore[override]
-        """That with the solutions."""
-        return (self.trace_column,)
+        """Those with the solutions and, if they are to be hidden, with the answers."""
+        hidden = self.hide_answer and self.answer_column is not None
+        return (self.trace_column, self.answer_column) if hidden else (self.trace_column,)  # type: ignore[return-value]
 
     def bind(self, context: Context) -> None:
         self._context = context
         names = context.reward_names
         wanted = self.correctness_reward
+        if wanted is None and len(names) > 1:
+            raise ValueError(
+                f"correctness_reward=None is not allowed with several rewards; choose one of {', '.join(names)}"
+            )
         if wanted is not None and wanted not in names:
             raise ValueError(f"correctness_reward={wanted!r} is no reward function; choose one of {', '.join(names)}")
         self._column = 0 if wanted is None else names.index(wanted)
@@ -162,7 +204,7 @@ class Inpainting(InpaintingSettings, Intervention):
             return []
         pieces = [(self.trace_prefix + trace, False)]
         if self.hide_answer:
-            answers = stated_answers(trace, row.get(self.answer_column))
+            answers = stated_answers(trace, row.get(self.answer_column) if self.answer_column is not None else None)
             if not answers:
                 return []
             pieces = list(split_at_answers(trace, answers))
@@ -232,9 +274,9 @@ def placed(chunks: Sequence[tuple[int, int]], stretch: float, max_gap: int, wind
 
 def stated_answers(trace: str, answer: Any) -> list[str]:
     """All that a row says is its answer: the reference, and what the solution boxes, tags or states at its end."""
-    found = [str(answer) if answer is not None else None, hash_answer(trace), last_boxed(trace)]
+    found = [str(answer) if answer is not None else None, hash_answer(trace), *_boxes(trace)]
     if answer is not None:
-        found += [hash_answer(str(answer)), last_boxed(str(answer))]
+        found += [hash_answer(str(answer)), *_boxes(str(answer))]
     found += _TAGGED.findall(trace)
     said = _SAID.search(trace.strip())
     found.append(said[1] if said and "\n" not in said[1] else None)
@@ -243,29 +285,145 @@ def stated_answers(trace: str, answer: Any) -> list[str]:
 
 
 def split_at_answers(trace: str, answers: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """The pieces of a solution, and whether each is an answer: one of the texts, or a number equal to one of them."""
+    """The pieces of a solution, and whether each writes an answer; what does is in the module's docstring."""
     hidden = [False] * len(trace)
-
-    def hide(start: int, stop: int) -> None:
+    forms = {form for answer in answers for form in _forms(answer)}
+    for start, stop in [*_texts_in(trace, forms), *_numbers_in(trace, forms)]:
         hidden[start:stop] = [True] * (stop - start)
-
-    for answer in answers:
-        # Not inside a word or a number: 5 is not the answer in 15 or 5.2.
-        before = r"(?<!\w)(?<!\d[.,])" if answer[0].isalnum() else ""
-        after = r"(?!\w)(?![.,]\d)" if answer[-1].isalnum() else ""
-        flexible = r"\s+".join(map(re.escape, answer.split()))
-        for match in re.finditer(before + flexible + after, trace, re.IGNORECASE):
-            hide(*match.span())
-    numbers = {parse_number(answer) for answer in answers} - {None}
-    for match in _NUMBER.finditer(trace):
-        # A minus may be a sign or stand between two numbers.
-        if {parse_number(match[0]), parse_number(match[0].lstrip("-"))} & numbers:
-            hide(*match.span())
     start = 0
     for i in range(1, len(trace) + 1):
         if i == len(trace) or hidden[i] != hidden[start]:
             yield trace[start:i], hidden[start]
             start = i
+
+
+def _boxes(text: str) -> list[str | None]:
+    starts = [match.start() for match in re.finditer(r"\\boxed", text)]
+    return [last_boxed(text[start:stop]) for start, stop in itertools.pairwise([*starts, len(text)])]
+
+
+def _forms(answer: str) -> set[str]:
+    """An answer, the right side of its equation, its parts, and all of these without brackets around them."""
+    forms: set[str] = set()
+    for text in (answer, *re.split(r"=|\\in(?![a-zA-Z])|\\approx(?![a-zA-Z])", answer)[1:]):
+        forms |= {text} if _value(text) else {text, *_PARTS.split(text)}  # commas of a number are between thousands
+    for text in list(forms):
+        plain = "".join(char for char, _, _ in _normal(text))
+        while len(plain) > 2 and _BRACKETS.get(plain[0]) == plain[-1]:
+            plain = plain[1:-1]
+            forms.add(plain)
+        forms.add(plain.strip("()[]"))
+    return {text for text in forms if text.strip()}
+
+
+def _normal(text: str) -> list[tuple[str, int, int]]:
+    """A text as it is compared: characters, each with where it comes from."""
+    found: list[tuple[str, int, int]] = []
+    for match in _PIECE.finditer(text):
+        if match["dropped"] is None:
+            kept = r"\frac" if match["fraction"] else _SAME.get(match[0], match[0].casefold())
+            found += [(char, *match.span()) for char in kept]
+    return found
+
+
+def _texts_in(trace: str, forms: set[str]) -> Iterator[tuple[int, int]]:
+    """Where a solution writes one of some texts; not inside a word or a number: 5 is not in 15 or 5.2."""
+    normal = _normal(trace)
+    text = "".join(char for char, _, _ in normal)
+
+    def joined(left: int) -> bool:  # two characters with nothing dropped between them
+        (_, start, stop), (_, following, _) = normal[left : left + 2]
+        return following in (start, stop)
+
+    def open_before(first: int) -> bool:
+        if first == 0 or not text[first].isalnum():
+            return True
+        decimal = text[first].isdigit() and text[first - 1] in ".," and first > 1 and text[first - 2].isdigit()
+        return not (joined(first - 1) and (text[first - 1].isalnum() or decimal))
+
+    def open_behind(last: int) -> bool:
+        if last + 1 >= len(text) or not text[last].isalnum():
+            return True
+        following = text[last + 1 : last + 3]
+        decimal = text[last].isdigit() and following[0] in ".," and following[1:].isdigit()
+        return not ((following[0].isalnum() and joined(last)) or (decimal and joined(last + 1)))
+
+    for wanted in {"".join(char for char, _, _ in _normal(form)) for form in forms} - {""}:
+        first = text.find(wanted)
+        while first >= 0:
+            last = first + len(wanted) - 1
+            if open_before(first) and open_behind(last):
+                yield _closed(trace, normal[first][1], normal[last][2])
+            first = text.find(wanted, first + 1)
+
+
+def _closed(trace: str, start: int, stop: int) -> tuple[int, int]:
+    """A span, with the braces behind it that it has opened."""
+    while trace.count("{", start, stop) > trace.count("}", start, stop):
+        rest = trace[stop:].lstrip()
+        if not rest.startswith("}"):
+            break
+        stop = len(trace) - len(rest) + 1
+    return start, stop
+
+
+def _numbers_in(trace: str, forms: set[str]) -> Iterator[tuple[int, int]]:
+    """Where a solution writes a number that equals an answer, or one that is in an answer of another kind."""
+    equal: set[Fraction] = set()
+    inside: set[Fraction] = set()
+    for form in forms:
+        value = _value(form)
+        if value:
+            equal |= value
+        else:
+            inside |= {abs(v) for match in _NUMBER.finditer(form) for v in _values(match)}
+            inside |= {v for one in (_DIGITS, _DIGIT_GROUP) for part in one.finditer(form) for v in _plain(part[0])}
+    for match in _NUMBER.finditer(trace):
+        values = _values(match)
+        # A minus may be a sign or stand between two numbers.
+        turned = {-v for v in values} if match["sign"][:1] in ("-", "\u2212") else set()
+        if (values | turned) & equal or {abs(v) for v in values} & inside:
+            yield match.span()
+        else:
+            parts = [part for one in (_DIGITS, _DIGIT_GROUP) for part in one.finditer(match[0])]
+            for part in parts:
+                if _plain(part[0]) & (equal | inside):
+                    yield match.start() + part.start(), match.start() + part.end()
+
+
+def _value(text: str) -> set[Fraction]:
+    """The number that a whole text is, in all readings; empty for any other text."""
+    plain = re.sub(r"^\s*\\boxed\s*\{(.*)\}\s*$", r"\1", text)
+    plain = (
+        re.sub(r"\^?\s*\{?\s*(?:\\circ|\u00b0)\s*\}?|\\\)|\\\(|(?<=\d)\s*degrees?\s*$", "", plain).strip().strip("$")
+    )
+    match = _NUMBER.fullmatch(plain.strip().removesuffix(".").strip().lstrip("+"))
+    return _values(match) if match else set()
+
+
+def _values(match: re.Match[str]) -> set[Fraction]:
+    """What a number that was found may be: a percentage is also its hundredth, `2\\frac13` a sum or a product."""
+    groups = match.groupdict()
+    arguments = [text for text in match.groups()[2:6] if text is not None]
+    if groups["plain"] is not None:
+        found = _plain(groups["plain"])
+    else:
+        top, bottom = arguments if len(arguments) == 2 else (groups["over"], groups["under"])
+        found = {a / b for a in _plain(top) for b in _plain(bottom) if b}
+        for whole in filter(None, (groups["whole"], groups["units"])):
+            found |= {n + v for n in _plain(whole) for v in found} | {n * v for n in _plain(whole) for v in found}
+    if groups["percent"]:
+        found |= {v / 100 for v in found}
+    return {-v for v in found} if groups["sign"][:1] in ("-", "\u2212") else found
+
+
+def _plain(text: str) -> set[Fraction]:
+    """The number that digits with separators are; empty where it is longer than any that was asked for."""
+    negative = text.lstrip()[:1] in ("-", "\u2212")
+    digits = re.sub(r"[^\d.]", "", text)
+    if not digits.strip(".") or len(digits) > _LONGEST_NUMBER:
+        return set()
+    return {-Fraction(digits) if negative else Fraction(digits)}
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:

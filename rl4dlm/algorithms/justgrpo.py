@@ -10,6 +10,11 @@ with GRPO's loss per token, -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A). 
 in parallel. The price is one view per token (`rl4dlm.likelihood.left_to_right`): a canvas of 256 tokens is scored in
 256 forwards per completion, in the memory of one (`one_view`).
 
+Exact they are where completions were drawn from the distribution that is scored, so that what changes the one and not
+the other is refused: a rollout at another temperature than `score_temperature`, cut distributions (`top_p`, `top_k`),
+tokens that are never, later or less often drawn, caches, and interventions, which give slots behind those that are
+being written.
+
 With c tokens per step (`tokens_per_view`) rollouts and scores are c times cheaper, and the c tokens of a step are
 scored given what is before the first of them, which is how they were drawn: still exact.
 
@@ -31,6 +36,16 @@ from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.left_to_right import LeftToRight
 
 SCHEDULE = "left_to_right"
+_OFF = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "cache": "none",
+    "min_new_tokens": 0,
+    "eos_penalty": 0.0,
+    "suppress_token_ids": None,
+    "defer_token_ids": None,
+}
+"""Settings of the rollout that scores do not know of, and the values at which they do nothing."""
 
 
 @dataclass
@@ -43,6 +58,7 @@ class JustGRPOConfig(DiffusionPolicyConfig):
         schedule: `"left_to_right"`; scores would not be those of completions that are written in another order.
         denoising_steps: None, or what c asks for: the canvas over c.
         one_view: on, since there are as many views as steps.
+        temperature: of the rollout; scores are computed at the same one, `score_temperature`.
         epsilon: clip range, which acts from the second pass over a batch on. beta: weight of the KL term.
 
     Raises:
@@ -83,6 +99,18 @@ class JustGRPOConfig(DiffusionPolicyConfig):
                 )
             self.denoising_steps = steps
         super().__post_init__()
+        for name, off in _OFF.items():
+            value = getattr(self, name)
+            if value and value != off:
+                raise ValueError(
+                    f"{name}={value!r} is not allowed: JustGRPO's scores are the probabilities that tokens were drawn "
+                    f"with, and know nothing of it; needed: {off!r}"
+                )
+        if self.temperature != self.score_temperature:
+            raise ValueError(
+                f"temperature={self.temperature} is not allowed with score_temperature={self.score_temperature}: "
+                "JustGRPO's scores are the probabilities that tokens were drawn with; set both to the same"
+            )
 
     def estimator(self) -> LeftToRight:
         """The estimator that these settings describe; ValueError for settings that describe none."""
@@ -104,3 +132,9 @@ class JustGRPOTrainer(DiffusionPolicyTrainer):
     def build_estimator(self) -> LeftToRight:
         """One view per step of the rollout."""
         return self.args.estimator()
+
+    def _check_intervention(self) -> None:
+        raise ValueError(
+            f"intervention={type(self.intervention).__name__} is not allowed: JustGRPO scores a token with all that is "
+            "behind it hidden, but it was drawn with given slots there; needed: None"
+        )

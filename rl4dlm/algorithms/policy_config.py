@@ -32,6 +32,31 @@ _NOT_SUPPORTED = {
     "label_smoothing_factor": "no loss here uses it",
 }
 
+_OWN_LOSS = "the algorithm has a loss of its own"
+_NO_ENTROPY = "the loss has no entropy term"
+OWN_LOSS = {
+    "loss_type": _OWN_LOSS,
+    "importance_sampling_level": _OWN_LOSS,
+    "sapo_temperature_neg": _OWN_LOSS,
+    "sapo_temperature_pos": _OWN_LOSS,
+    "vespo_k_pos": _OWN_LOSS,
+    "vespo_lambda_pos": _OWN_LOSS,
+    "vespo_k_neg": _OWN_LOSS,
+    "vespo_lambda_neg": _OWN_LOSS,
+    "off_policy_mask_threshold": _OWN_LOSS,
+    "top_entropy_quantile": _OWN_LOSS,
+    "use_bias_correction_kl": _OWN_LOSS,
+    "entropy_coef": _NO_ENTROPY,
+    "use_adaptive_entropy": _NO_ENTROPY,
+    "entropy_coef_min": _NO_ENTROPY,
+    "entropy_coef_max": _NO_ENTROPY,
+    "entropy_coef_delta": _NO_ENTROPY,
+    "entropy_target": _NO_ENTROPY,
+}
+"""Settings of TRL's loss that nothing reads where an algorithm defines `loss`, and why, for `set_but_not_supported`.
+
+TRL's default of `use_bias_correction_kl` is True, so that such an algorithm's config overrides it by False."""
+
 
 @dataclass
 class DiffusionPolicyConfig(GRPOConfig):
@@ -47,6 +72,7 @@ class DiffusionPolicyConfig(GRPOConfig):
         cfg_scale: classifier-free guidance, in decoding and in scoring; 0 is off.
         cache: cache policy of the rollout, `"none"` or `"prefix"`.
         stop_at_eos: stop a row once everything up to its first end-of-sequence token is written.
+        eos_penalty: off the logits of end tokens. eos_penalty_decay: fades with the share of the canvas that is open.
         suppress_token_ids: ids that are never drawn. defer_token_ids: ids that are committed last.
         schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
         rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
@@ -90,6 +116,9 @@ class DiffusionPolicyConfig(GRPOConfig):
     )
     eos_penalty: float = field(
         default=0.0, metadata={"help": "Subtracted from the logits of end-of-sequence tokens while decoding."}
+    )
+    eos_penalty_decay: bool = field(
+        default=False, metadata={"help": "Multiply eos_penalty by the share of the canvas that is still open."}
     )
     suppress_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that are never drawn."})
     defer_token_ids: list[int] | None = field(
@@ -169,6 +198,7 @@ class DiffusionPolicyConfig(GRPOConfig):
                 stop_at_eos=self.stop_at_eos,
                 min_new_tokens=self.min_new_tokens,
                 eos_penalty=self.eos_penalty,
+                eos_penalty_decay=self.eos_penalty_decay,
                 suppress_token_ids=tuple(self.suppress_token_ids or ()),
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},
@@ -177,6 +207,28 @@ class DiffusionPolicyConfig(GRPOConfig):
         except ValueError as error:
             message = re.sub(r"\bcanvas_length\b", "max_completion_length", str(error))
             raise ValueError(re.sub(r"\bsteps=", "denoising_steps=", message)) from None
+
+
+def check_delta(config: Any) -> None:
+    """Refuses a `delta` within the clip range: completions with A < 0 would have no gradient at a ratio of 1."""
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    if config.delta is not None and not config.delta > 1 + high:
+        raise ValueError(
+            f"delta={config.delta} is not allowed; it must be larger than 1 + epsilon_high = {1 + high:g}, where "
+            "ratios are clipped, or None"
+        )
+
+
+def check_ratio_level(config: Any, estimator: Any) -> None:
+    """Refuses ratios of whole sequences where the estimator's scores do not add up to a log-likelihood."""
+    if not estimator.reweighted:
+        return
+    for name, value, allowed in (("importance_sampling_level", "sequence", "token"), ("loss_type", "vespo", "grpo")):
+        if getattr(config, name) == value:
+            raise ValueError(
+                f"{name}={value!r} is not allowed: its ratio is one of whole sequences, but the scores of tokens are "
+                f"reweighted and do not add up to a log-likelihood; choose another one, such as {allowed!r}"
+            )
 
 
 def set_but_not_supported(config: Any, reasons: dict[str, str], prefixes: tuple[str, ...] = ()) -> list[str]:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig, set_but_not_supported
+from rl4dlm.algorithms.policy_config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
 
 _NO_RATIO = "the loss has no policy ratio"
 _NO_REFERENCE = "the loss has no KL term"
 RATIO_SETTINGS = {
+    **OWN_LOSS,
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
     "delta": _NO_RATIO,
     "importance_sampling_level": _NO_RATIO,
     "off_policy_mask_threshold": _NO_RATIO,
     "use_bias_correction_kl": _NO_REFERENCE,
-    "loss_type": "the algorithm has a loss of its own",
     "top_entropy_quantile": "the loss is one of whole sequences",
-    "entropy_coef": "the loss has no entropy term",
-    "use_adaptive_entropy": "the loss has no entropy term",
 }
 """Settings of TRL's loss, and why a loss of another kind has no use for them."""
 
@@ -38,6 +36,9 @@ class RatioFreeConfig(DiffusionPolicyConfig):
     scale_rewards: str = field(
         default="none",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Not supported: there is neither a KL term nor a ratio that could correct it."}
     )
     temperature: float = field(default=0.9, metadata={"help": "Temperature of the rollout."})
 

@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer
+from rl4dlm.algorithms.inpainting import Inpainting, InpaintingSettings
+from rl4dlm.algorithms.policy_config import set_but_not_supported
 from rl4dlm.grading import load_rewards
 from rl4dlm.launching import RewardArguments, check_settings, load_splits, model_options, parse
 from rl4dlm.models.loading import load_tokenizer
 
+GUIDANCE = ("inpainting",)
 TrainerT = TypeVar("TrainerT", bound=DiffusionPolicyTrainer)
+
+
+@dataclass
+class GuidanceArguments(InpaintingSettings):
+    """What may guide the rollouts of an algorithm that does not say so itself; `InpaintingSettings` are its settings.
+
+    Args:
+        guidance: `"inpainting"`: pieces of worked solutions, see `Inpainting`; None: nothing.
+
+    Raises:
+        ValueError: an unknown `guidance`, or settings without it.
+    """
+
+    guidance: str | None = field(
+        default=None, metadata={"help": f"What guides rollouts: {', '.join(GUIDANCE)}. Default: nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and self.guidance not in GUIDANCE:
+            raise ValueError(f"guidance={self.guidance!r} is not allowed; choose None or one of {', '.join(GUIDANCE)}")
+        if self.guidance is None:
+            idle = {f.name: "it has no effect without guidance='inpainting'" for f in fields(InpaintingSettings)}
+            refused = set_but_not_supported(self, idle)
+            if refused:
+                raise ValueError("; ".join(refused))
+        self.check_inpainting()
+
+    def intervention(self) -> Inpainting | None:
+        """What a trainer is to be given."""
+        if self.guidance is None:
+            return None
+        return Inpainting(**{f.name: getattr(self, f.name) for f in fields(InpaintingSettings)})
 
 
 def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> TrainerT:
@@ -20,12 +56,15 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
 
     Args:
         trainer_class: the algorithm; its `config_class` has the settings.
-        argv: arguments; None: the process's own. They are those of `RewardArguments`, the config and `trl.ModelConfig`.
+        argv: arguments; None: the process's own. They are those of `RewardArguments`, the config and `trl.ModelConfig`,
+            and of `GuidanceArguments` where the config has no such settings itself.
 
     Returns:
         The trainer, after training and saving.
     """
-    script, training, model = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig)
+    guided = issubclass(trainer_class.config_class, InpaintingSettings)
+    guidance = () if guided else (GuidanceArguments,)
+    script, training, model, *given = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig, *guidance)
     check_settings(training, model)
     rewards = load_rewards(script.reward_funcs)
     train_dataset, eval_dataset = load_splits(script, evaluating=training.eval_strategy != "no")
@@ -38,6 +77,7 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
         train_dataset,
         eval_dataset,
         tokenizer,
+        intervention=given[0].intervention() if given else None,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )

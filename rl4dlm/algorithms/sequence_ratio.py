@@ -20,25 +20,17 @@ import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.policy_config import set_but_not_supported
+from rl4dlm.algorithms.policy_config import OWN_LOSS, check_delta, set_but_not_supported
 from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.objectives import clipped_surrogate, kl_estimate
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 _PER_TOKEN = "the loss here is one clipped ratio per sequence"
 _NOT_SUPPORTED = {
-    "loss_type": _PER_TOKEN,
+    **dict.fromkeys(OWN_LOSS, _PER_TOKEN),
     "importance_sampling_level": f"{_PER_TOKEN} already",
-    "sapo_temperature_neg": _PER_TOKEN,
-    "sapo_temperature_pos": _PER_TOKEN,
-    "vespo_k_pos": _PER_TOKEN,
-    "vespo_lambda_pos": _PER_TOKEN,
-    "vespo_k_neg": _PER_TOKEN,
-    "vespo_lambda_neg": _PER_TOKEN,
-    "top_entropy_quantile": _PER_TOKEN,
-    "entropy_coef": _PER_TOKEN,
-    "use_adaptive_entropy": _PER_TOKEN,
-    "off_policy_mask_threshold": _PER_TOKEN,
+    "use_bias_correction_kl": "it corrects a KL term per token",
 }
 
 
@@ -49,7 +41,7 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
     Args:
         scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         kl_estimator: `"k1"`, `"k2"` or `"k3"` of the difference of whole sequences; see `rl4dlm.objectives`.
-        delta: TRL's upper bound of the ratio where the advantage is negative; None: none.
+        delta: c > 1 + epsilon_high, bounds the loss by c |A| where A < 0 (dual clip); None: none.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -73,14 +65,10 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
         super().__post_init__()
-        if self.use_bias_correction_kl:
-            refused.append("use_bias_correction_kl=True is not supported: it corrects a KL term per token")
         if refused:
             raise ValueError("; ".join(refused))
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator!r} is not allowed; choose one of {', '.join(KL_ESTIMATORS)}"
-            )
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_delta(self)
 
 
 class SequenceRatioTrainer(DiffusionPolicyTrainer):
@@ -105,12 +93,13 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
         log_ratio, share = self.log_ratio(above(scores.log_probs.detach() if old is None else old), length)
         surrogate = clipped_surrogate(log_ratio, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
         per_sequence = surrogate * share
-        measured = {"entropy": (scores.entropies * mask).sum(-1) / length}
+        measured: dict[str, Tensor] = {}
         if self.beta != 0.0:
             kl = kl_estimate(above(batch["ref_per_token_logps"]), self.args.kl_estimator) / length
             per_sequence = per_sequence + self.beta * kl
             measured["kl"] = kl
         self._log(log_ratio.exp(), advantages, counts, measured)
+        self.log_entropy(scores, mask)
         return self.mean_over_rows(per_sequence * counts)
 
     @torch.no_grad()

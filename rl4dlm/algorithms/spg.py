@@ -25,12 +25,13 @@ from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, resized
 from rl4dlm.algorithms.ratio_free import RatioFreeConfig
-from rl4dlm.likelihood.blockwise import BOUNDS, MODES, BlockwiseBound
+from rl4dlm.likelihood.blockwise import BOUNDS, MODES, BlockELBO, BlockwiseBound
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.objectives import weighted_likelihood
 
 __all__ = ["SPGConfig", "SPGTrainer"]
 
+MASKING = (*MODES, "block_elbo")
 NEGATIVES = (*BOUNDS, "zero")
 
 
@@ -41,8 +42,10 @@ class SPGConfig(RatioFreeConfig):
     Args:
         num_views: m, views per completion and pass.
         masking: what a view hides: `"block_random"`, some tokens of a block and all later blocks; `"block_all"`, a
-            block and all later ones; `"random"`, a random number of tokens; `"all"`, all tokens. Blocks are those that
-            completions are decoded in.
+            block and all later ones; `"random"`, a random number of tokens; `"all"`, all tokens; `"block_elbo"`, as
+            `"block_random"`, for the evidence lower bound of block-wise decoding, which takes the place of S_lower and
+            needs `negatives="elbo"` or `"zero"`: it has no upper bound and never hides prompts or earlier blocks.
+            Blocks are those that completions are decoded in.
         negatives: what completions that are not better than their group's mean count with: the `"mix"` of both
             bounds, the upper one (`"eubo"`), the lower one (`"elbo"`), or nothing (`"zero"`).
         eubo_beta: exponent of the upper bound, 1 or larger.
@@ -60,7 +63,7 @@ class SPGConfig(RatioFreeConfig):
     num_views: int = field(default=2, metadata={"help": "Views per completion and pass (m)."})
     masking: str = field(
         default="block_random",
-        metadata={"help": f"What a view hides: {', '.join(MODES)}.", "choices": list(MODES)},
+        metadata={"help": f"What a view hides: {', '.join(MASKING)}.", "choices": list(MASKING)},
     )
     negatives: str = field(
         default="mix",
@@ -84,7 +87,13 @@ class SPGConfig(RatioFreeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("masking", self.masking, MASKING)
         check_choice("negatives", self.negatives, NEGATIVES)
+        if self.masking == "block_elbo" and self.negatives not in ("elbo", "zero"):
+            raise ValueError(
+                f"negatives={self.negatives!r} is not allowed with masking='block_elbo', which has no upper bound; "
+                "choose elbo or zero"
+            )
         try:
             self.estimator(block_length=1)
         except ValueError as error:
@@ -93,8 +102,23 @@ class SPGConfig(RatioFreeConfig):
                 message = ours + message.removeprefix(theirs) if message.startswith(theirs) else message
             raise ValueError(message) from None
 
-    def estimator(self, block_length: int) -> BlockwiseBound:
+    def refused_settings(self) -> dict[str, str]:
+        """Those of policy ratios and KL terms, and SPG's own that others leave without effect."""
+        refused, masking, negatives = super().refused_settings(), f"masking={self.masking!r}", self.negatives
+        if not self.masking.startswith("block_") or self.masking == "block_elbo":
+            refused |= dict.fromkeys(("block_choice", "scored"), f"it has no effect with {masking}")
+        if self.masking == "block_elbo":
+            refused["p_mask_prompt"] = f"it has no effect with {masking}"
+        if negatives in ("elbo", "zero"):
+            refused["eubo_beta"] = f"it has no effect with negatives={negatives!r}"
+        if negatives in ("elbo", "zero", "eubo"):
+            refused["mix_weight"] = f"it has no effect with negatives={negatives!r}"
+        return refused
+
+    def estimator(self, block_length: int) -> BlockwiseBound | BlockELBO:
         """The views and bounds, with blocks of a given length."""
+        if self.masking == "block_elbo":
+            return BlockELBO(num_views=self.num_views, block_length=block_length, scope=self.scope)
         return BlockwiseBound(
             num_views=self.num_views,
             mode=self.masking,
@@ -122,7 +146,7 @@ class SPGTrainer(DiffusionPolicyTrainer):
         "id": "2510.09541",
     }
 
-    def build_estimator(self) -> BlockwiseBound:
+    def build_estimator(self) -> BlockwiseBound | BlockELBO:
         """The views and bounds, in the blocks of the rollout."""
         self._bounds = self.args.estimator(self.decoding.block_length or self.decoding.canvas_length)
         return self._bounds
@@ -135,11 +159,13 @@ class SPGTrainer(DiffusionPolicyTrainer):
         if self.args.negatives == "elbo":
             return lower
         assert scores.view_log_probs is not None and scores.views is not None
+        assert isinstance(self._bounds, BlockwiseBound)
         upper = self._bounds.reduce_to(self.args.negatives, scores.view_log_probs, scores.views)
         return lower.where(positive[:, None], resized(upper, lower.shape[1]))
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """`-sum_i A_i S_i`, per token of the batch of completions."""
+        self.log_entropy(scores, batch["completion_mask"])
         advantages = batch["advantages"]
         values = weighted_likelihood(self.bounds(scores, advantages > 0), advantages[:, None])
         return self.mean_over_tokens(values, batch["completion_mask"], batch)

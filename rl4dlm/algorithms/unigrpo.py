@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized
+from rl4dlm.algorithms.policy_config import check_ratio_level
 from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.iid import IIDRatio
 
@@ -76,7 +77,7 @@ class UniGRPOConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.estimator()
+        check_ratio_level(self, self.estimator())
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type={self.loss_type!r} is not allowed; the number of hidden tokens differs by pass, so "

@@ -1,7 +1,7 @@
 """wd1: weighted log-likelihoods of good and bad completions, without policy ratios (arXiv 2507.08838).
 
 With r_i - mean the reward of completion i less its group's mean, softmax over the group, and S(y) the mean-field
-score of a completion (all of it hidden, prompt tokens with probability p; summed over valid tokens),
+score of a completion (all of it hidden, prompt tokens with probability p; summed over the tokens in `scope`),
 
     w+_i = softmax_i(psi (r_i - mean)),    w-_i = softmax_i(-psi (r_i - mean))
     loss = -sum_i (w+_i - s w-_i) S(y_i)             over a group; the mean over groups.
@@ -29,6 +29,7 @@ from rl4dlm.algorithms.advantages import softmax_weights
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
 from rl4dlm.algorithms.ratio_free import RatioFreeConfig
 from rl4dlm.algorithms.setup import base_model
+from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.uniform import UniformMeanField
@@ -46,6 +47,7 @@ class WD1Config(RatioFreeConfig):
         negative_weight: s, what bad completions count for; 0: nothing.
         weights_over: `"group"`, weights add up to 1 in each group; `"batch"`, on average over groups.
         p_mask_prompt: probability with which a prompt token is hidden.
+        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: passes over a batch of completions (mu), each with prompt masks of its own.
 
     Raises:
@@ -61,6 +63,10 @@ class WD1Config(RatioFreeConfig):
     p_mask_prompt: float = field(
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
     )
+    scope: str = field(
+        default="valid",
+        metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)},
+    )
     num_iterations: int = field(default=8, metadata={"help": "Passes over a batch of completions (mu)."})
 
     def __post_init__(self) -> None:
@@ -70,11 +76,15 @@ class WD1Config(RatioFreeConfig):
             raise ValueError(f"psi={self.psi} is not allowed; it must be larger than 0")
         if self.negative_weight < 0:
             raise ValueError(f"negative_weight={self.negative_weight} is not allowed; it must be 0 or larger")
-        MeanField(self.p_mask_prompt)
+        MeanField(self.p_mask_prompt, self.scope)
 
     def refused_settings(self) -> dict[str, str]:
-        """Those of policy ratios, KL terms and, since weights are a softmax, scales of rewards."""
-        return {**super().refused_settings(), "scale_rewards": "weights are a softmax of rewards; set psi"}
+        """Those of policy ratios, KL terms and, since weights are a softmax, scales and normalisations of rewards."""
+        return {
+            **super().refused_settings(),
+            "scale_rewards": "weights are a softmax of rewards; set psi",
+            "multi_objective_aggregation": "weights are a softmax of the weighted sum of rewards; set reward_weights",
+        }
 
 
 class WD1Trainer(DiffusionPolicyTrainer):
@@ -94,8 +104,8 @@ class WD1Trainer(DiffusionPolicyTrainer):
         """The mean-field estimator of the model's noise, with this run's prompt masking."""
         if self.spec.noise == "uniform":
             size = base_model(self.model).config.get_text_config().vocab_size
-            return UniformMeanField(p_mask_prompt=self.args.p_mask_prompt, vocabulary_size=size)
-        return MeanField(self.args.p_mask_prompt)
+            return UniformMeanField(self.args.p_mask_prompt, self.args.scope, vocabulary_size=size)
+        return MeanField(self.args.p_mask_prompt, self.args.scope)
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
         """`w+ - s w-`."""
@@ -103,6 +113,7 @@ class WD1Trainer(DiffusionPolicyTrainer):
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """Of the completions of a micro-batch, as a mean over groups."""
+        self.log_entropy(scores, batch["completion_mask"])
         sequence = (scores.log_probs * batch["completion_mask"]).sum(-1)
         group = self.num_generations if self.model.training else self.num_generations_eval
         return self.mean_over_rows(weighted_likelihood(sequence, batch["advantages"])) * group

@@ -24,6 +24,8 @@ class Rows:
         row_ids: long `[B]`, what keys a row's randomness; unique in a run.
         seen: bool `[B, L]`, the canvas slots that the model saw while decoding; None: all of them. Schedules that
             change the length of the canvas leave some that it did not.
+        given: bool `[B, L]`, the canvas slots that the policy did not write; None: there are none. Estimators draw
+            views as if it had; see `Views.without`.
     """
 
     prompt_ids: Tensor
@@ -32,6 +34,7 @@ class Rows:
     valid: Tensor
     row_ids: Tensor
     seen: Tensor | None = None
+    given: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.prompt_mask, self.valid = self.prompt_mask.bool(), self.valid.bool()
@@ -57,6 +60,7 @@ class Rows:
             self.valid[rows],
             self.row_ids[rows],
             None if self.seen is None else self.seen[rows],
+            None if self.given is None else self.given[rows],
         )
 
     @property
@@ -106,6 +110,10 @@ class Views:
 
     def __getitem__(self, rows: slice | Tensor) -> Views:
         return Views(self.hidden[rows], self.weight[rows], None if self.ids is None else self.ids[rows])
+
+    def without(self, tokens: Tensor) -> Views:
+        """The same views, in which some canvas tokens (bool `[B, L]`) count for nothing."""
+        return Views(self.hidden, self.weight.masked_fill(tokens[:, None], 0.0), self.ids)
 
     @property
     def scored(self) -> Tensor:

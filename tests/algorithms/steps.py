@@ -11,6 +11,17 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rl4dlm.algorithms.base import rows_of
+from rl4dlm.models.tiny import tiny_llada
+
+
+def tiny_llada_that_ends() -> Any:
+    """A denoiser that writes the end of sequence about every third time."""
+    model = tiny_llada()
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        hidden = model.base_model(torch.full((1, 8), 2)).last_hidden_state.mean((0, 1))
+        head[1] += 3.5 * hidden / hidden.norm() ** 2
+    return model
 
 
 def recording(trainer: type) -> type:

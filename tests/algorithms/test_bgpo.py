@@ -77,7 +77,27 @@ def test_the_loss_bounds_that_of_the_exact_ratio_and_is_clipped_per_view(make_tr
     torch.testing.assert_close(gradient, expected)
 
 
-def loss_of(make_trainer: Any, gaps: Tensor, advantages: Tensor, **settings: Any) -> tuple[float, Tensor]:
+def test_what_was_given_is_in_no_bound_and_no_length(make_trainer: Any) -> None:
+    gaps = torch.tensor([[0.4, -0.1, 0.0], [0.2, 0.0, 0.1]], requires_grad=True)
+    hinted = torch.zeros(2, 8, dtype=torch.bool)
+    hinted[0, 4:] = True
+    loss, gradient = loss_of(make_trainer, gaps, torch.tensor([1.0, -1.0]), hinted=hinted, epsilon=100.0)
+    d = gaps.detach() * torch.tensor([[2.0], [1.0]])  # half of the tokens of the first row are left to divide by
+    assert loss == pytest.approx(torch.stack([-(1 + d[0]), d[1].exp()]).mean().item(), abs=1e-6)
+    assert gradient[0].tolist() == pytest.approx([-2 / 6] * 3)
+
+
+def test_only_completions_that_count_are_in_metrics_and_loss(make_trainer: Any) -> None:
+    trainer = make_trainer(trainer=BGPOTrainer, config=BGPOConfig, num_views=3)
+    trainer.model.train()
+    values = torch.tensor([[1.0, 2.0], [5.0, 7.0]])
+    trainer._log_mean("kl", values, torch.tensor([True, False]))
+    assert trainer._metrics["train"]["kl"] == [1.5]
+
+
+def loss_of(
+    make_trainer: Any, gaps: Tensor, advantages: Tensor, hinted: Tensor | None = None, **settings: Any
+) -> tuple[float, Tensor]:
     """Loss and its gradient by `gaps` `[B, K]`: each view's score per token above that of the old policy."""
     trainer = make_trainer(trainer=BGPOTrainer, config=BGPOConfig, num_views=3, **settings)
     rows, views = gaps.shape
@@ -90,6 +110,8 @@ def loss_of(make_trainer: Any, gaps: Tensor, advantages: Tensor, **settings: Any
         "advantages": advantages,
         "old_per_token_logps": torch.full((rows, views), -2.0 * 8),
     }
+    if hinted is not None:
+        batch["hinted"] = hinted
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     found = Views(torch.ones(rows, views, 8, dtype=torch.bool), weight)
@@ -101,7 +123,10 @@ def loss_of(make_trainer: Any, gaps: Tensor, advantages: Tensor, **settings: Any
     ("setting", "value", "message"),
     [
         ("loss_type", "bnpo", "loss of its own"),
-        ("importance_sampling_level", "sequence", "importance_sampling_level='sequence'"),
+        ("importance_sampling_level", "sequence", "one clipped bound per view of a whole sequence already"),
+        ("use_bias_correction_kl", True, "the KL term is per view"),
+        ("vespo_k_pos", 3.0, "vespo_k_pos=3.0"),
+        ("delta", 1.0, r"delta=1.0 is not allowed; it must be larger than 1 \+ epsilon_high = 1.2"),
         ("entropy_coef", 0.1, "no entropy term"),
         ("kl_estimator", "k4", "k4"),
         ("num_views", 0, "num_views=0"),

@@ -67,6 +67,11 @@ def test_leaving_one_out_scales_the_distance_from_the_mean() -> None:
     assert scaled(rewards, rewards, "none") is rewards
 
 
+def test_without_pairs_scores_add_up_to_sequences(tmp_path: Any) -> None:
+    level = {"importance_sampling_level": "sequence"}
+    assert CoupledGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, pairs=0, **level).pairs == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -78,6 +83,8 @@ def test_leaving_one_out_scales_the_distance_from_the_mean() -> None:
             {"baseline": "leave_one_out", "multi_objective_aggregation": "normalize_then_sum"},
             "multi_objective_aggregation='normalize_then_sum'.*baseline='leave_one_out'",
         ),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' is not allowed: its ratio"),
+        ({"loss_type": "vespo"}, "loss_type='vespo' is not allowed: its ratio is one of whole sequences"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str, tmp_path: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.likelihood.views import Rows
+from tests.algorithms.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -50,6 +51,16 @@ def test_at_the_first_step_ratios_are_one_kl_is_zero_and_the_gradient_is_reinfor
     names, parameters = zip(*trainer.model.named_parameters(), strict=True)
     for name, gradient in zip(names, torch.autograd.grad(objective, parameters), strict=True):
         torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_whole_canvas_may_be_scored(make_trainer: Any) -> None:
+    trainer = make_trainer(tiny_llada_that_ends(), scope="canvas", beta=0.04, max_steps=1)
+    trainer.train()
+    record = trainer.seen[0]
+    assert trainer.estimator.scope == "canvas" and record["completion_mask"].all()
+    assert not record["canvas_valid"].all() and (record["scores"] < 0).all()
+    with pytest.raises(ValueError, match="scope='all' is not allowed; choose one of valid, canvas"):
+        make_trainer(scope="all")
 
 
 def _rows(record: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from rl4dlm import DiffusionGDPOConfig, DiffusionGDPOTrainer
 from rl4dlm.algorithms.base import PolicyScores
+from rl4dlm.likelihood.views import Views
 from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, sequences_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -23,6 +24,17 @@ def test_the_first_step_raises_bounds_by_advantages_over_length(make_trainer: An
 
 def test_an_adapter_is_trained(make_trainer: Any) -> None:
     lora_step(make_trainer, DiffusionGDPOTrainer, beta=0.1)
+
+
+def test_the_entropy_is_that_of_tokens_that_some_view_scores(make_trainer: Any) -> None:
+    trainer = make_trainer(trainer=DiffusionGDPOTrainer, config=DiffusionGDPOConfig, nodes=2)
+    trainer.model.train()
+    weight = torch.tensor([[[0.0, 1.5, 0.0, 0.0], [0.0, 0.5, 2.0, 0.0]], [[0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 9.0]]])
+    views = Views(torch.ones(2, 2, 6, dtype=torch.bool), weight)
+    entropies = torch.tensor([[0.0, 1.0, 2.0, 0.0], [6.0, 0.0, 0.0, 100.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    trainer.log_entropy(PolicyScores(entropies, entropies, views), mask)
+    assert trainer._metrics["train"]["entropy"] == [3.0]  # of three tokens, not of seven
 
 
 @pytest.mark.parametrize("ratio_norm", ["length", "none"])
@@ -71,6 +83,7 @@ def test_rewards_may_be_normalised_one_by_one(make_trainer: Any) -> None:
         ({"weight": "count"}, "weight='count' is not allowed with masks='bernoulli'"),
         ({"ratio_norm": "mean"}, "ratio_norm='mean' is not allowed; choose one of length, none"),
         ({"loss_type": "bnpo"}, "loss_type='bnpo' is not supported"),
+        ({"delta": 1.5}, r"delta=1.5 is not allowed; it must be larger than 1 \+ epsilon_high = 1.5"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str, tmp_path: Any) -> None:

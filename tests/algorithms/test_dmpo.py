@@ -122,7 +122,12 @@ def test_splitting_a_batch_changes_nothing(make_trainer: Any, losses: Any) -> No
 
 
 def loss_of(
-    make_trainer: Any, estimates: Tensor, old: Tensor, weights: Tensor, **settings: Any
+    make_trainer: Any,
+    estimates: Tensor,
+    old: Tensor,
+    weights: Tensor,
+    more: dict[str, Tensor] | None = None,
+    **settings: Any,
 ) -> tuple[float, Tensor]:
     """Loss and its gradient by what each view says of a sequence, `[B, K]`; canvases have 8 tokens."""
     values = {"gradient_accumulation_steps": 1, "num_iterations": 1, "beta": 0.0, "per_device_train_batch_size": 4}
@@ -139,6 +144,7 @@ def loss_of(
         "advantages": weights,
         "old_scores": old,
         "row_ids": torch.tensor([2, 0, 3, 1]),
+        **(more or {}),
     }
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -167,6 +173,48 @@ def test_the_unbiased_baseline_is_the_groups_importance_weights(make_trainer: An
     torch.testing.assert_close(gradient, -(WEIGHTS - shares)[:, None].expand(4, 2) / 8 / 2 / 2)
 
 
+def test_rows_that_do_not_count_have_no_share_in_the_unbiased_baseline(make_trainer: Any) -> None:
+    old = ESTIMATES.mean(-1) - torch.tensor([1.0, 0.0, -1.0, 0.5])
+    mask, rewarded = torch.ones(4, 8), torch.tensor([True, True, True, False])
+    mask[0] = 0
+    more = {"completion_mask": mask, "rewarded": rewarded}
+    _, gradient = loss_of(make_trainer, ESTIMATES, old, WEIGHTS, more=more, weight_baseline="unbiased")
+    shares = torch.tensor([0.0, 0.0, -1.0, 0.0])
+    shares[[1, 2]] = torch.tensor([0.0, -1.0]).softmax(-1)
+    expected = -(WEIGHTS - shares)[:, None].expand(4, 2) / 8 / 2
+    torch.testing.assert_close(gradient, expected * torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None])
+    more = {"completion_mask": torch.zeros(4, 8)}
+    loss, gradient = loss_of(make_trainer, ESTIMATES, old, WEIGHTS, more=more, weight_baseline="unbiased")
+    assert loss == 0 and not gradient.any()
+
+
+def test_without_a_reward_neither_term_of_ddo_acts(make_trainer: Any) -> None:
+    settings = {"objective": "ddo", "weight_baseline": "none"}
+    more = {"rewarded": torch.tensor([True, False, True, True])}
+    _, gradient = loss_of(make_trainer, ESTIMATES, ESTIMATES[:, 0], WEIGHTS, more=more, **settings)
+    assert not gradient[1].any() and gradient[[0, 2, 3]].all()
+
+
+def test_replaced_rows_stay_in_their_group(make_trainer: Any) -> None:
+    old = ESTIMATES.mean(-1) - (gain := torch.tensor([1.0, 0.0, -1.0, 0.5]))
+    more = {"row_ids": torch.tensor([2, 2**23, 3, 1]) + 5 * 2**24}  # an attempt in the place of row 0
+    _, gradient = loss_of(
+        make_trainer, ESTIMATES, old, WEIGHTS, more=more, weight_baseline="unbiased", num_generations=2
+    )
+    shares = torch.empty(4)
+    shares[[0, 2]], shares[[1, 3]] = gain[[0, 2]].softmax(-1), gain[[1, 3]].softmax(-1)
+    torch.testing.assert_close(gradient, -(WEIGHTS - shares)[:, None].expand(4, 2) / 8 / 2 / 2)
+
+
+def test_what_was_given_is_not_divided_by(make_trainer: Any) -> None:
+    hinted = torch.zeros(4, 8, dtype=torch.bool)
+    hinted[0, 4:] = True
+    more = {"hinted": hinted}
+    _, gradient = loss_of(make_trainer, ESTIMATES, ESTIMATES[:, 0], WEIGHTS, more=more, weight_baseline="none")
+    sizes = torch.tensor([4.0, 8.0, 8.0, 8.0])
+    torch.testing.assert_close(gradient, (-WEIGHTS / sizes)[:, None].expand(4, 2) / 2)
+
+
 def test_the_loss_is_linear_in_the_weights(make_trainer: Any) -> None:
     losses = [
         loss_of(make_trainer, ESTIMATES, ESTIMATES[:, 0], factor * WEIGHTS, weight_baseline="none")[0]
@@ -192,6 +240,12 @@ def test_ddo(make_trainer: Any, split: bool) -> None:
         ({"epsilon": 0.5}, "no policy ratio"),
         ({"loss_type": "bnpo"}, "loss of its own"),
         ({"scale_rewards": "group"}, "set alpha"),
+        ({"use_bias_correction_kl": True}, "no KL term"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "set reward_weights"),
+        ({"sapo_temperature_pos": 2.0}, "sapo_temperature_pos=2.0"),
+        ({"entropy_target": 0.5}, "entropy_target=0.5"),
+        ({"ddo_scale": 0.1}, "no effect with objective='cross_entropy'"),
+        ({"weight_baseline": "none", "weight_baseline_strength": 0.5}, "no effect with weight_baseline='none'"),
         ({"alpha": 0.0}, "alpha=0.0"),
         ({"kappa": 1.5}, "kappa=1.5"),
         ({"beta": 2.0}, "beta=2.0"),

@@ -14,6 +14,7 @@ from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.algorithms.dream_coder_rl import DreamCoderRLConfig, DreamCoderRLTrainer
 from rl4dlm.likelihood.complementary import Complementary, context_weights
 from rl4dlm.likelihood.views import Rows
+from tests.algorithms.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -154,6 +155,43 @@ def test_groups_that_teach_nothing_are_overwritten(make: Any) -> None:
     assert nothing["loss"] == 0 and nothing["share"] == 0
 
 
+def test_groups_are_judged_by_their_advantages(make: Any) -> None:
+    first, second = [0.0, 0.0, 0.0, 1.0] * 2, [2.0, 2.0, 2.0, 0.0, 0.0, 4.0, 0.0, 0.0]
+
+    def kept(aggregation: str) -> set[int]:
+        trainer = make(
+            rewards=[lambda completions, **_: first, lambda completions, **_: second],
+            reward_weights=[1.0, 0.5],
+            multi_objective_aggregation=aggregation,
+            max_steps=1,
+        )
+        trainer.train()
+        return {row // 4 for row in trainer.seen[0]["row_ids"].tolist()}
+
+    assert kept("sum_then_normalize") == {1}, "the weighted sums of the first group are all 1"
+    assert kept("normalize_then_sum") == {0, 1}, "advantages differ, where each reward is normalised by itself"
+
+
+def test_the_whole_canvas_is_shown_and_scored(make: Any) -> None:
+    trainer = make(model=tiny_llada_that_ends(), scope="canvas", max_steps=1)
+    trainer.train()
+    seen = trainer.seen[0]
+    hidden = seen["scores"].views.scored  # complementary: every token of the canvas once
+    assert (hidden.sum(1) == 1).all() and seen["completion_mask"].all() and not seen["canvas_valid"].all()
+    weights = (context_weights(~hidden, 0.1) * hidden).sum(1)
+    torch.testing.assert_close(seen["weight_total"][0].double(), weights.sum())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("k1", 0.1), ("k2", 0.005), ("k3", 0.0048374)])
+def test_kinds_of_the_kl_term(make: Any, kind: str, expected: float) -> None:
+    trainer = make(cart_p=None, beta=1.0, kl_estimator=kind)
+    mask = torch.ones(2, 4)
+    scores, batch = one_batch(torch.ones(2, 4), torch.zeros(2), mask)
+    batch["ref_per_token_logps"] = scores.detach() - 0.1
+    gradient_of(trainer, scores, batch, views_of(mask, torch.rand(2, 4) < 0.5))
+    assert trainer._metrics["train"]["kl"][-1] == pytest.approx(expected, abs=1e-6)
+
+
 def test_equal_rewards_have_no_gradient(make: Any) -> None:
     trainer = make(rewards=lambda completions, **_: [0.5] * len(completions), max_steps=1)
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -170,6 +208,11 @@ def test_equal_rewards_have_no_gradient(make: Any) -> None:
         ("use_bias_correction_kl", True),
         ("entropy_coef", 0.1),
         ("delta", 1.1),
+        ("sapo_temperature_neg", 2.0),
+        ("vespo_lambda_pos", 2.0),
+        ("entropy_target", 2.0),
+        ("kl_estimator", "k4"),
+        ("scope", "all"),
     ],
 )
 def test_what_has_no_meaning_is_refused(make: Any, setting: str, value: Any) -> None:

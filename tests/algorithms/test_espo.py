@@ -112,6 +112,11 @@ def test_completions_that_count_for_nothing_are_zeros_of_the_mean(make_trainer: 
     assert not gradient[1].any()
 
 
+def test_what_trl_needs_to_be_off_by_default_may_be_said(tmp_path: Any) -> None:
+    common = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    assert ESPOConfig(use_bias_correction_kl=False, delta=1.3, **common).delta == 1.3
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -123,6 +128,9 @@ def test_completions_that_count_for_nothing_are_zeros_of_the_mean(make_trainer: 
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' is not supported"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 is not supported"),
         ({"use_bias_correction_kl": True}, "use_bias_correction_kl=True is not supported"),
+        ({"entropy_target": 2.0}, "entropy_target=2.0 is not supported"),
+        ({"delta": 1.0}, r"delta=1.0 is not allowed; it must be larger than 1 \+ epsilon_high = 1.2"),
+        ({"delta": 1.4, "epsilon_high": 0.5}, r"delta=1.4 is not allowed; .* = 1.5"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str, tmp_path: Any) -> None:

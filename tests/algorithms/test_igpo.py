@@ -14,6 +14,7 @@ from torch import Tensor
 from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from rl4dlm.algorithms.igpo import IGPOConfig, IGPOTrainer, kept_hints, most_entropic
+from tests.algorithms.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -77,6 +78,14 @@ def test_wrong_groups_get_right_completions_and_teach(make: Any, adapter: Any) -
     assert hinted[record["replaced"]].any(-1).all() and (mask & hinted).any(), "given tokens are scored"
     kept = mask.sum() - (mask & hinted).sum() + kept_hints((mask & hinted).sum(-1), 0.2).sum()
     assert int(record["num_items_in_batch"]) == int(kept)
+
+
+def test_the_whole_canvas_may_be_scored(make: Any) -> None:
+    trainer = make(model=tiny_llada_that_ends(), scope="canvas", num_generations=4, max_steps=1)
+    trainer.train()
+    record = trainer.seen[0]
+    assert trainer.estimator.scope == "canvas" and record["completion_mask"].all()
+    assert not record["canvas_valid"].all() and (record["scores"] < 0).all()
 
 
 def test_without_an_all_wrong_group_it_is_grpo(make: Any, make_trainer: Any) -> None:
@@ -148,7 +157,13 @@ def test_dropped_hints_have_no_gradient(make: Any, level: str) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("hint_entropy_share", 1.5), ("hint_ratio", [0.9, 0.1]), ("max_replaced_share", 0.1), ("free_tail", 8)],
+    [
+        ("hint_entropy_share", 1.5),
+        ("hint_ratio", [0.9, 0.1]),
+        ("max_replaced_share", 0.1),
+        ("free_tail", 8),
+        ("scope", "all"),
+    ],
 )
 def test_bad_settings_are_refused(make: Any, setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{setting}="):

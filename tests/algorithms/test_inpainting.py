@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings, strategies as st
 
+import rl4dlm
 from rl4dlm.algorithms.inpainting import (
     Inpainting,
     chunks_of,
@@ -55,6 +56,8 @@ def test_the_reward_that_says_what_is_right_is_chosen_by_name() -> None:
     assert inpainting.attempts(Group({"solution": "a b c d e f g", "answer": "z"}, rewards, [0, 1, 2, 3]))
     rewards[2, 1] = 2.0
     assert not inpainting.attempts(Group({"solution": "a b c d e f g", "answer": "z"}, rewards, [0, 1, 2, 3]))
+    with pytest.raises(ValueError, match=r"correctness_reward=None.*choose one of form, right"):
+        bound(names=("form", "right"))
     with pytest.raises(ValueError, match=r"correctness_reward='wrong'.*form, right"):
         bound(names=("form", "right"), correctness_reward="wrong")
 
@@ -138,6 +141,43 @@ def test_the_answer_is_found_in_all_its_places(trace: str, answer: str | None, l
     pieces = list(split_at_answers(trace, stated_answers(trace, answer)))
     assert "".join(text for text, _ in pieces) == trace
     assert "".join(text for text, is_answer in pieces if not is_answer) == left
+
+
+@pytest.mark.parametrize(
+    ("answer", "trace", "left"),
+    [
+        (r"\frac{1}{2}", r"is \dfrac{1}{2}, 1/2, 0.5, \frac12 or 50\%, not 5", "is , , ,  or , not 5"),
+        (r"90^\circ", r"90$ degrees, 91 and 90^{\circ}", r" degrees, 91 and ^{\circ}"),
+        (r"5\text{ cm}", "$5$ cm of 15 cm, or 5 m", " of 15 cm, or  m"),
+        ("x=5", "x = 5. So 5 it is, not 15", ". So  it is, not 15"),
+        (r"\text{Evelyn}", "Evelyn beats evelyn's, not Evelyns", " beats 's, not Evelyns"),
+        (r"\text{(B)}", "(B) or B or (b), not Bob", " or  or , not Bob"),
+        ("(3, 4)", "(3,4) and $3$ and $4$, not 34", " and $ and $, not 34"),
+        (r"2+3\sqrt{2}", r"2 + 3\sqrt{2} but 7", " but 7"),
+        (r"10,\!080", r"10{,}080 or 10\,080 or 10,080 or 10080, not 10.080", " or  or  or , not 10.080"),
+        ("24", "(2,24) not 2,240 or 124", "(2,) not 2,240 or 124"),
+        (r"-\frac{1}{2}", r"-1/2, -0.5, \frac{-1}{2}; |x| = 0.5", ", , ; |x| = 0.5"),
+        (r"2\frac{1}{3}", "7/3 or 2 1/3, not 8/5", " or , not 8/5"),
+        (r"\frac{\pi}{2}", r"\dfrac\pi 2 not \frac{\pi}{3}", r" not \frac{\pi}{3}"),
+        ("y = 2x + 1", "y=2x+1 for 2x + 1", " for "),
+    ],
+)
+def test_the_answer_is_found_however_it_is_written(answer: str, trace: str, left: str) -> None:
+    pieces = list(split_at_answers(trace, stated_answers("", answer)))
+    assert "".join(text for text, _ in pieces) == trace
+    kept = "".join(text for text, is_answer in pieces if not is_answer)
+    assert kept.replace("$", "") == left.replace("$", "")
+
+
+def test_all_boxes_are_answers() -> None:
+    assert set(stated_answers(r"\boxed{\frac{1}{2}} or \boxed{7}", None)) == {r"\frac{1}{2}", "7"}
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(r"\{}()$,.5/ -=%^_frac", max_size=40), st.text(r"\{}()$,.5/ -=%^_frac", max_size=12))
+def test_any_text_is_taken_apart(trace: str, answer: str) -> None:
+    pieces = list(split_at_answers(trace, stated_answers(trace, answer)))
+    assert "".join(text for text, _ in pieces) == trace
 
 
 def test_the_answer_is_never_given() -> None:
@@ -269,6 +309,37 @@ def test_any_trainer_learns_from_what_replaced_its_completions(make_trainer: Any
     assert table["seen"].tolist() == ["call 2", "call 1", "call 2", "call 1"] + ["call 1"] * 4
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DiffuGRPO", "CoupledGRPO", "UniGRPO", "SPG", "DiffusionGDPO", "ESPO", "BGPO", "DMPO", "WD1", "DreamCoderRL"),
+    ],
+)
+def test_what_was_given_has_no_gradient(make_trainer: Any, name: str) -> None:
+    trainer_class = getattr(rl4dlm, f"{name}Trainer")
+    gradients: list[tuple[Any, torch.Tensor]] = []
+
+    class Trainer(trainer_class):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, intervention=Given(), **kwargs)
+
+        def loss(self, scores: Any, batch: dict[str, Any]) -> torch.Tensor:
+            value: torch.Tensor = super().loss(scores, batch)
+            (found,) = torch.autograd.grad(value, scores.view_log_probs, retain_graph=True)
+            gradients.append((batch, found.abs().sum(1)))
+            return value
+
+    changes = {"loss_type": "grpo"} if name == "DiffuGRPO" else {}
+    trainer = make_trainer(
+        trainer=Trainer, config=trainer_class.config_class, dataset=solutions(), max_steps=2, **changes
+    )
+    trainer.train()
+    assert gradients
+    for batch, found in gradients:
+        assert batch["hinted"].sum() == 4 and not found[batch["hinted"]].any()
+        assert found[batch["replaced"]].any()
+
+
 def test_without_a_trigger_nothing_changes(make_trainer: Any, recording_trainer: Any) -> None:
     def run(intervention: Intervention | None) -> list[Any]:
         class Trainer(recording_trainer):
@@ -294,6 +365,10 @@ def test_what_does_not_fit_is_refused(make_trainer: Any, recording_trainer: Any)
 
     with pytest.raises(ValueError, match="no column 'solution'"):
         make_trainer(trainer=Trainer)
+    with pytest.raises(ValueError, match="no column 'answer'"):
+        make_trainer(trainer=Trainer, dataset=solutions().remove_columns("answer"))
+    for changes in ({"answer_column": None}, {"hide_answer": False}):
+        assert Inpainting(**changes).columns == ("solution",)
     trainer = make_trainer(trainer=Trainer, dataset=solutions())
     trainer.num_generations = 3  # 8 rows on a process
     with pytest.raises(ValueError, match="whole groups on each process"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rl4dlm import JustGRPOConfig, JustGRPOTrainer
+from rl4dlm import Inpainting, JustGRPOConfig, JustGRPOTrainer
 from rl4dlm.algorithms.base import resized
 from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
 
@@ -45,6 +45,20 @@ def test_advantages_are_divided_by_the_deviation_of_the_group(make_trainer: Any)
     assert found.std(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
 
 
+def test_other_temperatures_are_scored_too(tmp_path: Any) -> None:
+    config = JustGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, temperature=0.6, score_temperature=0.6)
+    assert config.temperature == config.score_temperature
+
+
+def test_interventions_are_refused(make_trainer: Any) -> None:
+    class Trainer(JustGRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, intervention=Inpainting(free_tail=0), **kwargs)
+
+    with pytest.raises(ValueError, match="intervention=Inpainting is not allowed"):
+        make_trainer(trainer=Trainer, config=JustGRPOConfig, denoising_steps=None)
+
+
 @pytest.mark.parametrize(("tokens_per_view", "steps"), [(1, 24), (4, 6)])
 def test_steps_follow_from_the_canvas(tokens_per_view: int, steps: int, tmp_path: Any) -> None:
     settings = {"max_completion_length": 24, "tokens_per_view": tokens_per_view}
@@ -64,6 +78,13 @@ def test_steps_follow_from_the_canvas(tokens_per_view: int, steps: int, tmp_path
         ({"tokens_per_view": 8, "block_length": 4}, "tokens_per_view=8 is not allowed; it must divide block_length=4"),
         ({"tokens_per_view": 0}, "tokens_per_view=0"),
         ({"scope": "all"}, "scope='all'"),
+        ({"temperature": 0.6}, "temperature=0.6 is not allowed with score_temperature=1.0"),
+        ({"top_p": 0.9}, "top_p=0.9 is not allowed.*needed: 1.0"),
+        ({"top_k": 20}, "top_k=20 is not allowed.*needed: 0"),
+        ({"cache": "prefix"}, "cache='prefix' is not allowed.*needed: 'none'"),
+        ({"eos_penalty": 1.0}, "eos_penalty=1.0 is not allowed"),
+        ({"min_new_tokens": 4}, "min_new_tokens=4 is not allowed"),
+        ({"suppress_token_ids": [3]}, r"suppress_token_ids=\[3\] is not allowed.*needed: None"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str, tmp_path: Any) -> None:

@@ -19,6 +19,7 @@ from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
+from tests.algorithms.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -158,16 +159,6 @@ def test_tokens_after_the_end_count_only_in_canvas_scope(make_trainer: Any) -> N
         trainer.current_gradient_accumulation_steps = 1
         before, after = (trainer._compute_loss(trainer.model, b).item() for b in (batch, changed))
         assert (before != after) is counts
-
-
-def tiny_llada_that_ends() -> Any:
-    """A denoiser that writes the end of sequence about every third time."""
-    model = tiny_llada()
-    with torch.no_grad():
-        head = model.get_output_embeddings().weight
-        hidden = model.base_model(torch.full((1, 8), 2)).last_hidden_state.mean((0, 1))
-        head[1] += 3.5 * hidden / hidden.norm() ** 2
-    return model
 
 
 def test_the_gap_is_zero_when_scoring_repeats_what_drawing_saw(make_trainer: Any) -> None:

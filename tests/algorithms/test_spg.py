@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rl4dlm import SPGConfig, SPGTrainer
 from rl4dlm.algorithms.base import PolicyScores
+from rl4dlm.likelihood.blockwise import BlockELBO
 from tests.algorithms.steps import check_gradient, one_step, plain_log_probs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -40,6 +41,20 @@ def test_the_first_step_is_the_sandwich(make_trainer: Any, masking: str) -> None
     record = trainer.seen[0]
     assert (record["advantages"] < 0).any() and (record["advantages"] > 0).any()
     check_gradient(trainer, plain_objective(trainer, record, beta=1.5, omega=0.5), gradients)
+
+
+@pytest.mark.parametrize("negatives", ["elbo", "zero"])
+def test_the_evidence_lower_bound_of_blocks(make_trainer: Any, negatives: str) -> None:
+    settings = {"masking": "block_elbo", "negatives": negatives, "block_length": 4, "num_views": 2}
+    trainer, gradients = one_step(make_trainer, SPGTrainer, **settings)
+    assert isinstance(trainer.estimator, BlockELBO) and trainer.estimator.block_length == 4
+    record = trainer.seen[0]
+    log_probs, views = plain_log_probs(trainer, record)
+    assert not views.hidden[..., : record["prompt_ids"].shape[1]].any(), "prompts are shown"
+    advantages = record["advantages"].clamp(min=0) if negatives == "zero" else record["advantages"]
+    bounds = (log_probs * views.weight).sum((1, 2))
+    check_gradient(trainer, -(advantages * bounds).sum() / record["canvas_valid"].sum(), gradients)
+    assert trainer.state.log_history[0]["entropy"] > 0
 
 
 def test_an_adapter_is_trained_and_no_other_policy_is_scored(make_trainer: Any) -> None:
@@ -114,6 +129,10 @@ def _scores(trainer: Any, batch: dict[str, Tensor]) -> PolicyScores:
         ("epsilon_high", 0.3, "no policy ratio"),
         ("importance_sampling_level", "sequence", "no policy ratio"),
         ("loss_type", "bnpo", "loss of its own"),
+        ("use_bias_correction_kl", True, "use_bias_correction_kl=True is not supported"),
+        ("sapo_temperature_pos", 2.0, "sapo_temperature_pos=2.0 is not supported"),
+        ("vespo_k_neg", 1.5, "vespo_k_neg=1.5 is not supported"),
+        ("entropy_target", 2.0, "entropy_target=2.0 is not supported"),
         ("sync_ref_model", True, "no reference"),
         ("masking", "blocks", "masking='blocks'"),
         ("negatives", "none", "negatives='none'"),
@@ -125,3 +144,26 @@ def _scores(trainer: Any, batch: dict[str, Tensor]) -> PolicyScores:
 def test_what_has_no_meaning_is_refused(tmp_path: Any, setting: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SPGConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masking": "random", "block_choice": "published"}, "block_choice='published'.*masking='random'"),
+        ({"masking": "all", "scored": "block"}, "scored='block'.*masking='all'"),
+        ({"negatives": "elbo", "eubo_beta": 2.0}, "eubo_beta=2.0.*negatives='elbo'"),
+        ({"negatives": "zero", "mix_weight": 0.1}, "mix_weight=0.1.*negatives='zero'"),
+        ({"negatives": "eubo", "mix_weight": 0.1}, "mix_weight=0.1.*negatives='eubo'"),
+        ({"masking": "block_elbo"}, "negatives='mix' is not allowed with masking='block_elbo'"),
+        (
+            {"masking": "block_elbo", "negatives": "elbo", "p_mask_prompt": 0.3},
+            "p_mask_prompt=0.3.*masking='block_elbo'",
+        ),
+        ({"masking": "block_elbo", "negatives": "elbo", "scored": "block"}, "scored='block'.*masking='block_elbo'"),
+    ],
+)
+def test_what_another_setting_leaves_without_effect_is_refused(
+    tmp_path: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SPGConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)

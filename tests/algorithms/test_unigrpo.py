@@ -58,6 +58,7 @@ def test_completions_without_a_hidden_token_count_for_nothing(make_trainer: Any,
         ({"levels": "sorted"}, "levels='sorted' is not allowed; choose one of structured, uniform"),
         ({"level_range": [0.5, 0.1]}, "level_range"),
         ({"scope": "all"}, "scope='all'"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' is not allowed: its ratio"),
         ({"loss_type": "dapo"}, "loss_type='dapo' is not allowed; the number of hidden tokens differs"),
     ],
 )

@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from rl4dlm import WD1Config, WD1Trainer
 from rl4dlm.algorithms.wd1 import signed_weights
-from tests.algorithms.steps import check_gradient, one_step, plain_log_probs
+from tests.algorithms.steps import check_gradient, one_step, plain_log_probs, tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -47,14 +47,18 @@ def test_a_softmax_over_the_batch() -> None:
     assert groups[1].sum().item() < 1 < groups[0].sum().item()
 
 
-@pytest.mark.parametrize("negative_weight", [1.0, 0.0])
-def test_the_first_step_is_the_weighted_likelihood(make_trainer: Any, negative_weight: float) -> None:
-    trainer, gradients = one_step(make_trainer, WD1Trainer, negative_weight=negative_weight, psi=2.0)
+@pytest.mark.parametrize(("negative_weight", "scope"), [(1.0, "valid"), (0.0, "canvas")])
+def test_the_first_step_is_the_weighted_likelihood(make_trainer: Any, negative_weight: float, scope: str) -> None:
+    trainer, gradients = one_step(
+        make_trainer, WD1Trainer, model=tiny_llada_that_ends(), negative_weight=negative_weight, psi=2.0, scope=scope
+    )
+    assert 0 < trainer.state.log_history[0]["entropy"] < math.log(len(trainer.processing_class))
     record = trainer.seen[0]
     assert not {"old_per_token_logps", "ref_per_token_logps"} & record.keys()
     log_probs, views = plain_log_probs(trainer, record)
     assert views.hidden[..., -8:].all(), "all of a completion is hidden"
-    scores = (log_probs[:, 0] * record["canvas_valid"]).sum(-1)
+    assert not record["canvas_valid"].all(), "completions end early"
+    scores = (log_probs[:, 0] * (record["canvas_valid"] if scope == "valid" else 1)).sum(-1)
     check_gradient(trainer, -(record["advantages"] * scores).sum() / 2, gradients)  # two groups
 
 
@@ -92,7 +96,13 @@ def test_splitting_a_batch_changes_nothing(make_trainer: Any, losses: Any) -> No
         ("beta", 0.04, "no KL term"),
         ("epsilon", 0.5, "no policy ratio"),
         ("loss_type", "bnpo", "loss of its own"),
+        ("use_bias_correction_kl", True, "use_bias_correction_kl=True is not supported"),
+        ("sapo_temperature_pos", 2.0, "sapo_temperature_pos=2.0 is not supported"),
+        ("vespo_k_neg", 1.5, "vespo_k_neg=1.5 is not supported"),
+        ("entropy_target", 2.0, "entropy_target=2.0 is not supported"),
         ("scale_rewards", "group", "set psi"),
+        ("multi_objective_aggregation", "normalize_then_sum", "set reward_weights"),
+        ("scope", "all", "scope='all'"),
         ("psi", 0.0, "psi=0.0"),
         ("negative_weight", -1.0, "negative_weight=-1.0"),
         ("weights_over", "device", "weights_over='device'"),
@@ -102,3 +112,9 @@ def test_splitting_a_batch_changes_nothing(make_trainer: Any, losses: Any) -> No
 def test_what_has_no_meaning_is_refused(tmp_path: Any, setting: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WD1Config(output_dir=str(tmp_path), bf16=False, use_cpu=True, **{setting: value})
+
+
+def test_what_the_loss_does_without_may_be_switched_off(tmp_path: Any) -> None:
+    assert not WD1Config(
+        output_dir=str(tmp_path), bf16=False, use_cpu=True, use_bias_correction_kl=False
+    ).use_bias_correction_kl

@@ -1,4 +1,4 @@
-"""Every algorithm trains in two processes (gloo) as it does in one: whole models and adapters."""
+"""Every algorithm trains in two processes (gloo) as it does in one: whole models, adapters, and views under ZeRO."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from rl4dlm.models.tiny import tiny_llada
-from tests.algorithms.test_distributed import launch
-from tests.algorithms.zoo_worker import ALGORITHMS, run
+from tests.algorithms.test_distributed import launch, needs_deepspeed
+from tests.algorithms.zoo_worker import ALGORITHMS, ONE_VIEW, run, run_one_view
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 
+WORKER = Path(__file__).parent / "zoo_worker.py"
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("zoo"), worker=Path(__file__).parent / "zoo_worker.py")
+    return launch(tmp_path_factory.mktemp("zoo"), worker=WORKER)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -35,3 +38,26 @@ def test_two_processes_equal_one(two: dict[str, Any], tmp_path: Path, name: str,
         if start is not None:
             moved = max(moved, float((value - start[weight]).abs().max()))
     assert adapter or moved > 1e-4, "something was learnt"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The runs under DeepSpeed in this process, without it."""
+    return {name: run_one_view(name, tmp_path_factory.mktemp("alone"), 1) for name in ONE_VIEW}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_views_one_after_another_under_zero_equal_one_process(
+    alone: dict[str, Any], tmp_path: Path, stage: int
+) -> None:
+    start = tiny_llada().state_dict()
+    for name, found in launch(tmp_path, stage, worker=WORKER).items():
+        expected = alone[name]
+        assert found["rows"] == expected["rows"], "row ids, tokens and advantages"
+        for theirs, ours in zip(found["log"][:2], expected["log"][:2], strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+        assert found["weights"].keys() == expected["weights"].keys()
+        for weight, value in found["weights"].items():
+            torch.testing.assert_close(value, expected["weights"][weight], rtol=0, atol=1e-5)
+        assert max(float((value - start[weight]).abs().max()) for weight, value in found["weights"].items()) > 1e-4

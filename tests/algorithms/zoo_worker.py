@@ -1,6 +1,6 @@
 """What each process of `test_zoo_distributed.py` runs: two passes over a batch with every algorithm.
 
-torchrun --nproc_per_node 2 zoo_worker.py RESULTS.pt
+torchrun --nproc_per_node 2 zoo_worker.py RESULTS.pt [deepspeed.json]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import rl4dlm
+from rl4dlm.models.loading import save_denoiser
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
 from tests.algorithms.conftest import settings
 
@@ -38,6 +39,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Settings besides the small ones."""
+ONE_VIEW = {"ESPOTrainer": {"num_views": 2}, "SPGTrainer": {"num_views": 3}}
+"""Algorithms that are also run under DeepSpeed, with several views that are scored one after another."""
 
 
 def right(completions: list[str], **columns: Any) -> list[float]:
@@ -45,15 +48,16 @@ def right(completions: list[str], **columns: Any) -> list[float]:
     return [float(sum(map(ord, text)) % 4 == 0) for text in completions]
 
 
-def run(name: str, folder: Path, world_size: int, adapter: bool) -> dict[str, Any]:
+def run(name: str, folder: Path, world_size: int, adapter: bool, model: Any = None, **changes: Any) -> dict[str, Any]:
     """Rows, log and weights of a run of 16 completions, shared out over processes, used twice."""
     trainer_class = getattr(rl4dlm, name)
-    config = trainer_class.config_class(
-        **settings(folder, per_device_train_batch_size=16 // world_size, learning_rate=0.01, **ALGORITHMS[name])
-    )
+    changes = {"learning_rate": 0.01, **ALGORITHMS[name], **changes}
+    config = trainer_class.config_class(**settings(folder, per_device_train_batch_size=16 // world_size, **changes))
     data = Dataset.from_dict({"prompt": [f"p{i}" for i in range(8)], "solution": ["abcdefgh"] * 8})
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None
-    trainer = trainer_class(tiny_llada(), right, config, data, None, tiny_tokenizer(), peft_config=lora)
+    trainer = trainer_class(
+        tiny_llada() if model is None else model, right, config, data, None, tiny_tokenizer(), peft_config=lora
+    )
     rows: list[Any] = []
     loss = trainer.loss
 
@@ -64,24 +68,41 @@ def run(name: str, folder: Path, world_size: int, adapter: bool) -> dict[str, An
 
     trainer.loss = recorded
     trainer.train()
+    weights = dict(trainer.model.named_parameters())
+    if "deepspeed" in changes:  # which gathers what is sharded
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     return {
         "world_size": trainer.accelerator.num_processes,
         "rows": sorted(set(gather_object(rows))),
         "log": trainer.state.log_history,
-        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        "weights": {name.removeprefix("module."): p.detach().clone() for name, p in weights.items()},
     }
 
 
-def main(results: Path) -> None:
-    found = {
-        (name, adapter): run(name, results.parent / f"{name}-{adapter}", int(os.environ["WORLD_SIZE"]), adapter)
-        for name in ALGORITHMS
-        for adapter in (False, True)
-    }
+def run_one_view(name: str, folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
+    """A run whose views are scored one after another."""
+    return run(name, folder, world_size, adapter=False, one_view=True, **ONE_VIEW[name], **changes)
+
+
+def main(results: Path, deepspeed: str | None) -> None:
+    folder, world_size = results.parent, int(os.environ["WORLD_SIZE"])
+    if deepspeed is None:
+        found: dict[Any, Any] = {
+            (name, adapter): run(name, folder / f"{name}-{adapter}", world_size, adapter)
+            for name in ALGORITHMS
+            for adapter in (False, True)
+        }
+    else:
+        # ZeRO-3 shards models while they load, so that they come from a path, where they are before it is switched on.
+        model = str(folder / f"model-{os.environ['RANK']}")
+        save_denoiser(tiny_llada(), model, tiny_tokenizer())
+        options = {"model": model, "deepspeed": deepspeed}
+        found = {name: run_one_view(name, folder / name, world_size, **options) for name in ONE_VIEW}
     if int(os.environ["RANK"]) == 0:
         torch.save(found, results)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
