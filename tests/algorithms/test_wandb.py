@@ -81,6 +81,7 @@ def test_an_offline_run_holds_settings_metrics_and_completions(
         trainer.train()
     finally:
         wandb.finish()
+        wandb.teardown()  # which waits for the process that writes the file
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = run.glob("run-*.wandb")
     names: set[str] = set()
