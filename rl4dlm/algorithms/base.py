@@ -570,6 +570,9 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
             batch.pop("old_per_token_logps", None)
         self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
         self._replace_advantages(batch, rewards, num_generations)
+        if self.args.negative_advantage_weight != 1:
+            signed = batch["advantages"]
+            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
         if training:
             self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
         return batch

@@ -5,6 +5,7 @@ Owns validation. An algorithm's own settings are in its file.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -76,6 +77,8 @@ class DiffusionPolicyConfig(GRPOConfig):
         suppress_token_ids: ids that are never drawn. defer_token_ids: ids that are committed last.
         schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
         rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
+        negative_advantage_weight: multiplies advantages below zero; the papers' is 1. At 0 only completions above the
+            baseline teach, which helps where tokens are scored in other contexts than those they were drawn in.
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
         one_view: score the views of a completion one after another instead of at once: the memory of one view, for one
             forward more. Losses and gradients are the same.
@@ -130,6 +133,10 @@ class DiffusionPolicyConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Rows each process decodes at a time. Default: its whole generation batch."}
     )
+    negative_advantage_weight: float = field(
+        default=1.0,
+        metadata={"help": "Multiplies advantages below zero; at 0 only completions above the baseline teach."},
+    )
     score_temperature: float = field(
         default=1.0, metadata={"help": "Divides the logits that log-probabilities in the loss are computed from."}
     )
@@ -166,6 +173,10 @@ class DiffusionPolicyConfig(GRPOConfig):
         if self.log_replays and not self.log_completions:
             raise ValueError(
                 f"log_replays={self.log_replays} needs log_completions=True: replays are linked from logged completions"
+            )
+        if not 0 <= self.negative_advantage_weight < math.inf:
+            raise ValueError(
+                f"negative_advantage_weight={self.negative_advantage_weight} is not allowed; it must be 0 or larger"
             )
         if not self.score_temperature > 0:
             raise ValueError(f"score_temperature={self.score_temperature} is not allowed; it must be larger than 0")

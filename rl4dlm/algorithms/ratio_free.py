@@ -50,4 +50,10 @@ class RatioFreeConfig(DiffusionPolicyConfig):
 
     def refused_settings(self) -> dict[str, str]:
         """Settings that are refused unless they have their default, and why."""
-        return {**RATIO_SETTINGS, "beta": _NO_REFERENCE, "sync_ref_model": "there is no reference model"}
+        return {
+            **RATIO_SETTINGS,
+            "beta": _NO_REFERENCE,
+            "sync_ref_model": "there is no reference model",
+            "negative_advantage_weight": "negatives (SPG), negative_weight (wd1) and weight_baseline (DMPO) say what "
+            "becomes of completions below the baseline",
+        }

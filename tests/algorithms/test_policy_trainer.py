@@ -348,3 +348,20 @@ def test_metrics_of_decoding_follow_its_settings(make_trainer: Any) -> None:
     guided.train()
     assert guided.state.log_history[0]["diffusion/nfe"] == 4
     assert guided.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_advantages_below_zero_may_count_less(make_trainer: Any, weight: float) -> None:
+    plain, changed = (make_trainer(max_steps=1, negative_advantage_weight=w) for w in (1.0, weight))
+    for trainer in (plain, changed):
+        trainer.train()
+    before, after = (
+        trainer.seen[0]["advantages"][trainer.seen[0]["row_ids"].argsort()] for trainer in (plain, changed)
+    )
+    assert (before < 0).any() and (before > 0).any()
+    torch.testing.assert_close(after, torch.where(before < 0, weight * before, before))
+
+
+def test_a_negative_weight_of_advantages_is_refused(make_trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"negative_advantage_weight=-1.0 is not allowed"):
+        make_trainer(negative_advantage_weight=-1.0)
