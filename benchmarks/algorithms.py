@@ -92,7 +92,7 @@ def main() -> None:
         "versions": first["versions"],
         "before": first["before"],
         "runs": {
-            name: [{k: v for k, v in r.items() if k not in ("machine", "versions", "before")} for r in found]
+            name: [{k: v for k, v in r.items() if k not in ("machine", "versions")} for r in found]
             for name, found in runs.items()
         },
     }
