@@ -57,6 +57,8 @@ def main() -> None:
         "versions": first["versions"],
         "runs": {method: [{key: r[key] for key in kept} for r in results] for method, results in runs.items()},
     }
+    for run_of in (r for results in summary["runs"].values() for r in results):
+        del run_of["settings"]["output"]  # a folder of this machine
     (options.output / "demo_seeds.json").write_text(json.dumps(summary, indent=2) + "\n")
     text = table(runs)
     (options.output / "demo_seeds.md").write_text(text)

@@ -255,8 +255,13 @@ class Puzzles:
             "nfe": rollout.nfe.double().mean().item(),
             "extra_forwards": rollout.extra_forwards.double().mean().item(),
             "seconds": round(seconds, 2),
-            "decoding": {**asdict(config), "schedule_args": {k: str(v) for k, v in config.schedule_args.items()}},
+            "decoding": {**asdict(config), "schedule_args": {k: _shown(v) for k, v in config.schedule_args.items()}},
         }
+
+
+def _shown(value: Any) -> str:
+    """A setting in words; of a path, which is of this machine, the name."""
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 
 class Record:
