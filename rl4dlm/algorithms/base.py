@@ -11,10 +11,9 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import trl.trainer.grpo_trainer as grpo
@@ -23,14 +22,15 @@ from trl import GRPOTrainer
 
 from rl4dlm.algorithms.checks import check_columns, check_prompt, check_prompts, checked_rewards
 from rl4dlm.algorithms.contract import check_contract
-from rl4dlm.algorithms.intervention import Context, Group, Intervention
+from rl4dlm.algorithms.intervening import SECOND_ATTEMPT, InterveningTrainer
+from rl4dlm.algorithms.intervention import Intervention
+from rl4dlm.algorithms.loss_parts import PolicyScores, resized
 from rl4dlm.algorithms.metrics import identical_groups, rollout_gap, rollout_metrics
 from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig
-from rl4dlm.algorithms.resume import ResumableGRPOTrainer
 from rl4dlm.algorithms.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.scoring import score_views
-from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.likelihood.views import Rows
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -57,40 +57,26 @@ check_contract(
         "log": ["logs", "start_time"],
     },
     attributes=[
-        "_step", "_metrics", "_logs", "_dist", "_pending_extra_logs", "_pending_metrics", "_tokenizer",
-        "aux_loss_enabled", "eos_token_ids", "mask_truncated_completions",
-        "num_generations", "num_generations_eval", "num_iterations",
-        "pad_to_multiple_of", "ref_model", "reward_func_names", "reward_weights",
+        "_step", "_metrics", "_logs", "_dist", "_tokenizer", "aux_loss_enabled", "beta", "eos_token_ids",
+        "num_generations", "num_generations_eval", "num_iterations", "ref_model", "reward_weights",
     ],
     keys={
         "_generate_and_score_completions": [
             "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "prompt_ids", "prompt_mask",
             "old_per_token_logps", "ref_per_token_logps",
         ],
-        "_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"],
     },
     module=grpo,
     names=[
-        "create_model_from_path", "disable_gradient_checkpointing", "gather", "is_conversational", "parse_response",
-        "unwrap_model_for_generation", "use_adapter",
+        "create_model_from_path", "disable_gradient_checkpointing", "unwrap_model_for_generation", "use_adapter",
     ],
 )  # fmt: skip
 
-_ROWS_PER_CYCLE = 2**24  # more than any generation batch has rows, so that row ids of different cycles never meet
+_ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation batches never meet
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
-_SECOND_ATTEMPT = _ROWS_PER_CYCLE // 2  # from the row id of a completion to that of an attempt at its place
 
 
-class PolicyScores(NamedTuple):
-    """What a loss is computed from, per completion token; zero where nothing is scored."""
-
-    log_probs: Tensor  # [B, C], what the estimator makes of the views
-    entropies: Tensor  # [B, C], in nats, averaged over the views that score a token
-    views: Views | None = None  # what was hidden; K views
-    view_log_probs: Tensor | None = None  # [B, K, L], log-probabilities in each view
-
-
-class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
+class DiffusionPolicyTrainer(InterveningTrainer, ABC):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
@@ -153,7 +139,10 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         self._replaced_rows: list[int] = []
         self._eval_rows = 0
         self._replays = TrainingReplays(args.output_dir, args.log_replays)
-        with swapped(grpo, "create_model_from_path", load), warnings.catch_warnings():
+        # TRL's beta is that of a reference model, which a KL term to the old policy does without.
+        beta = args.beta if args.kl_target == "reference" else 0.0
+        loading = swapped(grpo, "create_model_from_path", load)
+        with loading, swapped(args, "beta", beta), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(
                 model,
@@ -174,6 +163,11 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
                 f"{type(self).__name__} estimates likelihoods of models with noise={self.estimator.noise!r}, but this "
                 f"one has noise={self.spec.noise!r}"
             )
+        if args.scope not in ("valid", self.estimator.scope):
+            raise ValueError(
+                f"scope={args.scope!r} is not supported: {type(self).__name__} builds an estimator of "
+                f"{self.estimator.scope!r} tokens"
+            )
         schedule = self.decoding.build_schedule()
         if self.estimator.scope == "canvas" and getattr(schedule, "resize", None) is not None:
             raise ValueError(
@@ -191,17 +185,7 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
         self._check_forward_counts()
         self.intervention = self.build_intervention() if intervention is None else intervention
         if self.intervention is not None:
-            self._check_intervention()
-            self.intervention.bind(
-                Context(
-                    tokenizer=self._tokenizer,
-                    spec=self.spec,
-                    canvas_length=self.decoding.canvas_length,
-                    num_generations=self.num_generations,
-                    reward_names=list(self.reward_func_names),
-                    seed=args.seed,
-                )
-            )
+            self._bind_intervention()
         positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         limits = [args.max_prompt_length, positions and positions - self.decoding.canvas_length]
         self._prompt_limit = min((limit for limit in limits if limit is not None), default=None)
@@ -272,47 +256,14 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
                 `old_per_token_logps` and `ref_per_token_logps`, all `[B, C]`; `num_items_in_batch`, the tokens of the
                 whole generation batch.
         """
+        own_kl = self.args.beta and (self.args.kl_target, self.args.kl_estimator) != ("reference", "k3")
         self._current_scores = scores
         try:
-            return super()._compute_loss(self.model_wrapped, batch)
+            with swapped(self, "beta", 0.0) if own_kl else nullcontext():
+                loss: Tensor = super()._compute_loss(self.model_wrapped, batch)
         finally:
             self._current_scores = None
-
-    def of_all_processes(self, values: Tensor) -> Tensor:
-        """`[N, G]`, from one number per completion of this process, `[B]`."""
-        generations = self.num_generations if self.model.training else self.num_generations_eval
-        gathered: Tensor = self.accelerator.gather(values.contiguous())
-        return gathered.view(-1, generations)
-
-    def tokens_scored(self, batch: dict[str, Any]) -> Tensor:
-        """How many canvas tokens of each completion its scores are about, `[B]`: those in scope that were not given."""
-        valid: Tensor = batch["canvas_valid"]
-        within = torch.ones_like(valid) if self.estimator.scope == "canvas" else valid
-        if batch.get("hinted") is not None and not self.scores_hints:
-            within = within & ~batch["hinted"]
-        return within.sum(-1)
-
-    def mean_over_rows(self, values: Tensor) -> Tensor:
-        """The mean of one number per row, `[B]`, scaled for gradient accumulation; for losses of whole sequences."""
-        return values.mean() / (self.current_gradient_accumulation_steps if self.model.training else 1)
-
-    def mean_over_tokens(self, values: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The sum of `values` `[B, C]` where `mask` is set, over the completion tokens of the generation batch, scaled
-        as TRL's `loss_type="dapo"`: splitting a batch into micro-batches or processes changes nothing."""
-        total = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            total = total * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return (values * mask).sum() / total
-
-    @torch.no_grad()
-    def log_entropy(self, scores: PolicyScores, mask: Tensor) -> None:
-        """Logs the mean `entropy` of the tokens of `mask` `[B, C]` that a view scores; TRL's own loss logs it, too."""
-        counted = mask.bool()
-        if scores.views is not None:
-            counted = counted & resized(scores.views.scored.any(1), mask.shape[1])
-        sums = torch.stack([(scores.entropies * counted).sum(), counted.sum().to(scores.entropies)])
-        total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"]["entropy"].append(total / max(tokens, 1))
+        return loss + self.args.beta * self.token_kl(scores.log_probs, batch) if own_kl else loss
 
     # --- rollout ------------------------------------------------------------------------------------------------------
 
@@ -400,125 +351,6 @@ class DiffusionPolicyTrainer(ResumableGRPOTrainer, ABC):
             raise ValueError(f"rollouts deadlock under FSDP; use DDP or DeepSpeed: {differs}")
         if self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
             raise ValueError(f"ds3_gather_for_generation=False deadlocks rollouts; set it to True: {differs}")
-
-    # --- interventions ------------------------------------------------------------------------------------------------
-
-    def _check_intervention(self) -> None:
-        """An intervention sees whole groups, gives slots, and decodes on some processes more than on others."""
-        assert self.intervention is not None
-        name, args = type(self.intervention).__name__, self.args
-        for column in self.intervention.columns:
-            check_columns(self.train_dataset, "train_dataset", column)
-        rows = args.per_device_train_batch_size * args.steps_per_generation
-        if rows % self.num_generations:
-            raise ValueError(
-                f"{name} needs whole groups on each process, but per_device_train_batch_size="
-                f"{args.per_device_train_batch_size} x steps_per_generation={args.steps_per_generation} = {rows} is no "
-                f"multiple of num_generations={self.num_generations}"
-            )
-        if self.spec.noise != "mask":
-            raise ValueError(f"{name} gives slots of the canvas, which noise={self.spec.noise!r} would overwrite")
-        if getattr(self.decoding.build_schedule(), "resize", None) is not None:
-            raise ValueError(
-                f"{name} gives slots of the canvas, which schedule={self.decoding.schedule!r} cannot have: it changes "
-                "the length of the canvas"
-            )
-        if self.is_fsdp_enabled or (self._dist.is_zero3 and not args.ds3_gather_for_generation):
-            raise ValueError(f"{name} decodes other numbers of rows on each process, which deadlocks sharded rollouts")
-        if self._dist.is_zero3 and any(isinstance(f, torch.nn.Module) for f in self.reward_funcs):
-            raise ValueError(f"{name} asks for rewards on some processes only, which deadlocks a sharded reward model")
-
-    def _intervene(self, inputs: Any, prompts: Any, completions: list[Any], rewards: Tensor) -> Tensor:
-        """Decodes and scores the attempts that the intervention asks for, and puts those that it accepts in place.
-
-        Changes `completions` (which TRL logs) and the current rollout; returns the rewards `[N * G, F]` that count.
-        """
-        intervention, rollout, size = self.intervention, self._current_rollout, self.num_generations
-        assert intervention is not None and rollout is not None
-        start = self.accelerator.process_index * len(prompts)
-        rewards = rewards[start : start + len(prompts)].clone()  # of this process
-        groups = [
-            Group(inputs[i], rewards[i : i + size], rollout.row_ids[i : i + size]) for i in range(0, len(prompts), size)
-        ]
-        hints = [intervention.attempts(group) for group in groups]
-        if any(len(given) > size for given in hints):
-            raise ValueError(f"{type(intervention).__name__} asks for more attempts than a group has members, {size}")
-        rows = [g * size + k for g, given in enumerate(hints) for k in range(len(given))]
-        replaced: dict[int, int] = {}
-        if self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).any():
-            ids = [rollout.row_ids[row] + _SECOND_ATTEMPT for row in rows]
-            flat = [hint for given in hints for hint in given]
-            attempts = self._decode([rollout.prompt_ids[row] for row in rows], ids, flat)
-            if rows:
-                found, extras = self._score_attempts(inputs, prompts, attempts, rows)
-                first = 0
-                for g, given in enumerate(hints):
-                    chosen = intervention.replacements(groups[g], found[first : first + len(given)]) if given else {}
-                    replaced |= {g * size + member: first + attempt for member, attempt in chosen.items()}
-                    first += len(given)
-                texts = self._texts(prompts, attempts)
-                for row, attempt in replaced.items():
-                    rewards[row], completions[row] = found[attempt], texts[attempt]
-                self._current_rollout = rollout = rollout.replaced(replaced, attempts)
-                self._replace_extras(extras, replaced, rollout)
-        self._replaced_rows = sorted(replaced)
-        self._log_metric("intervention/group_share", sum(map(bool, hints)) / len(hints))
-        self._log_metric("intervention/row_share", len(replaced) / len(prompts))
-        if self.args.log_completions:
-            self._log_completion_extra("replaced", [row in replaced for row in range(len(prompts))])
-        gathered: Tensor = self.accelerator.gather(rewards)
-        return gathered
-
-    def _score_attempts(
-        self, inputs: Any, prompts: Any, attempts: Rollout, rows: list[int]
-    ) -> tuple[Tensor, dict[str, list[Any]]]:
-        """Rewards `[A, F]` of completions decoded in place of some rows, and the columns that reward functions log."""
-        pending, metrics = self._pending_extra_logs, self._pending_metrics
-        self._pending_extra_logs: Any = defaultdict(list)
-        self._pending_metrics: Any = defaultdict(list)
-        asked = [prompts[row] for row in rows], self._texts(prompts, attempts), attempts.completion_ids
-        try:
-            with swapped(grpo, "gather", lambda values: values):  # other processes score another number, or none
-                found = super()._calculate_rewards([inputs[row] for row in rows], *asked)
-            return found, dict(self._pending_extra_logs)
-        finally:
-            self._pending_extra_logs, self._pending_metrics = pending, metrics
-
-    def _replace_extras(self, extras: dict[str, list[Any]], replaced: dict[int, int], rollout: Rollout) -> None:
-        pending = self._pending_extra_logs
-        for column, values in extras.items():
-            kept = pending[column] or [None] * len(rollout)
-            pending[column] = [values[replaced[i]] if i in replaced else value for i, value in enumerate(kept)]
-        if self.args.log_completions:
-            pending["nfe"], pending["stop_reason"] = rollout.nfe.tolist(), list(rollout.stop_reason)
-
-    def _texts(self, prompts: list[Any], rollout: Rollout) -> list[Any]:
-        """Completions as TRL hands them to reward functions: text, or a chat message where prompts are chats."""
-        completion_ids = rollout.completion_ids
-        if not grpo.is_conversational({"prompt": prompts[0]}):
-            texts: list[Any] = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-            return texts
-        names = ("response_template", "response_schema")
-        if any(getattr(self._tokenizer, name, None) is not None for name in names):
-            pairs = zip(completion_ids, rollout.prompt_ids, strict=True)
-            return [
-                [grpo.parse_response(self._tokenizer, ids, prefix=prompt, tools=self.tools)] for ids, prompt in pairs
-            ]
-        contents = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        return [[{"role": "assistant", "content": content}] for content in contents]
-
-    def _with_completions(self, batch: dict[str, Any], rollout: Rollout) -> None:
-        """Puts the completions that count into a batch that TRL made from those that were decoded first."""
-        valid, canvas = batch["canvas_valid"], batch["canvas_ids"]
-        width, multiple = int(valid.sum(-1).max()), self.pad_to_multiple_of or 1
-        width = -(-width // multiple) * multiple
-        mask = valid
-        if self.mask_truncated_completions:
-            last = canvas.gather(1, valid.sum(-1, keepdim=True) - 1)
-            ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-            mask = valid & torch.isin(last, ends)
-        batch["completion_ids"] = resized(canvas.masked_fill(~valid, self._tokenizer.pad_token_id), width)
-        batch["completion_mask"] = resized(mask.long(), width)
 
     # --- generation batch ---------------------------------------------------------------------------------------------
 
@@ -711,17 +543,3 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         seen=batch.get("canvas_seen"),
         given=batch.get("hinted"),
     )
-
-
-def places(row_ids: Tensor) -> Tensor:
-    """In which order the rows of a batch of completions were asked for, whether or not they were replaced since.
-
-    Completions of a group are next to each other; a replacement counts as the member of its group that it was decoded
-    for, so that two of a group may have one place.
-    """
-    return row_ids % _SECOND_ATTEMPT
-
-
-def resized(values: Tensor, width: int) -> Tensor:
-    """`[B, L]` cut to, or padded with zeros to, `[B, width]`: TRL pads completions to their own longest."""
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

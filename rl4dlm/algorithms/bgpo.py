@@ -26,18 +26,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.policy_config import OWN_LOSS, DiffusionPolicyConfig, check_delta, set_but_not_supported
+from rl4dlm.algorithms.policy_config import (
+    KL_ESTIMATORS,
+    OWN_LOSS,
+    DiffusionPolicyConfig,
+    check_delta,
+    set_but_not_supported,
+)
 from rl4dlm.likelihood.elbo import ELBO
-from rl4dlm.likelihood.masks import STRATIFY, check_choice
+from rl4dlm.likelihood.masks import STRATIFY
 from rl4dlm.objectives import clipped_ratio, kl_estimate, ratio_bound
 
 __all__ = ["BGPOConfig", "BGPOTrainer"]
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
 _PER_VIEW = "the loss here is one clipped bound per view"
 _NOT_SUPPORTED = {
     **OWN_LOSS,
@@ -61,7 +65,6 @@ class BGPOConfig(DiffusionPolicyConfig):
         delta: c > 1 + epsilon_high, bounds the loss of a view by c |A| where A < 0 (dual clip); None: not bounded.
         beta, kl_estimator: weight of a KL term per view, and its form: k1, k2 or k3.
         scale_rewards: TRL's: advantages are divided by the group's standard deviation.
-        scope: `"valid"` tokens or the whole `"canvas"`.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -76,11 +79,9 @@ class BGPOConfig(DiffusionPolicyConfig):
         },
     )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
-    kl_estimator: str = field(default="k2", metadata={"help": "Form of the KL term: k1, k2 or k3."})
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Not supported: the KL term here has no ratio that could correct it."}
+    kl_estimator: str = field(
+        default="k2", metadata={"help": "Form of the KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)}
     )
-    scope: str = field(default="valid", metadata={"help": "Which tokens the loss is about: valid or canvas."})
     temperature: float = field(default=0.6, metadata={"help": "Temperature of the rollout."})
 
     def __post_init__(self) -> None:
@@ -88,7 +89,6 @@ class BGPOConfig(DiffusionPolicyConfig):
         super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
-        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_delta(self)
         self.estimator()
 
@@ -122,26 +122,19 @@ class BGPOTrainer(DiffusionPolicyTrainer):
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The mean over completions and views."""
         size = self.tokens_scored(batch).clamp(min=1)[:, None]
-        each = self.compared(scores) / size  # [B, K]
-        old = batch.get("old_per_token_logps")
-        difference = each - (each.detach() if old is None else old / size)
+        each = self.compared(scores)  # [B, K]
+        difference = self.log_ratio_to("old", each, batch) / size
         counts = batch["completion_mask"].any(-1)  # false: left out because it was truncated
         advantages = batch["advantages"][:, None]
         bound = ratio_bound(difference, advantages)
         low, high = self.epsilon_low, self.epsilon_high
         values = clipped_ratio(bound, advantages, low, high, self.args.delta)
         outside = ((bound < 1 - low) & (advantages < 0)) | ((bound > 1 + high) & (advantages > 0))
-        self._log_mean("clip_ratio/region_mean", outside, counts)
+        self.log_mean("clip_ratio/region_mean", outside, counts[:, None].expand_as(bound))
         if self.args.beta:
-            divergence = kl_estimate(each - batch["ref_per_token_logps"] / size, self.args.kl_estimator)
+            log_ratio = self.log_ratio_to(self.args.kl_target, each, batch) / size
+            divergence = kl_estimate(log_ratio, self.args.kl_estimator)
             values = values + self.args.beta * divergence
-            self._log_mean("kl", divergence, counts)
+            self.log_mean("kl", divergence, counts[:, None].expand_as(bound))
         self.log_entropy(scores, batch["completion_mask"])
         return self.mean_over_rows(values.mean(-1) * counts)
-
-    @torch.no_grad()
-    def _log_mean(self, name: str, values: Tensor, counts: Tensor) -> None:
-        """The mean of `values` `[B, K]` over the completions that count (bool `[B]`), of all processes."""
-        means = values.double().mean(-1) * counts
-        total, rows = self.accelerator.reduce(torch.stack([means.sum(), counts.sum().to(means)]), "sum").tolist()
-        self._metrics["train" if self.model.training else "eval"][name].append(total / max(rows, 1))

@@ -20,7 +20,6 @@ Where the paper and its released code differ, or both are wrong, this is decided
 - The metrics `kl` and `clip_ratio` of the code multiply each row by the masks of all rows; TRL's are right.
 - The code attends to padding when it scores; here padding is hidden. Tokens behind the end are noised and shown in the
   code; here they stay hidden, unless `scope="canvas"`, which also scores them.
-- TRL multiplies the KL term by the policy ratio by default; the paper does not, so `use_bias_correction_kl` is off.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from rl4dlm.algorithms.advantages import BASELINES, above_baseline, check_baseli
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
 from rl4dlm.algorithms.policy_config import check_ratio_level
 from rl4dlm.likelihood.coupled import Coupled
-from rl4dlm.likelihood.estimator import SCOPES
 
 
 @dataclass
@@ -45,7 +43,6 @@ class CoupledGRPOConfig(DiffusionPolicyConfig):
         pairs: lambda, pairs of complementary views besides the one that hides everything; 0 is diffu-GRPO without
             prompt masking.
         level_range: the share of tokens that the first view of a pair hides is uniform in it.
-        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         baseline: `"group_mean"`, or `"leave_one_out"`, as in the released code.
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range. beta: weight of the KL term.
@@ -61,10 +58,6 @@ class CoupledGRPOConfig(DiffusionPolicyConfig):
         default_factory=lambda: [0.2, 0.8],
         metadata={"help": "Range of the share of tokens that the first view of a pair hides."},
     )
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
-    )
     baseline: str = field(
         default="group_mean",
         metadata={"help": "What rewards are compared with: group_mean or leave_one_out.", "choices": list(BASELINES)},
@@ -75,9 +68,6 @@ class CoupledGRPOConfig(DiffusionPolicyConfig):
     scale_rewards: str = field(
         default="none",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
     )
     temperature: float = field(default=1.2, metadata={"help": "Temperature of the rollout."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus of the rollout."})

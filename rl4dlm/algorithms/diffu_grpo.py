@@ -19,7 +19,6 @@ Where the paper and its released code differ, or both are wrong, this is decided
 - The code re-seeds the global generators for every mask and has dropout on; here masks are keyed and dropout is off.
 - A model whose noise is random tokens is scored on a canvas of random tokens, and random tokens replace those of the
   prompt; the paper knows masks only.
-- TRL multiplies the KL term by the policy ratio by default; the paper does not, so `use_bias_correction_kl` is off.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from dataclasses import dataclass, field
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
 from rl4dlm.algorithms.setup import base_model
-from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.uniform import UniformMeanField
 
@@ -39,7 +37,6 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
 
     Args:
         p_mask_prompt: probability with which a prompt token is hidden from the policy when it is scored.
-        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions: 12 for GSM8K and MATH, 8 for Countdown and Sudoku.
         epsilon: clip range. beta: weight of the KL term.
         scale_rewards: `"none"`: advantages are not divided by the group's standard deviation.
@@ -52,19 +49,12 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
     p_mask_prompt: float = field(
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
     )
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)},
-    )
     num_iterations: int = field(default=12, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.5, metadata={"help": "Clip range of the policy ratio."})
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
     scale_rewards: str = field(
         default="none",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
     )
     temperature: float = field(default=0.9, metadata={"help": "Temperature of the rollout."})
 

@@ -47,7 +47,6 @@ class DiffusionGDPOConfig(SequenceRatioConfig):
         masks_per_node: K.
         masks: `"bernoulli"`, tokens hidden independently, or `"count"`, a fixed number of them.
         weight: `"level"`, 1/t, or `"count"`, |y| over the number of hidden tokens, for `masks="count"`.
-        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         ratio_norm: what the exponent of the ratio is divided by: the `"length"`, or nothing (`"none"`) as in the paper.
         num_iterations: mu, passes over a batch of completions; with 1 nothing is ever clipped.
         epsilon: clip range. beta: weight of the KL term.

@@ -51,7 +51,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rl4dlm.algorithms.advantages import softmax_weights
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, places, rows_of
+from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, rows_of
+from rl4dlm.algorithms.intervening import places
 from rl4dlm.algorithms.ratio_free import RATIO_SETTINGS, RatioFreeConfig
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.masks import check_choice
@@ -138,6 +139,8 @@ class DMPOConfig(RatioFreeConfig):
         """Those of policy ratios, scales and normalisations of rewards, and DMPO's own that others leave idle."""
         refused = {
             **RATIO_SETTINGS,
+            "kl_estimator": _NO_KL,
+            "kl_target": _NO_KL,
             "use_bias_correction_kl": _NO_KL,
             "scale_rewards": "weights are a softmax of rewards; set alpha",
             "multi_objective_aggregation": "weights are a softmax of the weighted sum of rewards; set reward_weights",

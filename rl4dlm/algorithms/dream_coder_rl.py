@@ -31,11 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized, rows_of
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
+from rl4dlm.algorithms.loss_parts import resized
 from rl4dlm.algorithms.policy_config import OWN_LOSS, check_delta, set_but_not_supported
-from rl4dlm.algorithms.sequence_ratio import KL_ESTIMATORS
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
-from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.objectives import clipped_surrogate, kl_estimate
@@ -61,11 +60,10 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
     Args:
         cart_p: p of the context-adaptive weights, in (0, 1]; None: every token counts 1.
         substitute_groups: overwrite groups whose advantages are all the same.
-        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions, each with masks of its own.
         epsilon, epsilon_high: clip range. delta: c > 1 + epsilon_high, bounds the loss by c |A| where A < 0 (dual
             clip); None: off.
-        beta, kl_estimator: weight of a KL term per token, and its form: k1, k2 or k3. The paper has none.
+        beta: weight of a KL term per token. The paper has none.
         scale_rewards: `"group"`: advantages are divided by the group's standard deviation.
         loss_type: `"dapo"` or `"bnpo"`, see the module.
         schedule: of the rollout: whole canvas, the most probable candidates first.
@@ -82,23 +80,13 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
     substitute_groups: bool = field(
         default=True, metadata={"help": "Overwrite groups whose advantages are all the same by others."}
     )
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
-    )
     num_iterations: int = field(default=2, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio, downwards."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Clip range of the policy ratio, upwards."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
-    kl_estimator: str = field(
-        default="k3", metadata={"help": "Form of the KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)}
-    )
     scale_rewards: str = field(
         default="group",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Multiply the KL term by the policy ratio: not supported here."}
     )
     loss_type: str = field(default="dapo", metadata={"help": "What the loss is averaged over: dapo or bnpo."})
     schedule: str = field(
@@ -116,7 +104,6 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
             raise ValueError("; ".join(refused))
         check_context("cart_p", self.cart_p)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_delta(self)
         Complementary(scope=self.scope)
 
@@ -162,19 +149,19 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         """The weighted mean of clipped surrogates."""
         assert scores.views is not None
         weights = self._weights(scores.views, batch).to(scores.log_probs.dtype)
-        old = batch.get("old_per_token_logps")
-        log_ratio = scores.log_probs - (scores.log_probs.detach() if old is None else old)
+        log_ratio = self.log_ratio_to("old", scores.log_probs, batch)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         advantages = batch["advantages"][:, None]
         losses = clipped_surrogate(log_ratio, advantages, self.args.epsilon, high, dual_clip=self.args.delta)
-        if self.beta:
-            divergence = kl_estimate(scores.log_probs - batch["ref_per_token_logps"], self.args.kl_estimator)
-            losses = losses + self.beta * divergence
-            self._log_mean("kl", divergence.detach(), weights)
+        if self.args.beta:
+            other = self.log_ratio_to(self.args.kl_target, scores.log_probs, batch)
+            divergence = kl_estimate(other, self.args.kl_estimator)
+            losses = losses + self.args.beta * divergence
+            self.log_mean("kl", divergence, weights)
         ratio = log_ratio.detach().exp()
         clipped = ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
-        self._log_mean("clip_ratio/region_mean", clipped, weights)
-        self._log_mean("entropy", scores.entropies.detach(), (weights > 0).to(weights.dtype))
+        self.log_mean("clip_ratio/region_mean", clipped, weights)
+        self.log_mean("entropy", scores.entropies, weights > 0)
         training = self.model.training
         if self.args.loss_type == "dapo" and "weight_total" in batch:
             total = batch["weight_total"][0].to(losses.dtype) / self.accelerator.num_processes
@@ -225,9 +212,3 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
                 if isinstance(value, Tensor) and value.dim() and len(value) == rows:
                     batch[name] = value[index.to(value.device)]
         batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
-
-    @torch.no_grad()
-    def _log_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
-        sums = torch.stack([(values * weights).sum(), weights.sum()])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"][name].append(total / count if count else 0.0)

@@ -28,10 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
 from rl4dlm.algorithms.inpainting import Inpainting, InpaintingSettings
-from rl4dlm.likelihood.estimator import SCOPES
-from rl4dlm.likelihood.masks import check_scope
+from rl4dlm.algorithms.loss_parts import resized
 from rl4dlm.likelihood.mean_field import MeanField
 
 
@@ -42,7 +41,6 @@ class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
     Args:
         hint_entropy_share: tau, the share of a sequence's given tokens that count in the loss, those of the highest
             entropy. 1: all. 0: none.
-        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range. beta: weight of the KL term.
         importance_sampling_level: `"sequence"`: one ratio for all tokens of a completion; `"token"`: one for each.
@@ -57,10 +55,6 @@ class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
     hint_entropy_share: float = field(
         default=0.2, metadata={"help": "Share of the hint tokens, those of highest entropy, that count in the loss."}
     )
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)},
-    )
     num_iterations: int = field(default=4, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
     beta: float = field(default=0.01, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
@@ -72,16 +66,12 @@ class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
         default="none",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
     )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
-    )
     num_generations: int | None = field(default=8, metadata={"help": "Completions of each prompt (G)."})
     temperature: float = field(default=1.2, metadata={"help": "Temperature of the rollout."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_inpainting()
-        check_scope(self.scope)
         if not 0 <= self.hint_entropy_share <= 1:
             raise ValueError(f"hint_entropy_share={self.hint_entropy_share} is not allowed; it must be in [0, 1]")
         if self.num_generations is not None and int(self.max_replaced_share * self.num_generations) < 1:

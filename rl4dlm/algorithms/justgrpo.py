@@ -32,7 +32,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
-from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.left_to_right import LeftToRight
 
 SCHEDULE = "left_to_right"
@@ -54,7 +53,6 @@ class JustGRPOConfig(DiffusionPolicyConfig):
 
     Args:
         tokens_per_view: c, tokens that a step of the rollout writes and a view scores; divides canvas and blocks.
-        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         schedule: `"left_to_right"`; scores would not be those of completions that are written in another order.
         denoising_steps: None, or what c asks for: the canvas over c.
         one_view: on, since there are as many views as steps.
@@ -68,16 +66,10 @@ class JustGRPOConfig(DiffusionPolicyConfig):
     tokens_per_view: int = field(
         default=1, metadata={"help": "Tokens that a step of the rollout writes, and that a view scores."}
     )
-    scope: str = field(
-        default="valid", metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)}
-    )
     schedule: str = field(default=SCHEDULE, metadata={"help": "Decoding schedule: left_to_right."})
     one_view: bool = field(
         default=True,
         metadata={"help": "Score the views of a completion one after another: less memory, one forward more."},
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
     )
 
     def __post_init__(self) -> None:
@@ -99,6 +91,16 @@ class JustGRPOConfig(DiffusionPolicyConfig):
                 )
             self.denoising_steps = steps
         super().__post_init__()
+        if not self.disable_dropout:
+            raise ValueError(
+                "disable_dropout=False is not allowed: JustGRPO's scores are the probabilities that tokens were drawn "
+                "with, and dropout would change them; needed: True"
+            )
+        if self.scope == "canvas" and self.stop_at_eos:
+            raise ValueError(
+                "scope='canvas' is not allowed with stop_at_eos=True: what is behind the end would be scored without "
+                "having been drawn; set stop_at_eos to False, or scope to valid"
+            )
         for name, off in _OFF.items():
             value = getattr(self, name)
             if value and value != off:

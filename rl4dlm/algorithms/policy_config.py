@@ -12,10 +12,14 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 
 OVERLONG_PROMPTS = ("error", "filter")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_TARGETS = ("reference", "old")
 
 _CAUSAL_GENERATION = "it belongs to left-to-right generation; completions come from the rollout engine here"
 _NOT_SUPPORTED = {
@@ -54,9 +58,7 @@ OWN_LOSS = {
     "entropy_coef_delta": _NO_ENTROPY,
     "entropy_target": _NO_ENTROPY,
 }
-"""Settings of TRL's loss that nothing reads where an algorithm defines `loss`, and why, for `set_but_not_supported`.
-
-TRL's default of `use_bias_correction_kl` is True, so that such an algorithm's config overrides it by False."""
+"""Settings of TRL's loss that nothing reads where an algorithm defines `loss`, and why, for `set_but_not_supported`."""
 
 
 @dataclass
@@ -77,6 +79,13 @@ class DiffusionPolicyConfig(GRPOConfig):
         suppress_token_ids: ids that are never drawn. defer_token_ids: ids that are committed last.
         schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
         rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
+        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
+        kl_estimator: of the KL term, whose weight is `beta`: `"k3"`, TRL's, `"k1"` or `"k2"`; see
+            `rl4dlm.objectives.kl_estimate`. With `"k1"` only `use_bias_correction_kl` gives the right gradient.
+        kl_target: the policy that the KL term is to: the `"reference"`, or the `"old"` one that wrote the completions,
+            for which no reference model is loaded; it acts from the second pass over a batch on.
+        use_bias_correction_kl: multiply a KL term per token by the policy ratio, TRL's default and in none of the
+            papers (arXiv 2512.02556).
         negative_advantage_weight: multiplies advantages below zero; the papers' is 1. At 0 only completions above the
             baseline teach, which helps where tokens are scored in other contexts than those they were drawn in.
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
@@ -133,6 +142,20 @@ class DiffusionPolicyConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Rows each process decodes at a time. Default: its whole generation batch."}
     )
+    scope: str = field(
+        default="valid",
+        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Multiply a KL term per token by the policy ratio (arXiv 2512.02556)."}
+    )
+    kl_estimator: str = field(
+        default="k3", metadata={"help": "Estimator of the KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)}
+    )
+    kl_target: str = field(
+        default="reference",
+        metadata={"help": "Policy that the KL term is to: reference or old.", "choices": list(KL_TARGETS)},
+    )
     negative_advantage_weight: float = field(
         default=1.0,
         metadata={"help": "Multiplies advantages below zero; at 0 only completions above the baseline teach."},
@@ -185,9 +208,26 @@ class DiffusionPolicyConfig(GRPOConfig):
                 f"overlong_prompts={self.overlong_prompts!r} is not allowed; choose one of "
                 f"{', '.join(OVERLONG_PROMPTS)}"
             )
+        check_scope(self.scope)
+        self._check_kl()
         if isinstance(self.schedule_args, str):
             raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
         self.decoding()
+
+    def _check_kl(self) -> None:
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_choice("kl_target", self.kl_target, KL_TARGETS)
+        if self.kl_target == "reference" or not self.beta:
+            return
+        if self.sync_ref_model:
+            raise ValueError("sync_ref_model=True is not allowed with kl_target='old': there is no reference model")
+        assert self.steps_per_generation is not None
+        if self.num_iterations == 1 and self.steps_per_generation <= self.gradient_accumulation_steps:
+            raise ValueError(
+                f"kl_target='old' has no effect with num_iterations={self.num_iterations} and "
+                f"steps_per_generation={self.steps_per_generation}: each batch is used for one step, at which the "
+                "policy is the one that wrote the completions; raise one of them, or set beta=0"
+            )
 
     def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:
         """How rollouts are decoded, by a model with this spec if given: then in the blocks of its attention.

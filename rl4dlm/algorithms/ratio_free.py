@@ -18,6 +18,8 @@ RATIO_SETTINGS = {
     "delta": _NO_RATIO,
     "importance_sampling_level": _NO_RATIO,
     "off_policy_mask_threshold": _NO_RATIO,
+    "kl_estimator": _NO_REFERENCE,
+    "kl_target": _NO_REFERENCE,
     "use_bias_correction_kl": _NO_REFERENCE,
     "top_entropy_quantile": "the loss is one of whole sequences",
 }
@@ -36,9 +38,6 @@ class RatioFreeConfig(DiffusionPolicyConfig):
     scale_rewards: str = field(
         default="none",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Not supported: there is neither a KL term nor a ratio that could correct it."}
     )
     temperature: float = field(default=0.9, metadata={"help": "Temperature of the rollout."})
 

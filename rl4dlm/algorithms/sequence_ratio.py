@@ -5,7 +5,9 @@ the loss of a completion is
 
     -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta / n * KL estimate of B - B_ref,
 
-    rho = exp((B - B_old) / n).
+    rho = exp((B - B_old) / n),
+
+with B_old in the place of B_ref for `kl_target="old"`.
 
 The terms of a bound have no meaning as conditional log-probabilities of tokens, so nothing here is per token. A mean
 over completions follows, in which those that count for nothing (`mask_truncated_completions`) are zeros.
@@ -20,12 +22,9 @@ import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.policy_config import OWN_LOSS, check_delta, set_but_not_supported
-from rl4dlm.likelihood.estimator import SCOPES
-from rl4dlm.likelihood.masks import check_choice
+from rl4dlm.algorithms.policy_config import KL_ESTIMATORS, OWN_LOSS, check_delta, set_but_not_supported
 from rl4dlm.objectives import clipped_surrogate, kl_estimate
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
 _PER_TOKEN = "the loss here is one clipped ratio per sequence"
 _NOT_SUPPORTED = {
     **dict.fromkeys(OWN_LOSS, _PER_TOKEN),
@@ -39,7 +38,6 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
     """What the settings of ESPO and GDPO have in common; TRL's settings of losses per token are refused.
 
     Args:
-        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         kl_estimator: `"k1"`, `"k2"` or `"k3"` of the difference of whole sequences; see `rl4dlm.objectives`.
         delta: c > 1 + epsilon_high, bounds the loss by c |A| where A < 0 (dual clip); None: none.
 
@@ -47,19 +45,9 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
         ValueError: names the setting, the value and what is allowed.
     """
 
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
-    )
     kl_estimator: str = field(
         default="k2",
-        metadata={
-            "help": "Estimator of the sequence's KL term: k1, k2 or k3.",
-            "choices": list(KL_ESTIMATORS),
-        },
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Not supported: the KL term here has no ratio that could correct it."}
+        metadata={"help": "Estimator of the sequence's KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)},
     )
 
     def __post_init__(self) -> None:
@@ -67,7 +55,6 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
         super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
-        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_delta(self)
 
 
@@ -86,17 +73,16 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
         mask, advantages = batch["completion_mask"], batch["advantages"]
         counts, length = mask.any(-1), mask.sum(-1).clamp(min=1)
 
-        def above(others: Tensor) -> Tensor:  # of [B, C] -> [B]
-            return ((scores.log_probs - others) * mask).sum(-1)
+        def above(policy: str) -> Tensor:  # [B]
+            return (self.log_ratio_to(policy, scores.log_probs, batch) * mask).sum(-1)
 
-        old = batch.get("old_per_token_logps")
-        log_ratio, share = self.log_ratio(above(scores.log_probs.detach() if old is None else old), length)
+        log_ratio, share = self.log_ratio(above("old"), length)
         surrogate = clipped_surrogate(log_ratio, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
         per_sequence = surrogate * share
         measured: dict[str, Tensor] = {}
-        if self.beta != 0.0:
-            kl = kl_estimate(above(batch["ref_per_token_logps"]), self.args.kl_estimator) / length
-            per_sequence = per_sequence + self.beta * kl
+        if self.args.beta:
+            kl = kl_estimate(above(self.args.kl_target), self.args.kl_estimator) / length
+            per_sequence = per_sequence + self.args.beta * kl
             measured["kl"] = kl
         self._log(log_ratio.exp(), advantages, counts, measured)
         self.log_entropy(scores, mask)

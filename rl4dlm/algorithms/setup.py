@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,11 +86,11 @@ def copy_of(model: Any) -> Any:
 
 
 @contextmanager
-def swapped(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Replaces a name in a module for the time being."""
-    original = getattr(module, name)
-    setattr(module, name, value)
+def swapped(owner: object, name: str, value: Any) -> Iterator[None]:
+    """Replaces a name of a module or an attribute of an object for the time being."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, original)
+        setattr(owner, name, original)

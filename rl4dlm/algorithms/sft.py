@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 import trl.trainer.sft_trainer as sft
-from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
@@ -37,6 +36,15 @@ from rl4dlm.algorithms.adaptation import AdaptationSettings
 from rl4dlm.algorithms.contract import check_contract
 from rl4dlm.algorithms.policy_config import set_but_not_supported
 from rl4dlm.algorithms.setup import base_model, prepared, swapped, tokenizer_for
+from rl4dlm.algorithms.sft_data import (
+    LEVEL_UNIT,
+    NOT_A_TARGET,
+    DenoisingCollator,
+    count_targets,
+    fitting,
+    numbered,
+    prompt_length,
+)
 from rl4dlm.likelihood.complementary import context_weights
 from rl4dlm.likelihood.denoising import denoising_views, hiding, places_of
 from rl4dlm.likelihood.scoring import ViewScores, score_views
@@ -49,8 +57,6 @@ from rl4dlm.rollout.noise import keyed_uniform
 logger = logging.getLogger(__name__)
 
 EOS_PADDING = ("none", "longest", "max_length", "canvas")
-NOT_A_TARGET = -100
-LEVEL_UNIT = 2**30  # levels travel as integers, since DeepSpeed casts a batch's floats to the model's dtype
 
 check_contract(
     SFTTrainer,
@@ -221,10 +227,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        dataset = _numbered(dataset)
-        with swapped(sft, "common_prefix_length", _prompt_length):
+        dataset = numbered(dataset)
+        with swapped(sft, "common_prefix_length", prompt_length):
             prepared_dataset = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
-        return _fitting(prepared_dataset, args.max_completion_length)
+        return fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -289,7 +295,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         keys = (self.state.global_step, place, self.accelerator.process_index)
         uniform = keyed_uniform(self.args.seed, "sft truncation", *(torch.tensor(key) for key in keys)).item()
         start = _prompt_lengths(inputs).tolist()
-        lengths = [_count_targets(row) for row in inputs["labels"].tolist()]
+        lengths = [count_targets(row) for row in inputs["labels"].tolist()]
         length = lengths[int(uniform * len(lengths))]
         eos, collator = self._tokenizer.eos_token_id, self.data_collator
         rows = []
@@ -372,65 +378,6 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-@dataclass
-class DenoisingCollator:
-    """Pads examples on the right; see `DiffusionSFTConfig.eos_padding`.
-
-    Takes dictionaries with `input_ids`, `labels` (-100: no target), `example_id` and perhaps `noise_level`. Returns
-    `input_ids`, `labels` and `attention_mask`, long `[B, T]`, `example_id` and `noise_level`, long `[B]`.
-
-    Raises ValueError for a text that contains the mask token.
-    """
-
-    pad_token_id: int
-    eos_token_id: int
-    mask_token_id: int
-    eos_padding: str = "none"
-    max_length: int | None = None
-    max_completion_length: int | None = None
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        for example in examples:
-            if self.mask_token_id in example["input_ids"]:
-                raise ValueError(f"example {example['example_id']} contains the mask token (id {self.mask_token_id})")
-        if self.eos_padding == "canvas":
-            examples = [self._to_canvas(example) for example in examples]
-        width = max(len(example["input_ids"]) for example in examples)
-        if self.eos_padding == "max_length":
-            width = max(width, self.max_length or 0)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        visible = self.eos_padding in ("longest", "max_length")
-        fill = self.eos_token_id if visible else self.pad_token_id
-
-        def padded(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-        ids = [example["input_ids"] for example in examples]
-        batch = {
-            "input_ids": padded(ids, fill),
-            "labels": padded([example["labels"] for example in examples], fill if visible else NOT_A_TARGET),
-            "attention_mask": padded([[1] * len(row) for row in ids], int(visible)),
-            "example_id": torch.tensor([example["example_id"] for example in examples]),
-        }
-        if "noise_level" in examples[0]:
-            batch["noise_level"] = torch.tensor([example["noise_level"] for example in examples])
-        return batch
-
-    def _to_canvas(self, example: dict[str, Any]) -> dict[str, Any]:
-        """An example whose completion is as long as the canvas."""
-        assert self.max_completion_length is not None
-        fill = [self.eos_token_id] * (self.max_completion_length - _count_targets(example["labels"]))
-        return {**example, "input_ids": [*example["input_ids"], *fill], "labels": [*example["labels"], *fill]}
-
-
-def _count_targets(labels: list[int]) -> int:
-    """Length of a completion: from its first target to its last."""
-    places = [i for i, label in enumerate(labels) if label != NOT_A_TARGET]
-    return places[-1] - places[0] + 1 if places else 0
-
-
 def _prompt_lengths(inputs: Any) -> Tensor:
     """Real tokens before the first target of each row, long `[B]`: a block grid may start behind them."""
     targets = inputs["labels"] != NOT_A_TARGET
@@ -440,42 +387,3 @@ def _prompt_lengths(inputs: Any) -> Tensor:
 def _followers(targets: Tensor) -> Tensor:
     """The targets, bool `[B, T]`, that have a token before them."""
     return targets & (torch.arange(targets.shape[1], device=targets.device) > 0)
-
-
-def _numbered(dataset: Any) -> Any:
-    """Adds `example_id`, which keys an example's noise, and, where the length is known, its level in evaluation."""
-    if isinstance(dataset, Dataset):
-        for column, values in (
-            ("example_id", list(range(len(dataset)))),
-            ("noise_level", [(2 * i + 1) * LEVEL_UNIT // (2 * len(dataset)) for i in range(len(dataset))]),
-        ):
-            if column not in dataset.column_names:
-                dataset = dataset.add_column(column, values)
-        return dataset
-    return dataset.map(lambda row, i: {**row, "example_id": i}, with_indices=True)
-
-
-def _fitting(dataset: Any, most: int | None) -> Any:
-    """A prepared dataset without the examples whose completions are longer."""
-    if most is None:
-        return dataset
-    found = dataset.filter(lambda row: _count_targets(row["labels"]) <= most)
-    if isinstance(found, Dataset):
-        if not len(found):
-            raise ValueError(f"max_completion_length={most} leaves no example: all completions are longer")
-        if len(found) < len(dataset):
-            left_out = len(dataset) - len(found)
-            logger.warning("left out %d of %d examples: completions over %d tokens", left_out, len(dataset), most)
-    return found
-
-
-def _prompt_length(prompt_ids: list[int], ids: list[int]) -> int:
-    """Length of the prompt in tokens. Raises ValueError unless it is a prefix of prompt and completion."""
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            f"the tokens of a prompt, rendered with the generation prompt ({prompt_ids[-8:]} at its end), are not a "
-            f"prefix of those of prompt and completion ({ids[: len(prompt_ids)][-8:]} there), so where the completion "
-            "starts is not known. End the prompt on a token boundary, or use a chat template that renders it the same "
-            "way in both"
-        )
-    return len(prompt_ids)

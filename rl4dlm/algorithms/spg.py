@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, resized
+from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
+from rl4dlm.algorithms.loss_parts import resized
 from rl4dlm.algorithms.ratio_free import RatioFreeConfig
 from rl4dlm.likelihood.blockwise import BOUNDS, MODES, BlockELBO, BlockwiseBound
 from rl4dlm.likelihood.masks import check_choice
@@ -53,7 +54,6 @@ class SPGConfig(RatioFreeConfig):
         p_mask_prompt: probability that a prompt token, or a token of an earlier block, is hidden.
         block_choice: `"stratified"`, views of a completion take different blocks; `"published"`, as the released code.
         scored: all `"hidden"` tokens, as published, or those of a view's own `"block"`.
-        scope: `"valid"` tokens or the whole `"canvas"`.
         num_iterations: passes over a batch of completions (mu), each with views of its own.
 
     Raises:
@@ -82,7 +82,6 @@ class SPGConfig(RatioFreeConfig):
         default="stratified", metadata={"help": "How views choose their blocks: stratified or published."}
     )
     scored: str = field(default="hidden", metadata={"help": "Which tokens count: hidden ones, or those of the block."})
-    scope: str = field(default="valid", metadata={"help": "Which tokens the loss is about: valid or canvas."})
     num_iterations: int = field(default=4, metadata={"help": "Passes over a batch of completions (mu)."})
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ No code was released with the paper. Where it says nothing, or contradicts itsel
   (arXiv 2510.09541). Nothing of it is in the paper.
 - At a low level it may be that no token is hidden: the completion then counts for nothing in that pass.
 - Tokens behind the first end stay hidden and are not scored, unless `scope="canvas"`.
-- TRL multiplies the KL term by the policy ratio by default; here `use_bias_correction_kl` is off.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, resized
+from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
+from rl4dlm.algorithms.loss_parts import resized
 from rl4dlm.algorithms.policy_config import check_ratio_level
-from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.iid import IIDRatio
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "luspo", "sapo")
@@ -40,7 +39,6 @@ class UniGRPOConfig(DiffusionPolicyConfig):
     Args:
         levels: `"structured"`, rising over the passes, or `"uniform"`, drawn for each.
         level_range: of the random start of structured levels, or of uniform ones.
-        scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range. beta: weight of the KL term.
         loss_type: one of TRL's that average over the hidden tokens of a completion or a micro-batch, or divide by a
@@ -61,18 +59,11 @@ class UniGRPOConfig(DiffusionPolicyConfig):
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "Range of the random start of structured levels, or of uniform ones."},
     )
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
-    )
     num_iterations: int = field(default=4, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
     beta: float = field(default=0.01, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
     loss_type: str = field(
         default="grpo", metadata={"help": "How the losses of hidden tokens are averaged.", "choices": list(LOSS_TYPES)}
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Multiply the KL term by the policy ratio (arXiv 2512.02556)."}
     )
 
     def __post_init__(self) -> None:

@@ -29,7 +29,6 @@ from rl4dlm.algorithms.advantages import softmax_weights
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
 from rl4dlm.algorithms.ratio_free import RatioFreeConfig
 from rl4dlm.algorithms.setup import base_model
-from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.uniform import UniformMeanField
@@ -47,7 +46,6 @@ class WD1Config(RatioFreeConfig):
         negative_weight: s, what bad completions count for; 0: nothing.
         weights_over: `"group"`, weights add up to 1 in each group; `"batch"`, on average over groups.
         p_mask_prompt: probability with which a prompt token is hidden.
-        scope: which tokens are scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
         num_iterations: passes over a batch of completions (mu), each with prompt masks of its own.
 
     Raises:
@@ -62,10 +60,6 @@ class WD1Config(RatioFreeConfig):
     )
     p_mask_prompt: float = field(
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
-    )
-    scope: str = field(
-        default="valid",
-        metadata={"help": "Tokens that are scored: valid or canvas.", "choices": list(SCOPES)},
     )
     num_iterations: int = field(default=8, metadata={"help": "Passes over a batch of completions (mu)."})
 

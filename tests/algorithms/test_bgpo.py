@@ -91,7 +91,7 @@ def test_only_completions_that_count_are_in_metrics_and_loss(make_trainer: Any) 
     trainer = make_trainer(trainer=BGPOTrainer, config=BGPOConfig, num_views=3)
     trainer.model.train()
     values = torch.tensor([[1.0, 2.0], [5.0, 7.0]])
-    trainer._log_mean("kl", values, torch.tensor([True, False]))
+    trainer.log_mean("kl", values, torch.tensor([[True, True], [False, False]]))
     assert trainer._metrics["train"]["kl"] == [1.5]
 
 

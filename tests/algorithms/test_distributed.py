@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+
+from tests.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
@@ -29,32 +27,14 @@ GATHER = {"stage3_gather_16bit_weights_on_model_save": True}  # or ZeRO-3 does n
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 
 
-def launch(folder: Path, stage: int | None = None, worker: Path = WORKER) -> dict[str, Any]:
+def train(folder: Path, stage: int | None = None, worker: Path = WORKER) -> dict[str, Any]:
     """What two processes of a worker find."""
     results = folder / "results.pt"
-    arguments = [str(results)]
+    arguments = [results]
     if stage is not None:
-        config = folder / "deepspeed.json"
-        config.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage, **GATHER}}))
-        arguments.append(str(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = WORKER.parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, f"--master_port={port}", str(worker), *arguments],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        arguments.append(folder / "deepspeed.json")
+        arguments[-1].write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage, **GATHER}}))
+    launch(worker, folder, *arguments)
     found = torch.load(results, weights_only=False)
     assert {run["world_size"] for run in found.values()} == {2}
     return found
@@ -63,7 +43,7 @@ def launch(folder: Path, stage: int | None = None, worker: Path = WORKER) -> dic
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(folder)
+    return folder, train(folder)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +130,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process(one: dict[str, Any], tmp_path: Path, stage: int) -> None:
-    found = launch(tmp_path, stage)
+    found = train(tmp_path, stage)
     for name in ("full", "adapter"):
         assert_same(found[name], one[name], tolerance=1e-5)
     assert found["resumed"]["losses"] == pytest.approx(found["unbroken"]["losses"], abs=1e-6)

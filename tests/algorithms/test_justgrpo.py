@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rl4dlm import Inpainting, JustGRPOConfig, JustGRPOTrainer
-from rl4dlm.algorithms.base import resized
+from rl4dlm.algorithms.loss_parts import resized
 from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -84,6 +84,8 @@ def test_steps_follow_from_the_canvas(tokens_per_view: int, steps: int, tmp_path
         ({"cache": "prefix"}, "cache='prefix' is not allowed.*needed: 'none'"),
         ({"eos_penalty": 1.0}, "eos_penalty=1.0 is not allowed"),
         ({"min_new_tokens": 4}, "min_new_tokens=4 is not allowed"),
+        ({"disable_dropout": False}, "disable_dropout=False is not allowed.*needed: True"),
+        ({"scope": "canvas"}, "scope='canvas' is not allowed with stop_at_eos=True"),
         ({"suppress_token_ids": [3]}, r"suppress_token_ids=\[3\] is not allowed.*needed: None"),
     ],
 )

@@ -139,13 +139,18 @@ def scores(trainer: Any, batch: dict[str, Any]) -> Tensor:
         return trainer._score(trainer.model, rows, 0, batch["completion_ids"].shape[1]).log_probs
 
 
-def test_tokens_after_the_end_count_only_in_canvas_scope(make_trainer: Any) -> None:
-    class CanvasTrainer(DiffuGRPOTrainer):
+def test_a_scope_that_the_estimator_does_not_have_is_refused(make_trainer: Any) -> None:
+    class ValidTrainer(DiffuGRPOTrainer):
         def build_estimator(self) -> MeanField:
-            return MeanField(self.args.p_mask_prompt, scope="canvas")
+            return MeanField(self.args.p_mask_prompt)
 
-    for kind, counts in ((DiffuGRPOTrainer, False), (CanvasTrainer, True)):
-        trainer = make_trainer(tiny_llada_that_ends(), trainer=kind, max_steps=1, beta=0.04)
+    with pytest.raises(ValueError, match="scope='canvas' is not supported: ValidTrainer builds an estimator of 'val"):
+        make_trainer(trainer=ValidTrainer, scope="canvas")
+
+
+def test_tokens_after_the_end_count_only_in_canvas_scope(make_trainer: Any) -> None:
+    for scope, counts in (("valid", False), ("canvas", True)):
+        trainer = make_trainer(tiny_llada_that_ends(), scope=scope, max_steps=1, beta=0.04)
         trainer.train()
         batch = trainer._buffered_inputs[0]
         assert not batch["canvas_valid"].all(), "some row ends early"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rl4dlm.models.tiny import tiny_llada
-from tests.algorithms.test_distributed import launch, needs_deepspeed
+from tests.algorithms.test_distributed import needs_deepspeed, train
 from tests.algorithms.zoo_worker import ALGORITHMS, ONE_VIEW, run, run_one_view
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -20,7 +20,7 @@ WORKER = Path(__file__).parent / "zoo_worker.py"
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("zoo"), worker=WORKER)
+    return train(tmp_path_factory.mktemp("zoo"), worker=WORKER)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -52,7 +52,7 @@ def test_views_one_after_another_under_zero_equal_one_process(
     alone: dict[str, Any], tmp_path: Path, stage: int
 ) -> None:
     start = tiny_llada().state_dict()
-    for name, found in launch(tmp_path, stage, worker=WORKER).items():
+    for name, found in train(tmp_path, stage, worker=WORKER).items():
         expected = alone[name]
         assert found["rows"] == expected["rows"], "row ids, tokens and advantages"
         for theirs, ours in zip(found["log"][:2], expected["log"][:2], strict=True):

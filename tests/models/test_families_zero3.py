@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rl4dlm.models.loading import save_denoiser
+from tests.launch import launch
 from tests.models.families import build
 
 WORKER = Path(__file__).with_name("zero3_worker.py")
@@ -31,22 +28,5 @@ def test_every_weight_arrives(tmp_path: Path):
         torch.save(model.state_dict(), tmp_path / name / "weights.pt")
         for form in ("hub", "rl4dlm"):
             save_denoiser(model, tmp_path / name / form, form=form)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = WORKER.parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, f"--master_port={port}", str(WORKER), str(tmp_path)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    launch(WORKER, tmp_path, tmp_path)
     assert [json.loads((tmp_path / f"wrong{rank}.json").read_text()) for rank in (0, 1)] == [[], []]

@@ -27,6 +27,8 @@ def main(root: Path) -> None:
             found = model.state_dict()
             wrong += [f"{folder}: {key}" for key in expected if not torch.equal(found[key], expected[key])]
     (root / f"wrong{torch.distributed.get_rank()}.json").write_text(json.dumps(wrong))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
