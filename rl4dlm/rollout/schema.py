@@ -18,9 +18,19 @@ import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from rl4dlm.rollout.constraints import Automaton, any_of, literal, one_of, repeat, sequence, sized
+from rl4dlm.rollout.schema_readers import (
+    DIGITS_PER_TOKEN,
+    MAX_DIGITS,
+    ArrayReader,
+    NumberReader,
+    ObjectReader,
+    OptionsReader,
+    Reader,
+    TextReader,
+)
 
 ANNOTATIONS = frozenset({"$schema", "$id", "$comment", "title", "description", "default", "examples"})
 KEYWORDS = {
@@ -43,17 +53,6 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-DIGITS_PER_TOKEN = 3
-MAX_DIGITS = 100
-"""Tokens of a number: with at most three digits each it stays below the largest float."""
-
-
-class Reader(Protocol):
-    """Makes a value of the tokens of a canvas."""
-
-    def value(self, canvas: Sequence[int]) -> Any:
-        """A value that `json.dumps` can write, of the type that the schema asks for, whatever the tokens are."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +191,7 @@ class Scaffolder:
             readers[name] = work.free(name, self.all, int(size) if size else self.slots)
         if work.budgets:
             raise ValueError(f"budgets has names {sorted(work.budgets)} that are no places of the template")
-        return work.scaffold(_Object(readers), f"Complete this text: {template}")
+        return work.scaffold(ObjectReader(readers), f"Complete this text: {template}")
 
     def encoded(self, text: str) -> list[int]:
         """Tokens of a piece of text. Raises ValueError where they do not spell it."""
@@ -297,7 +296,7 @@ class _Work:
             self.text(f"{', ' if i else ''}{json.dumps(name, ensure_ascii=False)}: ")
             readers[name] = self.node(child, _join(path, name))
         self.text("}")
-        return _Object(readers)
+        return ObjectReader(readers)
 
     def array(self, schema: Mapping[str, Any], path: str, nullable: bool) -> Reader:
         _refuse_null("array", nullable, path)
@@ -307,7 +306,7 @@ class _Work:
             self.text(", " if i else "")
             readers.append(self.node(child, _join(path, str(i))))
         self.text("]")
-        return _Array(readers)
+        return ArrayReader(readers)
 
     def quoted(self, path: str, nullable: bool) -> Reader:
         self.text('"')
@@ -316,10 +315,10 @@ class _Work:
         self.text('"')
         return reader
 
-    def free(self, path: str, tokens: frozenset[int], default: int, nullable: bool = False) -> _Text:
+    def free(self, path: str, tokens: frozenset[int], default: int, nullable: bool = False) -> TextReader:
         size = self.budget(path, default)
         part = repeat(one_of(tokens), size, size)
-        return _Text(self.add(part, size), self.tools.decoded, self.tools.null_marker, nullable)
+        return TextReader(self.add(part, size), self.tools.decoded, self.tools.null_marker, nullable)
 
     def number(self, path: str, fraction: bool, nullable: bool) -> Reader:
         """A sign or a space, digits, a point and more of them if it is a fraction, and spaces."""
@@ -336,7 +335,7 @@ class _Work:
         part = sequence(any_of(one_of({tools.spelling("-")}), space), part, repeat(space))
         if nullable:
             part = any_of(part, sequence(literal(null), repeat(space)))
-        return _Number(self.add(sized(part, size), size), tools.decoded, fraction, nullable)
+        return NumberReader(self.add(sized(part, size), size), tools.decoded, fraction, nullable)
 
     def options(self, schema: Mapping[str, Any], path: str) -> Reader:
         _check_keywords(schema, "options", path)
@@ -358,85 +357,7 @@ class _Work:
         if any(len(tokens) < size for tokens in spelled):
             space = self.tools.spelling(" ")
             spelled = [tokens + [space] * (size - len(tokens)) for tokens in spelled]
-        return _Options(self.add(any_of(*(literal(tokens) for tokens in spelled)), size), values, spelled)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Object:
-    parts: Mapping[str, Reader]
-
-    def value(self, canvas: Sequence[int]) -> Any:
-        return {name: part.value(canvas) for name, part in self.parts.items()}
-
-
-@dataclass(frozen=True)
-class _Array:
-    parts: Sequence[Reader]
-
-    def value(self, canvas: Sequence[int]) -> Any:
-        return [part.value(canvas) for part in self.parts]
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Text without markers; null where there is nothing but markers and that is allowed."""
-
-    at: slice
-    decoded: Callable[[Iterable[int]], str]
-    null_marker: str
-    nullable: bool
-
-    def value(self, canvas: Sequence[int]) -> Any:
-        text, marker = self.decoded(canvas[self.at]), self.null_marker
-        pieces = text.split(marker)
-        if len(pieces) > 1 and marker.startswith(pieces[-1].strip()):
-            pieces[-1] = ""  # the slots ended within a marker
-        rest = "".join(pieces).strip()
-        return None if self.nullable and not rest and len(pieces) > 1 else rest
-
-
-@dataclass(frozen=True)
-class _Number:
-    """The digits there are; without any, null where that is allowed and else 0."""
-
-    at: slice
-    decoded: Callable[[Iterable[int]], str]
-    fraction: bool
-    nullable: bool
-
-    def value(self, canvas: Sequence[int]) -> Any:
-        sign, whole, part = "", "", ""
-        point = False
-        for character in self.decoded(canvas[self.at]):
-            if character in string.digits and point:
-                part += character
-            elif character in string.digits:
-                whole += character
-            elif character == "-" and not whole:
-                sign = "-"
-            elif character == "." and self.fraction:
-                point = True
-        if not whole + part:
-            return None if self.nullable else 0
-        number = f"{sign}{whole[: DIGITS_PER_TOKEN * MAX_DIGITS] or 0}"
-        return float(f"{number}.{part or 0}") if self.fraction else int(number)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The option that most tokens agree with, the earliest among equals."""
-
-    at: slice
-    values: Sequence[Any]
-    spelled: Sequence[Sequence[int]]
-
-    def value(self, canvas: Sequence[int]) -> Any:
-        held = canvas[self.at]
-        agreeing = [sum(a == b for a, b in zip(tokens, held, strict=True)) for tokens in self.spelled]
-        return self.values[agreeing.index(max(agreeing))]
+        return OptionsReader(self.add(any_of(*(literal(tokens) for tokens in spelled)), size), values, spelled)
 
 
 # --- what a schema says -----------------------------------------------------------------------------------------------
