@@ -14,6 +14,7 @@ from datasets import Dataset
 from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
+from tests.algorithms.steps import SMALL_RUN
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -35,17 +36,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "num_generations": 4,
         "per_device_train_batch_size": 8,
         "num_iterations": 2,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        **SMALL_RUN,
         **changes,
     }
 

@@ -13,6 +13,21 @@ from torch import Tensor
 from rl4dlm.algorithms.base import rows_of
 from rl4dlm.models.tiny import tiny_llada
 
+SMALL_RUN = {
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",  # plain, so that differences are not amplified
+    "max_steps": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+}
+"""Settings of a run of any trainer that is quick, quiet and kept nowhere."""
+
 
 def tiny_llada_that_ends() -> Any:
     """A denoiser that writes the end of sequence about every third time."""
@@ -85,11 +100,28 @@ def check_first_iteration(trainer: Any) -> None:
 
 def lora_step(make_trainer: Callable[..., Any], trainer: type, **settings: Any) -> None:
     """A step that trains an adapter, with the model without it as the reference."""
+    check_first_iteration(adapter_step(make_trainer, trainer, **settings))
+
+
+def adapter_step(make_trainer: Callable[..., Any], trainer: type, **settings: Any) -> Any:
+    """A trainer after a step of its adapter: that and nothing else was trained, without a second model."""
     adapter = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
     made, gradients = one_step(make_trainer, trainer, peft_config=adapter, **settings)
-    check_first_iteration(made)
+    assert made.ref_model is None
     assert gradients and all("lora_" in name for name in gradients)
     assert any(gradient.abs().max() > 1e-6 for gradient in gradients.values())
+    return made
+
+
+def check_splits(make_trainer: Callable[..., Any], trainer: Any, **settings: Any) -> None:
+    """Splitting a batch into micro-batches changes nothing: the losses of two steps."""
+    found = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        made = make_trainer(trainer=trainer, config=trainer.config_class, **split, **settings)
+        made.train()
+        found.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], abs=5e-6)
 
 
 def tokens_mean(trainer: Any, record: dict[str, Any]) -> Tensor:

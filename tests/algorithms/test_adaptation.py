@@ -23,6 +23,7 @@ from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.noise import keyed_uniform
+from tests.algorithms.steps import SMALL_RUN
 from tests.models.float64 import exactly_float64
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -49,17 +50,7 @@ def make_sft(tmp_path: Path) -> Callable[..., Any]:
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 8,
             "max_length": 24,
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
+            **SMALL_RUN,
             **changes,
         }
         data = Dataset.from_dict(TEXTS)

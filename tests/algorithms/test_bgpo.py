@@ -11,7 +11,7 @@ from torch import Tensor
 from rl4dlm import BGPOConfig, BGPOTrainer
 from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.likelihood.views import Views
-from tests.algorithms.steps import check_gradient, one_step, sequences_mean
+from tests.algorithms.steps import adapter_step, check_gradient, check_splits, one_step, sequences_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -35,29 +35,11 @@ def test_the_first_step_raises_bounds_by_advantages(make_trainer: Any, one_view:
 
 
 def test_an_adapter_is_trained(make_trainer: Any) -> None:
-    from peft import LoraConfig
-
-    adapter = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
-    trainer, gradients = one_bgpo_step(make_trainer, peft_config=adapter)
-    check_ratios(trainer)
-    assert gradients and all("lora_" in name for name in gradients)
-    assert any(gradient.abs().max() > 1e-6 for gradient in gradients.values())
+    check_ratios(adapter_step(make_trainer, BGPOTrainer, num_views=4, beta=0.1))
 
 
-def test_splitting_a_batch_changes_nothing(make_trainer: Any, losses: Any) -> None:
-    found = []
-    for size, accumulation in ((8, 1), (4, 2)):
-        trainer = make_trainer(
-            trainer=BGPOTrainer,
-            config=BGPOConfig,
-            num_views=2,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=2,
-        )
-        trainer.train()
-        found.append(losses(trainer))
-    assert found[0] == pytest.approx(found[1], abs=5e-6)
+def test_splitting_a_batch_changes_nothing(make_trainer: Any) -> None:
+    check_splits(make_trainer, BGPOTrainer, num_views=2)
 
 
 def test_the_loss_bounds_that_of_the_exact_ratio_and_is_clipped_per_view(make_trainer: Any) -> None:

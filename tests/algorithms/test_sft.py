@@ -20,6 +20,7 @@ from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.tiny import tiny_llada, tiny_llada_moe, tiny_tokenizer
+from tests.algorithms.steps import SMALL_RUN
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -47,17 +48,7 @@ def make_sft(tmp_path: Path) -> Callable[..., Any]:
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 8,
             "max_length": 24,
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
+            **SMALL_RUN,
             **changes,
         }
         return DiffusionSFTTrainer(

@@ -17,6 +17,7 @@ from rl4dlm.likelihood.complementary import context_weights
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
+from tests.algorithms.steps import SMALL_RUN
 from tests.rollout.denoisers import EOS, PROMPTS, denoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -34,17 +35,7 @@ def make(tmp_path: Path) -> Callable[..., Any]:
             "output_dir": str(tmp_path / "sft"),
             "per_device_train_batch_size": 8,
             "max_length": None,
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
+            **SMALL_RUN,
             **changes,
         }
         return DiffusionSFTTrainer(

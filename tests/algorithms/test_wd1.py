@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from rl4dlm import WD1Config, WD1Trainer
 from rl4dlm.algorithms.wd1 import signed_weights
-from tests.algorithms.steps import check_gradient, one_step, plain_log_probs, tiny_llada_that_ends
+from tests.algorithms.steps import (
+    adapter_step,
+    check_gradient,
+    check_splits,
+    one_step,
+    plain_log_probs,
+    tiny_llada_that_ends,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -63,11 +69,7 @@ def test_the_first_step_is_the_weighted_likelihood(make_trainer: Any, negative_w
 
 
 def test_an_adapter_is_trained(make_trainer: Any) -> None:
-    adapter = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
-    trainer, gradients = one_step(make_trainer, WD1Trainer, peft_config=adapter)
-    assert trainer.ref_model is None
-    assert gradients and all("lora_" in name for name in gradients)
-    assert any(gradient.abs().max() > 1e-6 for gradient in gradients.values())
+    adapter_step(make_trainer, WD1Trainer)
 
 
 def test_equal_rewards_change_nothing(make_trainer: Any) -> None:
@@ -75,19 +77,8 @@ def test_equal_rewards_change_nothing(make_trainer: Any) -> None:
     assert not any(gradient.any() for gradient in gradients.values())
 
 
-def test_splitting_a_batch_changes_nothing(make_trainer: Any, losses: Any) -> None:
-    found = []
-    for size, accumulation in ((8, 1), (4, 2)):
-        trainer = make_trainer(
-            trainer=WD1Trainer,
-            config=WD1Config,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=2,
-        )
-        trainer.train()
-        found.append(losses(trainer))
-    assert found[0] == pytest.approx(found[1], abs=5e-6)
+def test_splitting_a_batch_changes_nothing(make_trainer: Any) -> None:
+    check_splits(make_trainer, WD1Trainer)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_diffusion_gemma, tiny_tokenizer
+from tests.algorithms.steps import SMALL_RUN
 
 quiet = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 TOKENS, LENGTH = 3, 3
@@ -224,16 +225,8 @@ def trainer_of(folder: Path, peft: Any = None, kind: type = Recording, **changes
         "num_generations": 4,
         "per_device_train_batch_size": 8,
         "num_iterations": 2,
+        **SMALL_RUN,
         "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
         "model_init_kwargs": {"dtype": "float32"},
         **changes,
     }
