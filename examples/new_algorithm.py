@@ -19,7 +19,8 @@ from make_demo_checkpoint import CELLS, demo_task
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rl4dlm import DecodingConfig, DiffusionPolicyConfig, DiffusionPolicyTrainer, evaluate, load_denoiser, load_rewards
+from rl4dlm import DecodingConfig, DiffusionPolicyTrainer, evaluate, load_denoiser, load_rewards
+from rl4dlm.algorithms.ratio_free import RatioFreeConfig
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import RowNoise, as_views
 from rl4dlm.likelihood.views import Rows, Views
@@ -44,8 +45,8 @@ class Stepwise(Estimator):
 
 
 @dataclass
-class StepwiseConfig(DiffusionPolicyConfig):
-    """Settings of the algorithm; all those of decoding and of `trl.GRPOConfig` come with it."""
+class StepwiseConfig(RatioFreeConfig):
+    """Settings of the algorithm; those of decoding and of `trl.GRPOConfig` come with it, but not of ratios and KL."""
 
     score_steps: int = field(default=4, metadata={"help": "Steps that a completion is scored in."})
 
@@ -82,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = StepwiseConfig(
         **{"output_dir": str(options.output), "max_steps": options.steps, "report_to": "none", "save_strategy": "no"},
         **{"max_completion_length": CELLS, "denoising_steps": 4, "num_generations": 8, "temperature": 1.0},
-        **{"per_device_train_batch_size": 64, "learning_rate": 2e-4, "weight_decay": 0.0, "logging_steps": 2},
-        **{"bf16": False, "gradient_checkpointing": False, "disable_tqdm": True},
+        **{"per_device_train_batch_size": 64, "learning_rate": 2e-4, "bf16": False, "gradient_checkpointing": False},
     )
     rewards, puzzles = load_rewards(["few_clue_sudoku:units"]), demo_task().dataset("train").remove_columns("solution")
     trainer = StepwiseTrainer(model, rewards, args, puzzles, processing_class=tokenizer)

@@ -50,9 +50,11 @@ def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
 
     Args:
         log_ratio: d, per token or per sequence.
-        kind: `"k1"`, d: unbiased, but its plain gradient has mean zero; `"k2"`, d^2 / 2: its gradient is the right one
-            on samples of the policy, and it is the only one that is usable on whole sequences; `"k3"`, exp(-d) + d - 1:
-            TRL's (http://joschu.net/blog/kl-approx.html).
+        kind: `"k1"`, d: unbiased, but its plain gradient is that of `log policy` whatever the other one is: zero on
+            average on samples of the policy, and away from samples of an older one. `"k2"`, d^2 / 2: its gradient is
+            the right one on samples of the policy, and it is the only one that is usable on whole sequences. `"k3"`,
+            exp(-d) + d - 1: TRL's (http://joschu.net/blog/kl-approx.html). Multiplied by the ratio of the policy to the
+            one that the samples are of, k1 and k3 have the right gradient.
 
     Raises:
         ValueError: an unknown kind.

@@ -91,6 +91,17 @@ def test_kl_estimates_of_two_distributions_over_five_tokens(kind: str) -> None:
     assert kl_estimate(torch.zeros(3), kind).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_kl_estimates_times_the_ratio_have_the_right_gradient_on_samples_of_an_older_policy(kind: str) -> None:
+    logits, other, old = (0.3 * numbers(5, seed=s) for s in (0, 1, 2))
+    logits.requires_grad_()
+    log_p, log_q, log_old = (values.log_softmax(-1) for values in (logits, other, old))
+    exact = (log_p.exp() * (log_p - log_q)).sum()
+    sampled = (log_old.exp() * (log_p - log_old).exp() * kl_estimate(log_p - log_q, kind)).sum()
+    (right,), (found,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (exact, sampled))
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+
+
 def test_kl_estimates_are_not_negative_where_they_say_so_and_unknown_ones_are_refused() -> None:
     difference = numbers(100)
     assert (kl_estimate(difference, "k2") >= 0).all() and (kl_estimate(difference, "k3") >= 0).all()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from rl4dlm.algorithms.checks import check_columns, check_prompt, check_prompts, checked_rewards
 from rl4dlm.algorithms.contract import check_contract
-from rl4dlm.algorithms.intervening import SECOND_ATTEMPT, InterveningTrainer
+from rl4dlm.algorithms.intervening_trainer import SECOND_ATTEMPT, InterveningTrainer
 from rl4dlm.algorithms.intervention import Intervention
 from rl4dlm.algorithms.loss_parts import PolicyScores, resized
 from rl4dlm.algorithms.metrics import identical_groups, rollout_gap, rollout_metrics
@@ -65,6 +65,7 @@ check_contract(
             "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "prompt_ids", "prompt_mask",
             "old_per_token_logps", "ref_per_token_logps",
         ],
+        "_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"],
     },
     module=grpo,
     names=[
@@ -76,7 +77,7 @@ _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation 
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
 
 
-class DiffusionPolicyTrainer(InterveningTrainer, ABC):
+class DiffusionPolicyTrainer(InterveningTrainer):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
@@ -163,6 +164,8 @@ class DiffusionPolicyTrainer(InterveningTrainer, ABC):
                 f"{type(self).__name__} estimates likelihoods of models with noise={self.estimator.noise!r}, but this "
                 f"one has noise={self.spec.noise!r}"
             )
+        if args.beta and args.kl_target == "old" and not self.uses_old_policy:
+            raise ValueError(f"kl_target='old' is not supported: {type(self).__name__} does not score the old policy")
         if args.scope not in ("valid", self.estimator.scope):
             raise ValueError(
                 f"scope={args.scope!r} is not supported: {type(self).__name__} builds an estimator of "
@@ -250,20 +253,26 @@ class DiffusionPolicyTrainer(InterveningTrainer, ABC):
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The loss of a micro-batch, scaled for gradient accumulation; TRL's by default, with all of its settings.
 
+        One of its own has its KL term, if any, from `token_kl` or from `log_ratio_to(self.args.kl_target, ...)`, times
+        `self.args.beta`; `self.beta` is TRL's, and 0 where there is no reference.
+
         Args:
             scores: of the current policy, with gradients.
             batch: TRL's: `advantages` `[B]`; `completion_ids`, `completion_mask`, and where they are needed
                 `old_per_token_logps` and `ref_per_token_logps`, all `[B, C]`; `num_items_in_batch`, the tokens of the
                 whole generation batch.
         """
-        own_kl = self.args.beta and (self.args.kl_target, self.args.kl_estimator) != ("reference", "k3")
         self._current_scores = scores
         try:
-            with swapped(self, "beta", 0.0) if own_kl else nullcontext():
+            if not self.args.beta or self.kl_is_trls:
+                return super()._compute_loss(self.model_wrapped, batch)
+            with swapped(self, "beta", 0.0):
                 loss: Tensor = super()._compute_loss(self.model_wrapped, batch)
         finally:
             self._current_scores = None
-        return loss + self.args.beta * self.token_kl(scores.log_probs, batch) if own_kl else loss
+        estimates, mask = self.token_kl(scores.log_probs, batch), batch["completion_mask"]
+        self.log_mean("kl", estimates, mask)
+        return loss + self.args.beta * self.averaged(estimates, mask, batch)
 
     # --- rollout ------------------------------------------------------------------------------------------------------
 

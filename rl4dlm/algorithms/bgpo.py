@@ -24,7 +24,7 @@ spread over the views of a completion.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -79,6 +79,7 @@ class BGPOConfig(DiffusionPolicyConfig):
         },
     )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
+    kl_per_token: ClassVar[bool] = False
     kl_estimator: str = field(
         default="k2", metadata={"help": "Form of the KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)}
     )
@@ -86,9 +87,9 @@ class BGPOConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
-        super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
+        super().__post_init__()
         check_delta(self)
         self.estimator()
 

@@ -52,9 +52,10 @@ from torch.nn.functional import logsigmoid
 
 from rl4dlm.algorithms.advantages import softmax_weights
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, rows_of
-from rl4dlm.algorithms.intervening import places
+from rl4dlm.algorithms.intervening_trainer import places
 from rl4dlm.algorithms.ratio_free import RATIO_SETTINGS, RatioFreeConfig
 from rl4dlm.likelihood.elbo import ELBO
+from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.objectives import weighted_likelihood
 
@@ -108,7 +109,10 @@ class DMPOConfig(RatioFreeConfig):
     ddo_scale: float = field(default=0.05, metadata={"help": "Factor of log-ratios in objective=ddo."})
     ddo_negative_weight: float = field(default=1.0, metadata={"help": "Weight of the second term of objective=ddo."})
     ddo_split: bool = field(default=False, metadata={"help": "Whether both terms of objective=ddo have own views."})
-    scope: str = field(default="canvas", metadata={"help": "Which tokens the loss is about: canvas or valid."})
+    scope: str = field(
+        default="canvas",
+        metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
+    )
     num_iterations: int = field(default=8, metadata={"help": "Passes over a batch of completions (mu)."})
     temperature: float = field(default=0.2, metadata={"help": "Temperature of the rollout."})
 
@@ -139,6 +143,7 @@ class DMPOConfig(RatioFreeConfig):
         """Those of policy ratios, scales and normalisations of rewards, and DMPO's own that others leave idle."""
         refused = {
             **RATIO_SETTINGS,
+            "negative_advantage_weight": "weight_baseline says what becomes of completions below the baseline",
             "kl_estimator": _NO_KL,
             "kl_target": _NO_KL,
             "use_bias_correction_kl": _NO_KL,

@@ -7,7 +7,8 @@ rho = exp(s - s_old), the loss is
     sum of w * -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) / sum of w,
 
 where w is the token's context-adaptive weight in its view, sum over visible j of p (1 - p)^(|k - j| - 1) / 2. Groups
-whose advantages are all the same are overwritten by random ones that teach something. There is no KL term.
+whose advantages are all the same are overwritten by random ones that teach something. The paper has no KL term; with
+`beta` above 0 one per token is added to the surrogate.
 
 Decided differently from the released code:
 - Levels and masks are keyed by row and pass. The code draws one level and one mask for all rows of a worker, and seeds
@@ -37,7 +38,7 @@ from rl4dlm.algorithms.policy_config import OWN_LOSS, check_delta, set_but_not_s
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
-from rl4dlm.objectives import clipped_surrogate, kl_estimate
+from rl4dlm.objectives import clipped_surrogate
 from rl4dlm.rollout.noise import keyed_uniform
 
 LOSS_TYPES = ("dapo", "bnpo")
@@ -48,9 +49,9 @@ _NOT_SUPPORTED = {
     "importance_sampling_level": f"{_WEIGHTED}, and so a ratio",
     "off_policy_mask_threshold": _WEIGHTED,
     "top_entropy_quantile": _WEIGHTED,
-    "use_bias_correction_kl": _WEIGHTED,
 }
-del _NOT_SUPPORTED["loss_type"]  # has values of its own
+for _name in ("loss_type", "use_bias_correction_kl"):  # the loss has them in its own way
+    del _NOT_SUPPORTED[_name]
 
 
 @dataclass
@@ -99,9 +100,9 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
-        super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
+        super().__post_init__()
         check_context("cart_p", self.cart_p)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_delta(self)
@@ -154,22 +155,19 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         advantages = batch["advantages"][:, None]
         losses = clipped_surrogate(log_ratio, advantages, self.args.epsilon, high, dual_clip=self.args.delta)
         if self.args.beta:
-            other = self.log_ratio_to(self.args.kl_target, scores.log_probs, batch)
-            divergence = kl_estimate(other, self.args.kl_estimator)
+            divergence = self.token_kl(scores.log_probs, batch)
             losses = losses + self.args.beta * divergence
             self.log_mean("kl", divergence, weights)
         ratio = log_ratio.detach().exp()
         clipped = ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         self.log_mean("clip_ratio/region_mean", clipped, weights)
         self.log_mean("entropy", scores.entropies, weights > 0)
-        training = self.model.training
-        if self.args.loss_type == "dapo" and "weight_total" in batch:
-            total = batch["weight_total"][0].to(losses.dtype) / self.accelerator.num_processes
-            total = total * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        else:
-            total = weights.sum() * (self.current_gradient_accumulation_steps if training else 1)
         # Without any weight, nothing was visible next to what was hidden, and the sum is zero too.
-        return (losses * weights).sum() / torch.where(total > 0, total, 1.0)
+        if self.args.loss_type == "dapo" and "weight_total" in batch:
+            total = batch["weight_total"][0].to(losses.dtype)
+            return self.mean_over_tokens(losses, weights, batch, total.where(total > 0, 1.0))
+        total = weights.sum() * self.accumulation_steps
+        return (losses * weights).sum() / total.where(total > 0, 1.0)
 
     def _weights(self, views: Views, batch: dict[str, Any]) -> Tensor:
         """What tokens count for, float64 `[B, C]`: context-adaptive in the view that hides them, zero outside the loss.

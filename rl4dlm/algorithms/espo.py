@@ -6,8 +6,8 @@ the length of the canvas and A = r - mean of the others' r, the loss of a comple
 
     -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A) + beta / (2 n) (B - B_ref)^2,    rho = exp((B - B_old) / n).
 
-The KL term is of the whole bounds, divided by n once. A batch of completions is used for mu passes with views of their
-own.
+The KL term is of the whole bounds, divided by n once; `kl_estimator` and `kl_target` offer others. A batch of
+completions is used for mu passes with views of their own.
 
 Where the paper and its released code differ, or both are wrong, this is decided:
 - Baseline: the code leaves one out (the default here); the paper writes the group's mean, which is (G - 1) / G of it.

@@ -24,10 +24,9 @@ check_contract(
     GRPOTrainer,
     parameters={},
     attributes=[
-        "_metrics", "beta", "importance_sampling_level", "loss_type", "max_completion_length", "num_generations",
+        "_metrics", "importance_sampling_level", "loss_type", "max_completion_length", "num_generations",
         "num_generations_eval",
     ],
-    keys={"_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"]},
 )  # fmt: skip
 
 
@@ -47,6 +46,12 @@ class LossParts(ResumableGRPOTrainer):
     estimator: Estimator
     scores_hints: bool
 
+    @property
+    def accumulation_steps(self) -> int:
+        """How many micro-batches an optimizer step adds up; 1 in evaluation."""
+        steps: int = self.current_gradient_accumulation_steps
+        return steps if self.model.training else 1
+
     def of_all_processes(self, values: Tensor) -> Tensor:
         """`[N, G]`, from one number per completion of this process, `[B]`."""
         generations = self.num_generations if self.model.training else self.num_generations_eval
@@ -63,15 +68,19 @@ class LossParts(ResumableGRPOTrainer):
 
     def mean_over_rows(self, values: Tensor) -> Tensor:
         """The mean of one number per row, `[B]`, scaled for gradient accumulation; for losses of whole sequences."""
-        return values.mean() / self._accumulated()
+        return values.mean() / self.accumulation_steps
 
-    def mean_over_tokens(self, values: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The sum of `values` `[B, C]` where `mask` is set, over the completion tokens of the generation batch, scaled
-        as TRL's `loss_type="dapo"`: splitting a batch into micro-batches or processes changes nothing."""
-        total = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            total = total * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return (values * mask).sum() / total
+    def mean_over_tokens(
+        self, values: Tensor, mask: Tensor, batch: dict[str, Any], total: Tensor | None = None
+    ) -> Tensor:
+        """The sum of `values` times `mask`, both `[B, C]`, over what `mask` adds up to in the generation batch.
+
+        Scaled as TRL's `loss_type="dapo"`: splitting a batch into micro-batches or processes changes nothing. `total`
+        is the denominator; None: `num_items_in_batch`, the completion tokens, and at least 1.
+        """
+        total = batch["num_items_in_batch"].clamp(min=1.0) if total is None else total
+        share = self.accumulation_steps / self.args.steps_per_generation if self.model.training else 1.0
+        return (values * mask).sum() / (total * share / self.accelerator.num_processes)
 
     def averaged(self, values: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
         """`values` `[B, C]` where `mask` is set, averaged as `loss_type` says and scaled for gradient accumulation.
@@ -88,8 +97,15 @@ class LossParts(ResumableGRPOTrainer):
         if self.loss_type == "dr_grpo":
             return self.mean_over_rows(masked.sum(-1) / self.max_completion_length)
         if self.loss_type == "bnpo":
-            return masked.sum() / mask.sum().clamp(min=1) / self._accumulated()
-        return self.mean_over_tokens(values, mask, batch)
+            return masked.sum() / mask.sum().clamp(min=1) / self.accumulation_steps
+        if self.loss_type in ("dapo", "cispo", "vespo"):
+            return self.mean_over_tokens(values, mask, batch)
+        raise ValueError(f"loss_type={self.loss_type!r} is not supported: how it averages is not known")
+
+    @property
+    def kl_is_trls(self) -> bool:
+        """Whether the KL term, if there is one, is that of TRL's losses: k3 to the reference."""
+        return (self.args.kl_target, self.args.kl_estimator) == ("reference", "k3")
 
     def log_ratio_to(self, policy: str, current: Tensor, batch: dict[str, Any]) -> Tensor:
         """Log-ratios of the current policy to the `"old"` one or the `"reference"`, of the shape of `current`.
@@ -98,22 +114,23 @@ class LossParts(ResumableGRPOTrainer):
             policy: the other one. Where a batch has no old scores, the current policy is the old one: zeros, whose
                 gradient is that of `current`.
             current: scores as `compared` gives them: per token, or per view.
-            batch: with the other policy's.
+            batch: with the other policy's. KeyError where the reference's are needed and missing.
         """
-        other = batch.get("ref_per_token_logps" if policy == "reference" else "old_per_token_logps")
+        other = batch["ref_per_token_logps"] if policy == "reference" else batch.get("old_per_token_logps")
         return current - (current.detach() if other is None else other)
 
     def token_kl(self, log_probs: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The KL term of TRL's losses, per token, for the estimators and the target that TRL does not have."""
-        mask = batch["completion_mask"]
+        """Estimates `[B, C]` of the KL divergence that `kl_estimator` and `kl_target` name, of each token's scores.
+
+        With `use_bias_correction_kl` they are multiplied by the policy ratio, one per token or per sequence.
+        """
         estimates = kl_estimate(self.log_ratio_to(self.args.kl_target, log_probs, batch), self.args.kl_estimator)
         if self.args.use_bias_correction_kl:
-            log_ratio = self.log_ratio_to("old", log_probs, batch)
+            log_ratio, mask = self.log_ratio_to("old", log_probs, batch), batch["completion_mask"]
             if self.importance_sampling_level == "sequence":
                 log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1))[:, None]
             estimates = estimates * log_ratio.exp()
-        self.log_mean("kl", estimates, mask)
-        return self.averaged(estimates, mask, batch)
+        return estimates
 
     @torch.no_grad()
     def log_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
@@ -129,11 +146,6 @@ class LossParts(ResumableGRPOTrainer):
         if scores.views is not None:
             counted = counted & resized(scores.views.scored.any(1), mask.shape[1])
         self.log_mean("entropy", scores.entropies, counted)
-
-    def _accumulated(self) -> int:
-        """How many micro-batches an optimizer step adds up."""
-        steps: int = self.current_gradient_accumulation_steps
-        return steps if self.model.training else 1
 
 
 def resized(values: Tensor, width: int) -> Tensor:

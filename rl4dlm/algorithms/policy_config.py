@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
@@ -80,12 +80,12 @@ class DiffusionPolicyConfig(GRPOConfig):
         schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
         rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
         scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
-        kl_estimator: of the KL term, whose weight is `beta`: `"k3"`, TRL's, `"k1"` or `"k2"`; see
-            `rl4dlm.objectives.kl_estimate`. With `"k1"` only `use_bias_correction_kl` gives the right gradient.
+        kl_estimator: of the KL term, whose weight is `beta`: `"k3"`, TRL's, `"k2"`, or `"k1"`; see
+            `rl4dlm.objectives.kl_estimate`.
         kl_target: the policy that the KL term is to: the `"reference"`, or the `"old"` one that wrote the completions,
-            for which no reference model is loaded; it acts from the second pass over a batch on.
-        use_bias_correction_kl: multiply a KL term per token by the policy ratio, TRL's default and in none of the
-            papers (arXiv 2512.02556).
+            for which no reference model is loaded; it acts from the second optimizer step on a batch on.
+        use_bias_correction_kl: multiply a KL term per token by the policy ratio (arXiv 2512.02556): TRL's default, in
+            none of the papers. The gradient of `"k3"` is the right one only with it, and `"k1"` needs it.
         negative_advantage_weight: multiplies advantages below zero; the papers' is 1. At 0 only completions above the
             baseline teach, which helps where tokens are scored in other contexts than those they were drawn in.
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
@@ -99,6 +99,9 @@ class DiffusionPolicyConfig(GRPOConfig):
     Raises:
         ValueError: names the setting, the value and what is allowed.
     """
+
+    kl_per_token: ClassVar[bool] = True
+    """Whether the KL term is per token, and not per view or sequence."""
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args"]  # noqa: RUF012  (transformers' own form)
 
@@ -215,18 +218,43 @@ class DiffusionPolicyConfig(GRPOConfig):
         self.decoding()
 
     def _check_kl(self) -> None:
+        """Refuses KL terms that would do nothing, or something else than hold the policy back."""
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_choice("kl_target", self.kl_target, KL_TARGETS)
-        if self.kl_target == "reference" or not self.beta:
+        if not self.beta:
+            idle = dict.fromkeys(
+                ("kl_estimator", "kl_target", "use_bias_correction_kl"), "there is no KL term at beta=0"
+            )
+            refused = set_but_not_supported(self, idle)
+            if refused:
+                raise ValueError("; ".join(refused))
             return
+        plain_k1 = self.kl_estimator == "k1" and not self.use_bias_correction_kl
+        if plain_k1 and (self.kl_per_token or self.kl_target == "old"):
+            remedy = "set use_bias_correction_kl=True, or choose" if self.kl_per_token else "choose"
+            raise ValueError(
+                f"kl_estimator='k1' is not allowed here: its plain gradient does not depend on the {self.kl_target} "
+                f"policy, and makes what was drawn unlikely from the second step on a batch on; {remedy} k2 or k3"
+            )
+        if self.kl_estimator == "k2" and self.use_bias_correction_kl:
+            raise ValueError(
+                "use_bias_correction_kl=True is not allowed with kl_estimator='k2', whose gradient is the right one "
+                "without it; set it to False, or choose k1 or k3"
+            )
+        if self.kl_target == "old":
+            self._check_old_policy()
+
+    def _check_old_policy(self) -> None:
         if self.sync_ref_model:
             raise ValueError("sync_ref_model=True is not allowed with kl_target='old': there is no reference model")
         assert self.steps_per_generation is not None
-        if self.num_iterations == 1 and self.steps_per_generation <= self.gradient_accumulation_steps:
+        # As TRL decides whether the policy that wrote the completions is scored.
+        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0:
             raise ValueError(
-                f"kl_target='old' has no effect with num_iterations={self.num_iterations} and "
-                f"steps_per_generation={self.steps_per_generation}: each batch is used for one step, at which the "
-                "policy is the one that wrote the completions; raise one of them, or set beta=0"
+                f"kl_target='old' has no effect with num_iterations={self.num_iterations}, steps_per_generation="
+                f"{self.steps_per_generation} and gradient_accumulation_steps={self.gradient_accumulation_steps}: each "
+                "batch is used for one optimizer step, at which the policy is the one that wrote the completions; "
+                "raise num_iterations or steps_per_generation, or set beta=0 and kl_target to reference"
             )
 
     def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:

@@ -43,9 +43,9 @@ class RatioFreeConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, self.refused_settings())
-        super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
+        super().__post_init__()
 
     def refused_settings(self) -> dict[str, str]:
         """Settings that are refused unless they have their default, and why."""
@@ -53,6 +53,4 @@ class RatioFreeConfig(DiffusionPolicyConfig):
             **RATIO_SETTINGS,
             "beta": _NO_REFERENCE,
             "sync_ref_model": "there is no reference model",
-            "negative_advantage_weight": "negatives (SPG), negative_weight (wd1) and weight_baseline (DMPO) say what "
-            "becomes of completions below the baseline",
         }

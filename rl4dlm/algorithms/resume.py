@@ -29,7 +29,7 @@ check_contract(
         "_load_optimizer_and_scheduler": ["checkpoint"],
         "_save_rng_state": ["output_dir"],
     },
-    attributes=["_step", "_buffered_inputs"],
+    attributes=["_step", "_buffered_inputs", "beta"],
 )
 
 
@@ -70,8 +70,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
             self._buffered_inputs = cycle.batches
         elif self._is_mid_cycle():
             logger.warning(
-                "%s was saved inside a generation cycle by other processes or with other batch settings; a fresh "
-                "generation replaces the batch that was in use, so losses differ from those of an unbroken run",
+                "%s was saved inside a generation cycle by other processes or with other settings of batches or of the "
+                "KL term; a fresh generation replaces the batch that was in use, so losses differ from those of an "
+                "unbroken run",
                 checkpoint,
             )
         generator = getattr(self._train_sampler, "generator", None)
@@ -83,9 +84,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _is_mid_cycle(self) -> bool:
         return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
-    def _cycle_layout(self) -> dict[str, int]:
+    def _cycle_layout(self) -> dict[str, Any]:
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
-        return {name: getattr(self.args, name) for name in names}
+        # A buffered batch has the reference's scores only where a KL term was to it.
+        return {**{name: getattr(self.args, name) for name in names}, "reference": self.beta != 0.0}
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Cycle:
 
     step: int
     world_size: int
-    layout: dict[str, int]
+    layout: dict[str, Any]
     batches: list[dict[str, Any]] | None
 
 

@@ -16,7 +16,7 @@ over completions follows, in which those that count for nothing (`mask_truncated
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
         ValueError: names the setting, the value and what is allowed.
     """
 
+    kl_per_token: ClassVar[bool] = False
     kl_estimator: str = field(
         default="k2",
         metadata={"help": "Estimator of the sequence's KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)},
@@ -52,9 +53,9 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
-        super().__post_init__()
         if refused:
             raise ValueError("; ".join(refused))
+        super().__post_init__()
         check_delta(self)
 
 
@@ -73,15 +74,15 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
         mask, advantages = batch["completion_mask"], batch["advantages"]
         counts, length = mask.any(-1), mask.sum(-1).clamp(min=1)
 
-        def above(policy: str) -> Tensor:  # [B]
+        def difference(policy: str) -> Tensor:  # B - B of the other policy, [B]
             return (self.log_ratio_to(policy, scores.log_probs, batch) * mask).sum(-1)
 
-        log_ratio, share = self.log_ratio(above("old"), length)
+        log_ratio, share = self.log_ratio(difference("old"), length)
         surrogate = clipped_surrogate(log_ratio, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
         per_sequence = surrogate * share
         measured: dict[str, Tensor] = {}
         if self.args.beta:
-            kl = kl_estimate(above(self.args.kl_target), self.args.kl_estimator) / length
+            kl = kl_estimate(difference(self.args.kl_target), self.args.kl_estimator) / length
             per_sequence = per_sequence + self.args.beta * kl
             measured["kl"] = kl
         self._log(log_ratio.exp(), advantages, counts, measured)

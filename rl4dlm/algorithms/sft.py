@@ -21,7 +21,6 @@ TRL's SFT trainer prepares the data and runs the loop; this file replaces its lo
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -53,8 +52,6 @@ from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.objectives import denoising_cross_entropy
 from rl4dlm.rollout.noise import keyed_uniform
-
-logger = logging.getLogger(__name__)
 
 EOS_PADDING = ("none", "longest", "max_length", "canvas")
 

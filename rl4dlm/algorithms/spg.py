@@ -104,6 +104,7 @@ class SPGConfig(RatioFreeConfig):
     def refused_settings(self) -> dict[str, str]:
         """Those of policy ratios and KL terms, and SPG's own that others leave without effect."""
         refused, masking, negatives = super().refused_settings(), f"masking={self.masking!r}", self.negatives
+        refused["negative_advantage_weight"] = "negatives says what becomes of completions below the baseline"
         if not self.masking.startswith("block_") or self.masking == "block_elbo":
             refused |= dict.fromkeys(("block_choice", "scored"), f"it has no effect with {masking}")
         if self.masking == "block_elbo":

@@ -76,6 +76,7 @@ class WD1Config(RatioFreeConfig):
         """Those of policy ratios, KL terms and, since weights are a softmax, scales and normalisations of rewards."""
         return {
             **super().refused_settings(),
+            "negative_advantage_weight": "negative_weight says what becomes of completions below the baseline",
             "scale_rewards": "weights are a softmax of rewards; set psi",
             "multi_objective_aggregation": "weights are a softmax of the weighted sum of rewards; set reward_weights",
         }

@@ -70,15 +70,22 @@ def test_what_was_given_is_in_no_bound_and_no_length(make_trainer: Any) -> None:
 
 
 def test_only_completions_that_count_are_in_metrics_and_loss(make_trainer: Any) -> None:
-    trainer = make_trainer(trainer=BGPOTrainer, config=BGPOConfig, num_views=3)
-    trainer.model.train()
-    values = torch.tensor([[1.0, 2.0], [5.0, 7.0]])
-    trainer.log_mean("kl", values, torch.tensor([[True, True], [False, False]]))
-    assert trainer._metrics["train"]["kl"] == [1.5]
+    gaps = torch.tensor([[0.4, -0.1, 0.0], [0.6, 0.5, 0.7]], requires_grad=True)
+    mask = torch.tensor([[1.0], [0.0]]).expand(2, 8)
+    metrics: dict[str, Any] = {}
+    loss, gradient = loss_of(make_trainer, gaps, torch.ones(2), mask=mask, metrics=metrics, epsilon=0.3)
+    assert loss == pytest.approx(-(1.3 + 0.9 + 1.0) / 6) and not gradient[1].any()
+    assert metrics["clip_ratio/region_mean"] == [pytest.approx(1 / 3)]
 
 
 def loss_of(
-    make_trainer: Any, gaps: Tensor, advantages: Tensor, hinted: Tensor | None = None, **settings: Any
+    make_trainer: Any,
+    gaps: Tensor,
+    advantages: Tensor,
+    hinted: Tensor | None = None,
+    mask: Tensor | None = None,
+    metrics: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[float, Tensor]:
     """Loss and its gradient by `gaps` `[B, K]`: each view's score per token above that of the old policy."""
     trainer = make_trainer(trainer=BGPOTrainer, config=BGPOConfig, num_views=3, **settings)
@@ -87,7 +94,7 @@ def loss_of(
     weight[:, :, 0] = 8 / views  # as if one of eight tokens were hidden
     log_probs = torch.nn.functional.pad((gaps - 2.0)[..., None], (0, 7))
     batch = {
-        "completion_mask": torch.ones(rows, 8),
+        "completion_mask": torch.ones(rows, 8) if mask is None else mask,
         "canvas_valid": torch.ones(rows, 8, dtype=torch.bool),
         "advantages": advantages,
         "old_per_token_logps": torch.full((rows, views), -2.0 * 8),
@@ -98,6 +105,8 @@ def loss_of(
     trainer.current_gradient_accumulation_steps = 1
     found = Views(torch.ones(rows, views, 8, dtype=torch.bool), weight)
     loss = trainer.loss(PolicyScores(log_probs.sum(1), torch.zeros(rows, 8), found, log_probs), batch)
+    if metrics is not None:
+        metrics.update(trainer._metrics["train"])
     return loss.item(), torch.autograd.grad(loss, gaps)[0]
 
 

@@ -184,7 +184,8 @@ def test_the_whole_canvas_is_shown_and_scored(make: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "expected"), [("k1", 0.1), ("k2", 0.005), ("k3", 0.0048374)])
 def test_kinds_of_the_kl_term(make: Any, kind: str, expected: float) -> None:
-    trainer = make(cart_p=None, beta=1.0, kl_estimator=kind)
+    # At the policy that the completions are of, the ratio that k1 needs is 1.
+    trainer = make(cart_p=None, beta=1.0, kl_estimator=kind, use_bias_correction_kl=kind == "k1")
     mask = torch.ones(2, 4)
     scores, batch = one_batch(torch.ones(2, 4), torch.zeros(2), mask)
     batch["ref_per_token_logps"] = scores.detach() - 0.1

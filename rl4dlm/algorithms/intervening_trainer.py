@@ -6,7 +6,7 @@ Owns when an intervention is asked and what its replacements change in TRL's bat
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ SECOND_ATTEMPT = 2**23
 """From the row id of a completion to that of an attempt at its place; more than a generation batch has rows."""
 
 
-class InterveningTrainer(LossParts):
+class InterveningTrainer(LossParts, ABC):
     """TRL's loop, with an intervention between rewards and advantages."""
 
     intervention: Intervention | None
