@@ -33,9 +33,16 @@ check_contract(
         "_log_completion_extra": ["column", "values"],
     },
     attributes=[
-        "_dist", "_pending_extra_logs", "_pending_metrics", "_tokenizer", "eos_token_ids", "mask_truncated_completions",
-        "num_generations", "pad_to_multiple_of", "reward_func_names",
+        "_dist", "_metrics", "_pending_extra_logs", "_pending_metrics", "_tokenizer", "eos_token_ids",
+        "mask_truncated_completions", "num_generations", "pad_to_multiple_of", "reward_func_names",
     ],
+    keys={
+        "_generate": [
+            "completions/clipped_ratio", "completions/mean_length", "completions/min_length", "completions/max_length",
+            "completions/mean_terminated_length", "completions/min_terminated_length",
+            "completions/max_terminated_length",
+        ],
+    },
     module=grpo,
     names=["gather", "is_conversational", "parse_response"],
 )  # fmt: skip
@@ -122,11 +129,7 @@ class InterveningTrainer(LossParts, ABC):
             attempts = self._decode([rollout.prompt_ids[row] for row in rows], ids, flat)
             if rows:
                 found, extras = self._score_attempts(inputs, prompts, attempts, rows)
-                first = 0
-                for g, given in enumerate(hints):
-                    chosen = intervention.replacements(groups[g], found[first : first + len(given)]) if given else {}
-                    replaced |= {g * size + member: first + attempt for member, attempt in chosen.items()}
-                    first += len(given)
+                replaced = self._chosen(groups, [len(given) for given in hints], found)
                 texts = self._texts(prompts, attempts)
                 for row, attempt in replaced.items():
                     rewards[row], completions[row] = found[attempt], texts[attempt]
@@ -139,6 +142,17 @@ class InterveningTrainer(LossParts, ABC):
             self._log_completion_extra("replaced", [row in replaced for row in range(len(prompts))])
         gathered: Tensor = self.accelerator.gather(rewards)
         return gathered
+
+    def _chosen(self, groups: list[Group], counts: list[int], rewards: Tensor) -> dict[int, int]:
+        """Which attempt takes the place of which row, by the rewards `[A, F]` of attempts, `counts` for each group."""
+        assert self.intervention is not None
+        replaced: dict[int, int] = {}
+        first = 0
+        for g, (group, count) in enumerate(zip(groups, counts, strict=True)):
+            chosen = self.intervention.replacements(group, rewards[first : first + count]) if count else {}
+            replaced |= {g * self.num_generations + member: first + attempt for member, attempt in chosen.items()}
+            first += count
+        return replaced
 
     def _score_attempts(
         self, inputs: Any, prompts: Any, attempts: Rollout, rows: list[int]
@@ -183,17 +197,26 @@ class InterveningTrainer(LossParts, ABC):
         valid, canvas = batch["canvas_valid"], batch["canvas_ids"]
         width, multiple = int(valid.sum(-1).max()), self.pad_to_multiple_of or 1
         width = -(-width // multiple) * multiple
-        mask = valid
-        if self.mask_truncated_completions:
-            last = canvas.gather(1, valid.sum(-1, keepdim=True) - 1)
-            ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-            mask = valid & torch.isin(last, ends)
+        last = canvas.gather(1, valid.sum(-1, keepdim=True) - 1)
+        ended = torch.isin(last, torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device))
+        mask = valid & ended if self.mask_truncated_completions else valid
         batch["completion_ids"] = resized(canvas.masked_fill(~valid, self._tokenizer.pad_token_id), width)
         batch["completion_mask"] = resized(mask.long(), width)
+        self._log_lengths(valid.sum(-1), ended.squeeze(-1))
+
+    def _log_lengths(self, lengths: Tensor, ended: Tensor) -> None:
+        """TRL's metrics of completions, again for those that count, from lengths `[B]` and whether they have ended."""
+        lengths, ended = self.accelerator.gather(lengths).float(), self.accelerator.gather(ended)
+        logged = self._metrics["train"]
+        logged["completions/clipped_ratio"][-1] = 1 - ended.float().mean().item()
+        terminated = lengths[ended] if ended.any() else torch.zeros(1)
+        for kind, values in (("length", lengths), ("terminated_length", terminated)):
+            for name, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
+                logged[f"completions/{name}_{kind}"][-1] = value.item()
 
 
 def places(row_ids: Tensor) -> Tensor:
-    """In which order the rows of a batch of completions were asked for, whether or not they were replaced since.
+    """In which order rows with these ids, long `[B]`, were asked for, whether or not they were replaced since; `[B]`.
 
     Completions of a group are next to each other; a replacement counts as the member of its group that it was decoded
     for, so that two of a group may have one place.

@@ -24,6 +24,7 @@ from rl4dlm.algorithms.inpainting import (
 from rl4dlm.algorithms.intervention import Context, Group, Intervention
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
+from tests.algorithms.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -307,6 +308,27 @@ def test_any_trainer_learns_from_what_replaced_its_completions(make_trainer: Any
     assert table["replaced"].tolist() == [True, False, True, False] + [False] * 4
     assert table["completion"][0] == calls[1][3] and table["completion"][2] == calls[1][1]
     assert table["seen"].tolist() == ["call 2", "call 1", "call 2", "call 1"] + ["call 1"] * 4
+
+
+def test_metrics_of_lengths_are_of_the_completions_that_count(make_trainer: Any, recording_trainer: Any) -> None:
+    class Ended(Given):
+        def attempts(self, group: Group) -> list[Any]:
+            return [{0: 1}] * 4  # the end of sequence comes first
+
+    class Trainer(recording_trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, intervention=Ended(), **kwargs)
+
+    trainer = make_trainer(tiny_llada_that_ends(), trainer=Trainer, dataset=solutions(), max_steps=1)
+    trainer.train()
+    seen, log = trainer.seen[0], trainer.state.log_history[0]
+    lengths = seen["canvas_valid"].sum(-1).float()
+    assert (lengths[seen["replaced"]] == 1).all() and lengths.max() > 1
+    last = seen["canvas_ids"].gather(1, seen["canvas_valid"].sum(-1, keepdim=True) - 1).squeeze(-1)
+    for name, values in (("length", lengths), ("terminated_length", lengths[last == 1])):
+        expected = [values.mean().item(), values.min().item(), values.max().item()]
+        assert [log[f"completions/{kind}_{name}"] for kind in ("mean", "min", "max")] == pytest.approx(expected)
+    assert log["completions/clipped_ratio"] == pytest.approx((last != 1).float().mean().item())
 
 
 @pytest.mark.parametrize(
