@@ -50,7 +50,6 @@ class DiffusionGDPOConfig(SequenceRatioConfig):
         ratio_norm: what the exponent of the ratio is divided by: the `"length"`, or nothing (`"none"`) as in the paper.
         num_iterations: mu, passes over a batch of completions; with 1 nothing is ever clipped.
         epsilon: clip range. beta: weight of the KL term.
-        scale_rewards: `"none"`: advantages are not divided by a standard deviation.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -75,10 +74,6 @@ class DiffusionGDPOConfig(SequenceRatioConfig):
     )
     num_iterations: int = field(default=1, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.5, metadata={"help": "Clip range of the policy ratio, per sequence."})
-    scale_rewards: str = field(
-        default="none",
-        metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,7 +46,6 @@ class ESPOConfig(SequenceRatioConfig):
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range: 0.2, which hardly ever clips a ratio of this scale, and 0 for Countdown.
         beta: weight of the KL term: 0.001 for GSM8K and MATH, 0.003 for Countdown, 0.01 for Sudoku and code.
-        scale_rewards: `"none"`: advantages are not divided by a standard deviation.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -65,10 +64,6 @@ class ESPOConfig(SequenceRatioConfig):
     num_iterations: int = field(default=8, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio, per sequence."})
     beta: float = field(default=1e-3, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
-    scale_rewards: str = field(
-        default="none",
-        metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

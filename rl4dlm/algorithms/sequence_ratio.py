@@ -39,12 +39,17 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
 
     Args:
         kl_estimator: `"k1"`, `"k2"` or `"k3"` of the difference of whole sequences; see `rl4dlm.objectives`.
+        scale_rewards: `"none"`: advantages are not divided by a standard deviation.
         delta: c > 1 + epsilon_high, bounds the loss by c |A| where A < 0 (dual clip); None: none.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
     """
 
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
+    )
     kl_per_token: ClassVar[bool] = False
     kl_estimator: str = field(
         default="k2",
