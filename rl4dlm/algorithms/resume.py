@@ -7,8 +7,6 @@ file, one per rank, and when it is written and read. TRL's private names are use
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from rl4dlm.algorithms.contract import check_contract
+from rl4dlm.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +108,8 @@ class Cycle:
 
 def save_cycle(folder: str, rank: int, cycle: Cycle) -> None:
     """Writes a rank's cycle into a checkpoint folder; a kill leaves the file complete or absent."""
-    target = _path(folder, rank)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(asdict(cycle), file)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with writing(_path(folder, rank)) as file:
+        torch.save(asdict(cycle), file)
 
 
 def load_cycle(folder: str, rank: int, device: torch.device) -> Cycle | None:

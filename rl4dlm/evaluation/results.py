@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rl4dlm.evaluation.machine import machine, versions
+from rl4dlm.files import write_text
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,5 @@ class EvaluationResult:
 
 def write_results(path: str | os.PathLike[str], results: Sequence[EvaluationResult]) -> None:
     """Writes results as JSON, `{"results": [...]}`. The file appears under its name only when it is complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"results": [result.to_dict() for result in results]}, indent=2, allow_nan=False)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, text + "\n")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rl4dlm.files import write_bytes
+from rl4dlm.files import writing
 from rl4dlm.rollout.schedules.checks import check_flag, check_number
 from rl4dlm.rollout.schedules.llada import fixed_blocks
 from rl4dlm.rollout.schedules.parts import Resize, Schedule, Step, probability, top
@@ -162,7 +162,8 @@ def save_filter(network: TokenFilter, path: str | Path, *, temperature: float, c
         "cache": cache,
     }
     weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    write_bytes(path, save(weights, about))
+    with writing(path) as file:
+        file.write(save(weights, about))
 
 
 def load_filter(path: str | Path) -> tuple[TokenFilter, Mapping[str, str]]:
