@@ -1,4 +1,4 @@
-"""What losses are made of beside TRL's: averages that do not depend on how a batch is split, KL terms, and metrics.
+"""What losses are made of, beside or in addition to TRL's: averages, KL terms, and metrics.
 
 Owns how values per token or per sequence become one number, under the names of TRL's `loss_type`, and which policy a KL
 term is to. Formulas are in `rl4dlm.objectives`. TRL's private names are used here, and checked when the file is
