@@ -85,7 +85,7 @@ def main() -> None:
     runs = {name: [r for r in results if r["algorithm"] == name] for name in options.algorithms}
     first = results[0]
     report = {
-        "command": "python benchmarks/algorithms.py" + " --all-completions" * options.all_completions,
+        "command": command(parser, options),
         "batches": options.batches,
         "completions_per_batch": options.completions,
         "test_puzzles": options.puzzles,
@@ -108,20 +108,31 @@ def main() -> None:
     print(text)
 
 
+def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """What to type for these settings, but for those of where and how runs are made."""
+    words = ["python benchmarks/algorithms.py"]
+    for name in ("algorithms", "seeds", "batches", "completions", "puzzles", "all_completions"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
 def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The results of one run, made now if they are not there."""
     kind = "-all" if options.all_completions else ""
     folder = options.work / f"{name}-{options.batches}x{options.completions}-{options.puzzles}-{seed}{kind}"
     path = folder / "result.json"
     if not path.is_file():
-        command = [sys.executable, __file__, "--train", name, "--seeds", str(seed), "--batches", str(options.batches)]
-        command += ["--completions", str(options.completions), "--puzzles", str(options.puzzles), "--work", str(folder)]
-        command += ["--all-completions"] if options.all_completions else []
-        print(" ".join(command), flush=True)
+        start = [sys.executable, __file__, "--train", name, "--seeds", str(seed), "--batches", str(options.batches)]
+        start += ["--completions", str(options.completions), "--puzzles", str(options.puzzles), "--work", str(folder)]
+        start += ["--all-completions"] if options.all_completions else []
+        print(" ".join(start), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            subprocess.run(start, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -173,13 +184,18 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
         callbacks=[curve],
     )
     scored: list[int] = []  # views per row of a loss
-    loss = trainer.loss
+    decoded: list[int] = []  # rows
+    loss, decode = trainer.loss, trainer._decode
 
     def counted(scores: Any, batch: Any) -> Any:
         scored.append(scores.views.hidden.shape[1])
         return loss(scores, batch)
 
-    trainer.loss = counted
+    def counted_rows(ids: Any, *rest: Any) -> Any:
+        decoded.append(len(ids))
+        return decode(ids, *rest)
+
+    trainer.loss, trainer._decode = counted, counted_rows
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started - curve.seconds
@@ -189,6 +205,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
         "seed": seed,
         "steps": steps,
         "completions": batches * config.per_device_train_batch_size,
+        "decoded": sum(decoded),  # with the second attempts of guidance
         "views": sum(scored) / len(scored),
         "seconds": round(seconds, 1),
         "before": before.solve_rates,

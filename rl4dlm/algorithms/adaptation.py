@@ -19,6 +19,7 @@ from rl4dlm.models.spec import DiffusionSpec
 
 LOSS_WEIGHTS = ("1/t", "none", "cart")
 NOISE_LEVELS = ("row", "block")
+CART_P = 0.1
 
 
 @dataclass
@@ -54,7 +55,7 @@ class AdaptationSettings:
         },
     )
     cart_p: float = field(
-        default=0.1, metadata={"help": "p of the weights of loss_weight='cart': larger is more local, up to 1."}
+        default=CART_P, metadata={"help": "p of the weights of loss_weight='cart': larger is more local, up to 1."}
     )
     complementary_masks: bool = field(
         default=False, metadata={"help": "Score each row also with the inverted mask: every target exactly once."}
@@ -80,6 +81,10 @@ class AdaptationSettings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {', '.join(allowed)}")
         check_context("cart_p", self.cart_p)
+        if self.loss_weight != "cart" and self.cart_p != CART_P:
+            raise ValueError(
+                f"cart_p={self.cart_p} has no effect with loss_weight={self.loss_weight!r}, only with cart"
+            )
         if not 0 <= self.mask_ratio_tilt <= 1:
             raise ValueError(f"mask_ratio_tilt={self.mask_ratio_tilt} is not allowed; it must be in [0, 1]")
         if not (math.isfinite(self.ar_loss_weight) and self.ar_loss_weight >= 0):

@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 
+from rl4dlm.algorithms.backward_per_view import loss_per_view
 from rl4dlm.algorithms.checks import check_columns, check_prompt, check_prompts, checked_rewards
 from rl4dlm.algorithms.contract import check_contract
 from rl4dlm.algorithms.intervening_trainer import SECOND_ATTEMPT, InterveningTrainer
@@ -29,8 +30,8 @@ from rl4dlm.algorithms.metrics import identical_groups, rollout_gap, rollout_met
 from rl4dlm.algorithms.policy_config import DiffusionPolicyConfig
 from rl4dlm.algorithms.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 from rl4dlm.likelihood.estimator import Estimator
-from rl4dlm.likelihood.scoring import score_views
-from rl4dlm.likelihood.views import Rows
+from rl4dlm.likelihood.scoring import ViewScores, score_views
+from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -186,6 +187,13 @@ class DiffusionPolicyTrainer(InterveningTrainer):
                 if isinstance(getattr(module, "attention_dropout", None), float):  # not an nn.Dropout, so TRL misses it
                     module.attention_dropout = 0.0
         self._check_forward_counts()
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        self._backward_per_view = bool(args.one_view and reentrant)
+        if self._backward_per_view and not args.disable_dropout:
+            raise ValueError(
+                "disable_dropout=False is not supported with one_view=True and re-entrant gradient checkpointing, "
+                "TRL's for adapters under ZeRO-3: views are scored twice there, and must score the same"
+            )
         self.intervention = self.build_intervention() if intervention is None else intervention
         if self.intervention is not None:
             self._bind_intervention()
@@ -485,31 +493,43 @@ class DiffusionPolicyTrainer(InterveningTrainer):
         if self.model.training:
             # Passes over the batch, not micro-steps as in the papers' code, which skips views when it accumulates.
             iteration = self._step // self.args.steps_per_generation % self.num_iterations
-        scores = self._score(model, rows_of(inputs), iteration, inputs["completion_ids"].shape[1])
+        rows, width = rows_of(inputs), inputs["completion_ids"].shape[1]
         batch = dict(inputs)  # the buffered batch is used again: never change its tensors
         for name in self.per_iteration:
             if batch.get(name) is not None:
                 batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
-        if iteration == 0:
-            self._log_rollout_gap(scores.log_probs, inputs)
-        return self.loss(scores, batch)
+        views = self._draw(rows, iteration)
 
-    def _score(
-        self,
-        model: Any,
-        rows: Rows,
-        iteration: int,
-        width: int,
-        rows_per_forward: int | None = None,
-        estimator: Estimator | None = None,
-    ) -> PolicyScores:
-        """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
-        estimator = self.estimator if estimator is None else estimator
-        views = estimator.draw(rows, seed=self.args.seed, iteration=iteration)
-        if rows.given is not None and not self.scores_hints:
-            views = views.without(rows.given)
+        def loss(found: ViewScores) -> Tensor:
+            scores = self._reduced(found, views, width)
+            if iteration == 0:
+                self._log_rollout_gap(scores.log_probs, inputs)
+            return self.loss(scores, batch)
+
+        if not (self._backward_per_view and torch.is_grad_enabled() and views.hidden.shape[1] > 1):
+            return loss(self._view_scores(model, rows, views))
+        with grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
+            found = self._view_scores(model, rows, views)
+        return loss_per_view(
+            found, views, lambda one: self._view_scores(model, rows, one), loss, self._backward_of_part
+        )
+
+    def _backward_of_part(self, forward: Callable[[], Tensor]) -> None:
+        """A forward and its backward pass, whose gradients are added up in this process until another one."""
+        with self.accelerator.no_sync(self.model_wrapped):  # of DDP
+            value = forward()
+            if self.is_deepspeed_enabled:
+                self.accelerator.deepspeed_engine_wrapped.backward(value, sync_gradients=False, scale_wrt_gas=False)
+            else:
+                self.accelerator.backward(value)
+
+    def _draw(self, rows: Rows, iteration: int) -> Views:
+        views = self.estimator.draw(rows, seed=self.args.seed, iteration=iteration)
+        return views if rows.given is None or self.scores_hints else views.without(rows.given)
+
+    def _view_scores(self, model: Any, rows: Rows, views: Views, rows_per_forward: int | None = None) -> ViewScores:
         with self.accelerator.autocast():
-            found = score_views(
+            return score_views(
                 model,
                 self.spec,
                 rows.ids,
@@ -520,9 +540,19 @@ class DiffusionPolicyTrainer(InterveningTrainer):
                 rows_per_forward=rows_per_forward,
                 one_view=self.args.one_view,
             )
+
+    def _reduced(self, found: ViewScores, views: Views, width: int) -> PolicyScores:
+        """Scores `[B, C]` from those of the views, cut or padded to C = `width`."""
         entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
-        scores = resized(estimator.reduce(found.log_probs, views), width)
+        scores = resized(self.estimator.reduce(found.log_probs, views), width)
         return PolicyScores(scores, resized(entropies, width), views, found.log_probs)
+
+    def _score(
+        self, model: Any, rows: Rows, iteration: int, width: int, rows_per_forward: int | None = None
+    ) -> PolicyScores:
+        """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
+        views = self._draw(rows, iteration)
+        return self._reduced(self._view_scores(model, rows, views, rows_per_forward), views, width)
 
     @torch.no_grad()
     def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ from rl4dlm.algorithms.policy_config import (
     KL_ESTIMATORS,
     OWN_LOSS,
     DiffusionPolicyConfig,
-    check_delta,
     set_but_not_supported,
 )
 from rl4dlm.likelihood.elbo import ELBO
@@ -90,7 +89,6 @@ class BGPOConfig(DiffusionPolicyConfig):
         if refused:
             raise ValueError("; ".join(refused))
         super().__post_init__()
-        check_delta(self)
         self.estimator()
 
     def estimator(self) -> ELBO:

@@ -74,6 +74,8 @@ class CoupledGRPOConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.pairs and list(self.level_range) != [0.2, 0.8]:
+            raise ValueError(f"level_range={self.level_range} has no effect with pairs=0; leave it out, or raise pairs")
         check_ratio_level(self, self.estimator())
         check_baseline(self)
 

@@ -113,6 +113,9 @@ class DMPOConfig(RatioFreeConfig):
         default="canvas",
         metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
     )
+    stop_at_eos: bool = field(
+        default=False, metadata={"help": "Stop a row at its end; not with scope=canvas, which scores what follows."}
+    )
     num_iterations: int = field(default=8, metadata={"help": "Passes over a batch of completions (mu)."})
     temperature: float = field(default=0.2, metadata={"help": "Temperature of the rollout."})
 

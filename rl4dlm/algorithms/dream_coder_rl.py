@@ -34,7 +34,7 @@ from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
 from rl4dlm.algorithms.loss_parts import resized
-from rl4dlm.algorithms.policy_config import OWN_LOSS, check_delta, set_but_not_supported
+from rl4dlm.algorithms.policy_config import OWN_LOSS, set_but_not_supported
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
@@ -95,6 +95,9 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
         metadata={"help": "Name of the decoding schedule: which tokens are written when."},
     )
     num_generations: int | None = field(default=16, metadata={"help": "Completions of each prompt (G)."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Completions per device and micro-batch; a whole group."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the rollout."})
     top_p: float = field(default=0.95, metadata={"help": "Keep the smallest set of tokens with this probability."})
 
@@ -105,7 +108,6 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
         super().__post_init__()
         check_context("cart_p", self.cart_p)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        check_delta(self)
         Complementary(scope=self.scope)
 
 

@@ -57,6 +57,9 @@ class ESPOConfig(SequenceRatioConfig):
         default="canvas",
         metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
     )
+    stop_at_eos: bool = field(
+        default=False, metadata={"help": "Stop a row at its end; not with scope=canvas, which scores what follows."}
+    )
     baseline: str = field(
         default="leave_one_out",
         metadata={"help": "What rewards are compared with: group_mean or leave_one_out.", "choices": list(BASELINES)},

@@ -96,11 +96,6 @@ class JustGRPOConfig(DiffusionPolicyConfig):
                 "disable_dropout=False is not allowed: JustGRPO's scores are the probabilities that tokens were drawn "
                 "with, and dropout would change them; needed: True"
             )
-        if self.scope == "canvas" and self.stop_at_eos:
-            raise ValueError(
-                "scope='canvas' is not allowed with stop_at_eos=True: what is behind the end would be scored without "
-                "having been drawn; set stop_at_eos to False, or scope to valid"
-            )
         for name, off in _OFF.items():
             value = getattr(self, name)
             if value and value != off:

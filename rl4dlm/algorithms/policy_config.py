@@ -212,6 +212,14 @@ class DiffusionPolicyConfig(GRPOConfig):
                 f"{', '.join(OVERLONG_PROMPTS)}"
             )
         check_scope(self.scope)
+        if self.scope == "canvas" and self.stop_at_eos:
+            raise ValueError(
+                "scope='canvas' is not allowed with stop_at_eos=True: what is behind the end would be scored without "
+                "having been drawn; set stop_at_eos to False, or scope to valid"
+            )
+        if self.eos_penalty_decay and not self.eos_penalty:
+            raise ValueError("eos_penalty_decay=True has no effect with eos_penalty=0; set a penalty, or leave it out")
+        _check_delta(self)
         self._check_kl()
         if isinstance(self.schedule_args, str):
             raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
@@ -288,8 +296,8 @@ class DiffusionPolicyConfig(GRPOConfig):
             raise ValueError(re.sub(r"\bsteps=", "denoising_steps=", message)) from None
 
 
-def check_delta(config: Any) -> None:
-    """Refuses a `delta` within the clip range: completions with A < 0 would have no gradient at a ratio of 1."""
+def _check_delta(config: DiffusionPolicyConfig) -> None:
+    """Refuses a `delta` within the clip range, at whose upper end the loss of completions with A < 0 is not bounded."""
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     if config.delta is not None and not config.delta > 1 + high:
         raise ValueError(

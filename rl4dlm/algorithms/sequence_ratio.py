@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.policy_config import KL_ESTIMATORS, OWN_LOSS, check_delta, set_but_not_supported
+from rl4dlm.algorithms.policy_config import KL_ESTIMATORS, OWN_LOSS, set_but_not_supported
 from rl4dlm.objectives import clipped_surrogate, kl_estimate
 
 _PER_TOKEN = "the loss here is one clipped ratio per sequence"
@@ -61,7 +61,6 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
         if refused:
             raise ValueError("; ".join(refused))
         super().__post_init__()
-        check_delta(self)
 
 
 class SequenceRatioTrainer(DiffusionPolicyTrainer):

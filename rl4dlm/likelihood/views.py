@@ -115,6 +115,11 @@ class Views:
         """The same views, in which some canvas tokens (bool `[B, L]`) count for nothing."""
         return Views(self.hidden, self.weight.masked_fill(tokens[:, None], 0.0), self.ids)
 
+    def only(self, view: int) -> Views:
+        """One of the K views of each row, as views with K = 1."""
+        one = slice(view, view + 1)
+        return Views(self.hidden[:, one], self.weight[:, one], None if self.ids is None else self.ids[:, one])
+
     @property
     def scored(self) -> Tensor:
         """bool `[B, K, L]`, the canvas tokens whose log-probabilities are computed."""

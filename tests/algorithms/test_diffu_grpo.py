@@ -54,7 +54,7 @@ def test_at_the_first_step_ratios_are_one_kl_is_zero_and_the_gradient_is_reinfor
 
 
 def test_the_whole_canvas_may_be_scored(make_trainer: Any) -> None:
-    trainer = make_trainer(tiny_llada_that_ends(), scope="canvas", beta=0.04, max_steps=1)
+    trainer = make_trainer(tiny_llada_that_ends(), scope="canvas", stop_at_eos=False, beta=0.04, max_steps=1)
     trainer.train()
     record = trainer.seen[0]
     assert trainer.estimator.scope == "canvas" and record["completion_mask"].all()

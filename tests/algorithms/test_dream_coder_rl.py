@@ -173,7 +173,7 @@ def test_groups_are_judged_by_their_advantages(make: Any) -> None:
 
 
 def test_the_whole_canvas_is_shown_and_scored(make: Any) -> None:
-    trainer = make(model=tiny_llada_that_ends(), scope="canvas", max_steps=1)
+    trainer = make(model=tiny_llada_that_ends(), scope="canvas", stop_at_eos=False, max_steps=1)
     trainer.train()
     seen = trainer.seen[0]
     hidden = seen["scores"].views.scored  # complementary: every token of the canvas once

@@ -81,7 +81,7 @@ def test_wrong_groups_get_right_completions_and_teach(make: Any, adapter: Any) -
 
 
 def test_the_whole_canvas_may_be_scored(make: Any) -> None:
-    trainer = make(model=tiny_llada_that_ends(), scope="canvas", num_generations=4, max_steps=1)
+    trainer = make(model=tiny_llada_that_ends(), scope="canvas", stop_at_eos=False, num_generations=4, max_steps=1)
     trainer.train()
     record = trainer.seen[0]
     assert trainer.estimator.scope == "canvas" and record["completion_mask"].all()

@@ -145,12 +145,12 @@ def test_a_scope_that_the_estimator_does_not_have_is_refused(make_trainer: Any) 
             return MeanField(self.args.p_mask_prompt)
 
     with pytest.raises(ValueError, match="scope='canvas' is not supported: ValidTrainer builds an estimator of 'val"):
-        make_trainer(trainer=ValidTrainer, scope="canvas")
+        make_trainer(trainer=ValidTrainer, scope="canvas", stop_at_eos=False)
 
 
 def test_tokens_after_the_end_count_only_in_canvas_scope(make_trainer: Any) -> None:
     for scope, counts in (("valid", False), ("canvas", True)):
-        trainer = make_trainer(tiny_llada_that_ends(), scope=scope, max_steps=1, beta=0.04)
+        trainer = make_trainer(tiny_llada_that_ends(), scope=scope, stop_at_eos=False, max_steps=1, beta=0.04)
         trainer.train()
         batch = trainer._buffered_inputs[0]
         assert not batch["canvas_valid"].all(), "some row ends early"

@@ -142,6 +142,7 @@ def test_examples_fit_the_canvas_and_fill_it(make: Any) -> None:
         ({"max_completion_length": 8, "max_length": 24}, "max_length=24"),
         ({"random_truncation": True, "eos_padding": "longest"}, "random_truncation=True"),
         ({"cart_p": 0.0}, "cart_p=0.0"),
+        ({"cart_p": 0.3}, "cart_p=0.3 has no effect with loss_weight='1/t'"),
         ({"max_completion_length": 1, "eos_padding": "none"}, "leaves no example"),
     ],
 )

@@ -56,7 +56,13 @@ def test_a_softmax_over_the_batch() -> None:
 @pytest.mark.parametrize(("negative_weight", "scope"), [(1.0, "valid"), (0.0, "canvas")])
 def test_the_first_step_is_the_weighted_likelihood(make_trainer: Any, negative_weight: float, scope: str) -> None:
     trainer, gradients = one_step(
-        make_trainer, WD1Trainer, model=tiny_llada_that_ends(), negative_weight=negative_weight, psi=2.0, scope=scope
+        make_trainer,
+        WD1Trainer,
+        model=tiny_llada_that_ends(),
+        negative_weight=negative_weight,
+        psi=2.0,
+        scope=scope,
+        stop_at_eos=scope == "valid",
     )
     assert 0 < trainer.state.log_history[0]["entropy"] < math.log(len(trainer.processing_class))
     record = trainer.seen[0]

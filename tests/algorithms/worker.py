@@ -27,6 +27,7 @@ from rl4dlm.models.loading import save_denoiser
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
+from tests.launch import leave
 
 
 def toys() -> Any:
@@ -161,8 +162,7 @@ def main(results: Path, deepspeed: str | None) -> None:
     assert torch.distributed.get_world_size() == world_size
     if torch.distributed.get_rank() == 0:
         torch.save(found, results)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import rl4dlm
 from rl4dlm.models.loading import save_denoiser
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
 from tests.algorithms.conftest import settings
+from tests.launch import leave
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "CoupledGRPOTrainer": {"beta": 0.04},
@@ -79,9 +80,12 @@ def run(name: str, folder: Path, world_size: int, adapter: bool, model: Any = No
     }
 
 
-def run_one_view(name: str, folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
-    """A run whose views are scored one after another."""
-    return run(name, folder, world_size, adapter=False, one_view=True, **ONE_VIEW[name], **changes)
+def run_one_view(name: str, folder: Path, world_size: int, adapter: bool = False, **changes: Any) -> dict[str, Any]:
+    """A run whose views are scored one after another; an adapter's with layers that are checkpointed re-entrantly."""
+    if adapter:
+        changes |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        changes |= {"ddp_find_unused_parameters": False}  # with which DDP refuses re-entrant layers, views or not
+    return run(name, folder, world_size, adapter, one_view=True, **ONE_VIEW[name], **changes)
 
 
 def main(results: Path, deepspeed: str | None) -> None:
@@ -92,16 +96,20 @@ def main(results: Path, deepspeed: str | None) -> None:
             for name in ALGORITHMS
             for adapter in (False, True)
         }
+        found |= {("one view", name): run_one_view(name, folder / name, world_size, adapter=True) for name in ONE_VIEW}
     else:
         # ZeRO-3 shards models while they load, so that they come from a path, where they are before it is switched on.
         model = str(folder / f"model-{os.environ['RANK']}")
         save_denoiser(tiny_llada(), model, tiny_tokenizer())
         options = {"model": model, "deepspeed": deepspeed}
-        found = {name: run_one_view(name, folder / name, world_size, **options) for name in ONE_VIEW}
+        found = {
+            (name, adapter): run_one_view(name, folder / f"{name}-{adapter}", world_size, adapter, **options)
+            for name in ONE_VIEW
+            for adapter in (False, True)
+        }
     if int(os.environ["RANK"]) == 0:
         torch.save(found, results)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

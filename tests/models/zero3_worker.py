@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from rl4dlm.models.loading import load_denoiser
+from tests.launch import leave
 
 
 def main(root: Path) -> None:
@@ -27,8 +28,7 @@ def main(root: Path) -> None:
             found = model.state_dict()
             wrong += [f"{folder}: {key}" for key in expected if not torch.equal(found[key], expected[key])]
     (root / f"wrong{torch.distributed.get_rank()}.json").write_text(json.dumps(wrong))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

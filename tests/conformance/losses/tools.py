@@ -81,6 +81,7 @@ def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type
             "num_generations": 2,
             "max_completion_length": ids_of(case)[1].shape[1],
             "num_iterations": iterations,
+            "stop_at_eos": False,
             **settings,
         }
     )
