@@ -16,7 +16,8 @@ What they are not. Later blocks are hidden in more views than earlier ones, and 
 whole, so the lower one is a reweighted bound (`reweighted`), not that of block-wise decoding nor of any other; in mode
 `"random"` without prompt masking it is the evidence lower bound. The upper one is an upper bound of log p for beta >=
 |y| only (Hoelder); for 1 <= beta < |y| it falls below log p in models whose conditionals do not fit together, as real
-ones' do not, and an estimate from few views is too small on average.
+ones' do not, and an estimate from a few views is biased: too large from one view, too small from three or more in the
+models that were enumerated.
 
 `BlockELBO` is the bound of what block-wise decoding does: each block is written in random order given the finished ones
 before it, with everything behind it hidden,
