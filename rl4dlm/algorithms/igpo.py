@@ -12,7 +12,8 @@ of its prediction (section 3.3).
 
 Where the paper and its released code differ, or both are wrong, this is decided:
 - The filter acts in the ratio as well as in the average. In the code the ratio averages all tokens, so that dropped
-  hints still get a gradient; that is not offered. Tokens after the first end of sequence count in neither; in the code they count in both.
+  hints still get a gradient; that is not offered. Tokens after the first end of sequence count in neither; in the code
+  they count in both.
 - `loss_type="grpo"` is the paper's average, `"bnpo"` the code's, over the tokens of a micro-batch.
 - The share of kept hints is rounded down, to at least one per sequence.
 - The code's other views, at UniGRPO's levels, are `UniGRPOTrainer(..., intervention=Inpainting())`.
