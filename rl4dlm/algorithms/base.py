@@ -390,7 +390,9 @@ class DiffusionPolicyTrainer(InterveningTrainer):
         batch["canvas_valid"] = rollout.valid.to(device)
         batch["row_ids"] = torch.tensor(rollout.row_ids, device=device)
         batch["drawn"] = (rollout.trace.commit_step >= 0).to(device)
-        batch["drawn_log_probs"] = rollout.trace.raw_log_prob.to(device)
+        trace = rollout.trace
+        tempered = self.args.score_temperature != 1 and trace.log_prob is not None
+        batch["drawn_log_probs"] = (trace.log_prob if tempered else trace.raw_log_prob).to(device)  # type: ignore[union-attr]
         if rollout.trace.length is not None:
             slots = torch.arange(rollout.canvas.shape[1], device=device)
             batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]

@@ -44,7 +44,8 @@ def rollout_gap(drawn: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     """Sum over tokens of |log-probability at drawing time - score|, and the number of tokens: `[2]`.
 
     Args:
-        drawn: `[B, C]`, untempered log-probability, over the whole vocabulary, with which each token was drawn.
+        drawn: `[B, C]`, log-probability with which each token was drawn: untempered, over the whole vocabulary; where
+            scores are tempered, that of the distribution that it was drawn from.
         scores: `[B, C]`, its score in training. mask: `[B, C]`, the tokens to count.
     """
     mask = mask.bool()
