@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rl4dlm.algorithms.advantages import BASELINES, above_baseline, check_baseline
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
-from rl4dlm.algorithms.policy_config import check_ratio_level
+from rl4dlm.algorithms.policy_config import check_ratio_level, set_but_not_supported
 from rl4dlm.likelihood.coupled import Coupled
 
 
@@ -74,8 +74,9 @@ class CoupledGRPOConfig(DiffusionPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.pairs and list(self.level_range) != [0.2, 0.8]:
-            raise ValueError(f"level_range={self.level_range} has no effect with pairs=0; leave it out, or raise pairs")
+        refused = [] if self.pairs else set_but_not_supported(self, {"level_range": "it has no effect with pairs=0"})
+        if refused:
+            raise ValueError("; ".join(refused))
         check_ratio_level(self, self.estimator())
         check_baseline(self)
 

@@ -26,9 +26,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
-from rl4dlm.algorithms.setup import base_model
+from rl4dlm.algorithms.setup import mean_field
 from rl4dlm.likelihood.mean_field import MeanField
-from rl4dlm.likelihood.uniform import UniformMeanField
 
 
 @dataclass
@@ -77,7 +76,4 @@ class DiffuGRPOTrainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> MeanField:
         """The mean-field estimator of the model's noise, with this run's prompt masking."""
-        if self.spec.noise == "uniform":
-            size = base_model(self.model).config.get_text_config().vocab_size
-            return UniformMeanField(self.args.p_mask_prompt, self.args.scope, vocabulary_size=size)
-        return MeanField(self.args.p_mask_prompt, self.args.scope)
+        return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)

@@ -81,6 +81,7 @@ class DMPOConfig(RatioFreeConfig):
         objective: `"cross_entropy"` or `"ddo"`.
         ddo_scale, ddo_negative_weight, ddo_split: c, a, and whether both terms have views of their own.
         scope: the whole `"canvas"`, as published, or its `"valid"` tokens.
+        stop_at_eos: off, as for scope `"canvas"` it must be.
         num_iterations: passes over a batch of completions (mu), each with views of its own.
 
     Raises:

@@ -41,6 +41,7 @@ class ESPOConfig(SequenceRatioConfig):
         num_views: views per completion: 4 are two pairs.
         complement: views come in pairs that hide complementary tokens; `num_views` is even then.
         scope: which tokens are noised and scored: the whole `"canvas"`, or `"valid"` ones, up to the first end.
+        stop_at_eos: off, since what is behind the end is scored, too; only with scope `"valid"` may rows stop there.
         baseline: `"leave_one_out"` or `"group_mean"`.
         kl_estimator: `"k2"`; the paper finds that with `"k1"` training oscillates and with `"k3"` it stagnates.
         num_iterations: mu, passes over a batch of completions.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from rl4dlm.likelihood.mean_field import MeanField
+from rl4dlm.likelihood.uniform import UniformMeanField
 from rl4dlm.models import tokens
 from rl4dlm.models.adapters import check_adapter
 from rl4dlm.models.canvas import denoises_canvases
@@ -69,6 +71,14 @@ def tokenizer_for(model: Any, options: Mapping[str, Any] | None = None) -> Any:
 def base_model(model: Any) -> Any:
     """The `PreTrainedModel` inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def mean_field(model: Any, p_mask_prompt: float, scope: str) -> MeanField:
+    """The mean-field estimator for a model's noise."""
+    base = base_model(model)
+    if DiffusionSpec.of(base).noise == "uniform":
+        return UniformMeanField(p_mask_prompt, scope, vocabulary_size=base.config.get_text_config().vocab_size)
+    return MeanField(p_mask_prompt, scope)
 
 
 def copy_of(model: Any) -> Any:

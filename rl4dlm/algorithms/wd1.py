@@ -28,10 +28,9 @@ from torch import Tensor
 from rl4dlm.algorithms.advantages import softmax_weights
 from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
 from rl4dlm.algorithms.ratio_free import RatioFreeConfig
-from rl4dlm.algorithms.setup import base_model
+from rl4dlm.algorithms.setup import mean_field
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.mean_field import MeanField
-from rl4dlm.likelihood.uniform import UniformMeanField
 from rl4dlm.objectives import weighted_likelihood
 
 __all__ = ["WD1Config", "WD1Trainer"]
@@ -97,10 +96,7 @@ class WD1Trainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> MeanField:
         """The mean-field estimator of the model's noise, with this run's prompt masking."""
-        if self.spec.noise == "uniform":
-            size = base_model(self.model).config.get_text_config().vocab_size
-            return UniformMeanField(self.args.p_mask_prompt, self.args.scope, vocabulary_size=size)
-        return MeanField(self.args.p_mask_prompt, self.args.scope)
+        return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
         """`w+ - s w-`."""

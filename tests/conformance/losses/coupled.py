@@ -48,9 +48,7 @@ def run(case: Case, folder: Path) -> Verdict:
         model,
         CoupledGRPOTrainer,
         views(case, iteration),
-        epsilon=settings["epsilon_low"],
-        epsilon_high=settings["epsilon_high"],
-        beta=settings["beta"],
+        **tools.ratio_settings(case),
         loss_type="bnpo",
         scope="canvas",
     )

@@ -53,9 +53,7 @@ def run(case: Case, folder: Path) -> Verdict:
         ESPOTrainer,
         views(case, iteration, count, complement=True),
         num_views=2 * count,
-        epsilon=settings["epsilon_low"],
-        epsilon_high=settings["epsilon_high"],
-        beta=settings["beta"],
+        **tools.ratio_settings(case),
         kl_estimator=settings.get("kl", "k2"),
         scope="canvas",
     )

@@ -62,6 +62,12 @@ class Recorded(Estimator):
         return super().reduce(log_probs, views) if self.inner is None else self.inner.reduce(log_probs, views)
 
 
+def ratio_settings(case: Case) -> dict[str, float]:
+    """Clip range and weight of the KL term, by our names."""
+    recorded = case.settings
+    return {"epsilon": recorded["epsilon_low"], "epsilon_high": recorded["epsilon_high"], "beta": recorded["beta"]}
+
+
 def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type, views: Views, **settings: Any) -> Any:
     """A trainer around the recorded model with the recorded number of iterations, at the recorded one.
 
