@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rl4dlm import DecodingConfig, DiffusionPolicyTrainer, evaluate, load_denoiser, load_rewards
-from rl4dlm.algorithms.ratio_free import RatioFreeConfig
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import RowNoise, as_views
 from rl4dlm.likelihood.views import Rows, Views
-from rl4dlm.objectives import weighted_likelihood
+from rl4dlm.training.losses import weighted_likelihood
+from rl4dlm.training.ratio_free import RatioFreeConfig
 
 # --- the algorithm: how completions are scored, what they are worth, what is minimised --------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rl4dlm import DecodingConfig, RolloutEngine, load_denoiser, load_tokenizer
-from rl4dlm.rollout.schema import Scaffold, Scaffolder
+from rl4dlm.rollout.constraints.schema import Scaffold, Scaffolder
 
 TEXT = "Ada Lovelace, born in London in 1815, wrote the first program. She had three children and no house in Paris."
 SCHEMA: dict[str, Any] = {

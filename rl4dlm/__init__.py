@@ -10,10 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl4dlm.algorithms.base import (
-        DiffusionPolicyConfig as DiffusionPolicyConfig,
-        DiffusionPolicyTrainer as DiffusionPolicyTrainer,
-    )
     from rl4dlm.algorithms.bgpo import BGPOConfig as BGPOConfig, BGPOTrainer as BGPOTrainer
     from rl4dlm.algorithms.coupled_grpo import (
         CoupledGRPOConfig as CoupledGRPOConfig,
@@ -31,20 +27,13 @@ if TYPE_CHECKING:
     )
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
-    from rl4dlm.algorithms.inpainting import Inpainting as Inpainting
-    from rl4dlm.algorithms.intervention import Intervention as Intervention
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
-    from rl4dlm.algorithms.sft import (
-        DiffusionSFTConfig as DiffusionSFTConfig,
-        DiffusionSFTTrainer as DiffusionSFTTrainer,
-    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
     from rl4dlm.grading import load_reward as load_reward, load_rewards as load_rewards
     from rl4dlm.likelihood.views import Views as Views
-    from rl4dlm.models.adapt import adapt_causal_lm as adapt_causal_lm
     from rl4dlm.models.adapters import check_adapter as check_adapter
     from rl4dlm.models.convert import convert as convert
     from rl4dlm.models.loading import (
@@ -71,7 +60,18 @@ if TYPE_CHECKING:
     from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
     from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
     from rl4dlm.rollout.rollout import Rollout as Rollout, Trace as Trace
+    from rl4dlm.sft.adapt import adapt_causal_lm as adapt_causal_lm
+    from rl4dlm.sft.trainer import (
+        DiffusionSFTConfig as DiffusionSFTConfig,
+        DiffusionSFTTrainer as DiffusionSFTTrainer,
+    )
     from rl4dlm.tasks import load_task as load_task
+    from rl4dlm.training.interventions.inpainting import Inpainting as Inpainting
+    from rl4dlm.training.interventions.intervention import Intervention as Intervention
+    from rl4dlm.training.trainer import (
+        DiffusionPolicyConfig as DiffusionPolicyConfig,
+        DiffusionPolicyTrainer as DiffusionPolicyTrainer,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -88,10 +88,10 @@ _MODULE_OF = {
     "DiffuGRPOTrainer": "rl4dlm.algorithms.diffu_grpo",
     "DiffusionGDPOConfig": "rl4dlm.algorithms.diffusion_gdpo",
     "DiffusionGDPOTrainer": "rl4dlm.algorithms.diffusion_gdpo",
-    "DiffusionPolicyConfig": "rl4dlm.algorithms.base",
-    "DiffusionPolicyTrainer": "rl4dlm.algorithms.base",
-    "DiffusionSFTConfig": "rl4dlm.algorithms.sft",
-    "DiffusionSFTTrainer": "rl4dlm.algorithms.sft",
+    "DiffusionPolicyConfig": "rl4dlm.training.trainer",
+    "DiffusionPolicyTrainer": "rl4dlm.training.trainer",
+    "DiffusionSFTConfig": "rl4dlm.sft.trainer",
+    "DiffusionSFTTrainer": "rl4dlm.sft.trainer",
     "DiffusionSpec": "rl4dlm.models.spec",
     "ESPOConfig": "rl4dlm.algorithms.espo",
     "ESPOTrainer": "rl4dlm.algorithms.espo",
@@ -101,8 +101,8 @@ _MODULE_OF = {
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
     "IGPOTrainer": "rl4dlm.algorithms.igpo",
-    "Inpainting": "rl4dlm.algorithms.inpainting",
-    "Intervention": "rl4dlm.algorithms.intervention",
+    "Inpainting": "rl4dlm.training.interventions.inpainting",
+    "Intervention": "rl4dlm.training.interventions.intervention",
     "Rollout": "rl4dlm.rollout.rollout",
     "RolloutEngine": "rl4dlm.rollout.engine",
     "SPGConfig": "rl4dlm.algorithms.spg",
@@ -115,7 +115,7 @@ _MODULE_OF = {
     "WD1Trainer": "rl4dlm.algorithms.wd1",
     "attach_scoring": "rl4dlm.models.scoring",
     "available_schedules": "rl4dlm.rollout.decoding",
-    "adapt_causal_lm": "rl4dlm.models.adapt",
+    "adapt_causal_lm": "rl4dlm.sft.adapt",
     "check_adapter": "rl4dlm.models.adapters",
     "convert": "rl4dlm.models.convert",
     "evaluate": "rl4dlm.evaluation",

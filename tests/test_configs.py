@@ -12,7 +12,7 @@ import yaml
 from trl import ModelConfig
 
 from rl4dlm import resources, save_denoiser, tiny_llada, tiny_tokenizer
-from rl4dlm.launching import RewardArguments, parse
+from rl4dlm.cli.arguments import RewardArguments, parse
 
 CONFIGS = {
     f"{path.parent.name}/{path.stem}": path

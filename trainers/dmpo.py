@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rl4dlm import DMPOTrainer
-from rl4dlm.algorithms.script import run
+from rl4dlm.cli.script import run
 
 
 def main(argv: Sequence[str] | None = None) -> DMPOTrainer:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer, load_tokenizer
-from rl4dlm.launching import (
+from rl4dlm.cli.arguments import (
     AdaptationArguments,
     ExampleArguments,
     check_settings,
@@ -22,7 +22,7 @@ from rl4dlm.launching import (
     parse,
     with_completions,
 )
-from rl4dlm.models.adapt import adapt_causal_lm
+from rl4dlm.sft.adapt import adapt_causal_lm
 
 
 def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:

@@ -1,1 +1,1 @@
-"""One file per algorithm: its settings and its trainer, only what makes it different. `base.py` does the rest."""
+"""One file per algorithm: its settings and its trainer, only what makes it different; the rest is `rl4dlm.training`."""

@@ -28,16 +28,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.policy_config import (
+from rl4dlm.likelihood.elbo import ELBO
+from rl4dlm.likelihood.masks import STRATIFY
+from rl4dlm.training.config import (
     KL_ESTIMATORS,
     OWN_LOSS,
     DiffusionPolicyConfig,
     set_but_not_supported,
 )
-from rl4dlm.likelihood.elbo import ELBO
-from rl4dlm.likelihood.masks import STRATIFY
-from rl4dlm.objectives import clipped_ratio, kl_estimate, ratio_bound
+from rl4dlm.training.losses import clipped_ratio, kl_estimate, ratio_bound
+from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["BGPOConfig", "BGPOTrainer"]
 

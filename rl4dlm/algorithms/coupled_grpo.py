@@ -29,10 +29,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.advantages import BASELINES, above_baseline, check_baseline
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
-from rl4dlm.algorithms.policy_config import check_ratio_level, set_but_not_supported
 from rl4dlm.likelihood.coupled import Coupled
+from rl4dlm.training.advantages import BASELINES, above_baseline, check_baseline
+from rl4dlm.training.config import check_ratio_level, set_but_not_supported
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 
 @dataclass

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
-from rl4dlm.algorithms.setup import mean_field
 from rl4dlm.likelihood.mean_field import MeanField
+from rl4dlm.training.setup import mean_field
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 
 @dataclass

@@ -31,9 +31,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rl4dlm.algorithms.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.quadrature import Quadrature
+from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
 
 RATIO_NORMS = ("length", "none")
 

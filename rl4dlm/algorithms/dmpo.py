@@ -50,14 +50,14 @@ import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rl4dlm.algorithms.advantages import softmax_weights
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores, rows_of
-from rl4dlm.algorithms.intervening_trainer import places
-from rl4dlm.algorithms.ratio_free import RATIO_SETTINGS, RatioFreeConfig
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice
-from rl4dlm.objectives import weighted_likelihood
+from rl4dlm.training.advantages import softmax_weights
+from rl4dlm.training.interventions.trainer import places
+from rl4dlm.training.losses import weighted_likelihood
+from rl4dlm.training.ratio_free import RATIO_SETTINGS, RatioFreeConfig
+from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores, rows_of
 
 __all__ = ["DMPOConfig", "DMPOTrainer"]
 

@@ -32,14 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
-from rl4dlm.algorithms.loss_parts import resized
-from rl4dlm.algorithms.policy_config import OWN_LOSS, set_but_not_supported
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
-from rl4dlm.objectives import clipped_surrogate
 from rl4dlm.rollout.noise import keyed_uniform
+from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
+from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.losses import clipped_surrogate
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
 
 LOSS_TYPES = ("dapo", "bnpo")
 _SAME = 1e-6  # advantages that are no further apart are the same but for rounding

@@ -27,10 +27,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.advantages import BASELINES, above_baseline, check_baseline
-from rl4dlm.algorithms.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.training.advantages import BASELINES, above_baseline, check_baseline
+from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
 
 
 @dataclass

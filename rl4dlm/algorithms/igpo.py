@@ -1,7 +1,8 @@
 """IGPO (Zhao et al., arXiv 2509.10396): GRPO whose hopeless groups are shown pieces of a worked solution.
 
 Where all completions of a prompt are wrong, some are replaced by right ones that were written around hints
-(`rl4dlm.algorithms.inpainting`). Scores s are those of the whole completion hidden behind a clean prompt. With
+(`rl4dlm.training.interventions.inpainting`). Scores s are those of the whole completion hidden behind a clean
+prompt. With
 A = r - mean of the group's r after replacement, and one ratio for a sequence (section 3.2),
 
     rho = exp(mean over tokens of s - s_old),
@@ -29,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.inpainting import Inpainting, InpaintingSettings
-from rl4dlm.algorithms.loss_parts import resized
 from rl4dlm.likelihood.mean_field import MeanField
+from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
+from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
 
 
 @dataclass

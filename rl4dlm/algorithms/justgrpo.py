@@ -32,8 +32,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer
 from rl4dlm.likelihood.left_to_right import LeftToRight
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 SCHEDULE = "left_to_right"
 _OFF = {

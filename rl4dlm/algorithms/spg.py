@@ -23,12 +23,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.loss_parts import resized
-from rl4dlm.algorithms.ratio_free import RatioFreeConfig
 from rl4dlm.likelihood.blockwise import BOUNDS, MODES, BlockELBO, BlockwiseBound
 from rl4dlm.likelihood.masks import check_choice
-from rl4dlm.objectives import weighted_likelihood
+from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.losses import weighted_likelihood
+from rl4dlm.training.ratio_free import RatioFreeConfig
+from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["SPGConfig", "SPGTrainer"]
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.base import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.loss_parts import resized
-from rl4dlm.algorithms.policy_config import check_ratio_level
 from rl4dlm.likelihood.iid import IIDRatio
+from rl4dlm.training.config import check_ratio_level
+from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "luspo", "sapo")
 

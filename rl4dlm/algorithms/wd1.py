@@ -25,13 +25,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rl4dlm.algorithms.advantages import softmax_weights
-from rl4dlm.algorithms.base import DiffusionPolicyTrainer, PolicyScores
-from rl4dlm.algorithms.ratio_free import RatioFreeConfig
-from rl4dlm.algorithms.setup import mean_field
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.mean_field import MeanField
-from rl4dlm.objectives import weighted_likelihood
+from rl4dlm.training.advantages import softmax_weights
+from rl4dlm.training.losses import weighted_likelihood
+from rl4dlm.training.ratio_free import RatioFreeConfig
+from rl4dlm.training.setup import mean_field
+from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["WD1Config", "WD1Trainer"]
 

@@ -25,9 +25,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from rl4dlm.models import tokens
 from rl4dlm.models.adapters import experts_of, quantized_share
 from rl4dlm.models.checkpoint import Checkpoint, LazyTensor, dtype_name, listed, write_checkpoint
-from rl4dlm.models.convert import FORMS
 from rl4dlm.models.families import FAMILIES, find_family
 from rl4dlm.models.family import RECORD, Family, HubConfig
+from rl4dlm.models.forms import FORMS
 from rl4dlm.models.layout import Layout
 from rl4dlm.models.spec import DiffusionSpec
 

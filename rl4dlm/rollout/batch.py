@@ -27,7 +27,7 @@ from rl4dlm.models.attention import (
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy
 from rl4dlm.rollout.caches.store import KeyValueStore
-from rl4dlm.rollout.constraints import Constraint, candidates, constrain
+from rl4dlm.rollout.constraints.automata import Constraint, candidates, constrain
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import Drawn, Places, Reading, Scored
 from rl4dlm.rollout.memory import Memory, moved

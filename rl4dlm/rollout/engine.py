@@ -19,7 +19,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.batch import Batch, Choices, Progress
 from rl4dlm.rollout.caches import build_cache
-from rl4dlm.rollout.constraints import Automaton, Constraint
+from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rl4dlm import BGPOConfig, BGPOTrainer
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.likelihood.views import Views
-from tests.algorithms.steps import adapter_step, check_gradient, check_splits, one_step, sequences_mean
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import adapter_step, check_gradient, check_splits, one_step, sequences_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

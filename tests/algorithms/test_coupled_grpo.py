@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rl4dlm import CoupledGRPOConfig, CoupledGRPOTrainer
-from rl4dlm.algorithms.advantages import leave_one_out, scaled
 from rl4dlm.likelihood.mean_field import MeanField
-from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
+from rl4dlm.training.advantages import leave_one_out, scaled
+from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.likelihood.views import Rows
-from tests.algorithms.steps import tiny_llada_that_ends
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rl4dlm import DiffusionGDPOConfig, DiffusionGDPOTrainer
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.likelihood.views import Views
-from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, sequences_mean
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, sequences_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

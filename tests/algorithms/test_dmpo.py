@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rl4dlm import DMPOConfig, DMPOTrainer
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.algorithms.dmpo import effective_share, target_weights
 from rl4dlm.algorithms.wd1 import signed_weights
 from rl4dlm.likelihood.views import Views
-from tests.algorithms.steps import adapter_step, check_gradient, check_splits, one_step, plain_log_probs
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import adapter_step, check_gradient, check_splits, one_step, plain_log_probs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.algorithms.dream_coder_rl import DreamCoderRLConfig, DreamCoderRLTrainer
 from rl4dlm.likelihood.complementary import Complementary, context_weights
 from rl4dlm.likelihood.views import Rows
-from tests.algorithms.steps import tiny_llada_that_ends
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rl4dlm import ESPOConfig, ESPOTrainer
-from rl4dlm.algorithms.base import PolicyScores
-from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, sequences_mean
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, sequences_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -11,10 +11,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from rl4dlm.algorithms.igpo import IGPOConfig, IGPOTrainer, kept_hints, most_entropic
-from tests.algorithms.steps import tiny_llada_that_ends
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rl4dlm import Inpainting, JustGRPOConfig, JustGRPOTrainer
-from rl4dlm.algorithms.loss_parts import resized
-from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
+from rl4dlm.training.loss_parts import resized
+from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

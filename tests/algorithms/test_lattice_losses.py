@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from rl4dlm import DiffuGRPOTrainer, UniGRPOTrainer
-from tests.algorithms.steps import one_step, tiny_llada_that_ends
+from tests.training.steps import one_step, tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

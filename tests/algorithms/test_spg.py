@@ -10,9 +10,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rl4dlm import SPGConfig, SPGTrainer
-from rl4dlm.algorithms.base import PolicyScores
 from rl4dlm.likelihood.blockwise import BlockELBO
-from tests.algorithms.steps import check_gradient, one_step, plain_log_probs
+from rl4dlm.training.trainer import PolicyScores
+from tests.training.steps import check_gradient, one_step, plain_log_probs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

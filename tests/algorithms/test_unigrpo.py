@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rl4dlm import UniGRPOConfig, UniGRPOTrainer
-from tests.algorithms.steps import check_first_iteration, check_gradient, lora_step, one_step, plain_log_probs
+from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, plain_log_probs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -10,7 +10,7 @@ import torch
 
 from rl4dlm import WD1Config, WD1Trainer
 from rl4dlm.algorithms.wd1 import signed_weights
-from tests.algorithms.steps import (
+from tests.training.steps import (
     adapter_step,
     check_gradient,
     check_splits,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rl4dlm.models.tiny import tiny_llada
-from tests.algorithms.test_distributed import needs_deepspeed, train
 from tests.algorithms.zoo_worker import ALGORITHMS, ONE_VIEW, run
+from tests.training.test_distributed import needs_deepspeed, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 import rl4dlm
-from rl4dlm.algorithms.base import rows_of
-from rl4dlm.algorithms.intervening_trainer import places
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.noise import KeyedNoise
 from rl4dlm.rollout.rollout import Rollout
-from tests.algorithms.steps import one_step, recording
+from rl4dlm.training.interventions.trainer import places
+from rl4dlm.training.trainer import rows_of
 from tests.algorithms.test_igpo import HINTS, Verifier, data
 from tests.models.float64 import exactly_float64
+from tests.training.steps import one_step, recording
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

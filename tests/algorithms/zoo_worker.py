@@ -21,8 +21,8 @@ from peft import LoraConfig
 import rl4dlm
 from rl4dlm.models.loading import save_denoiser
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
-from tests.algorithms.conftest import settings
 from tests.launch import leave
+from tests.training.conftest import settings
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "CoupledGRPOTrainer": {"beta": 0.04},

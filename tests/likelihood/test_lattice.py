@@ -25,7 +25,7 @@ from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
-from rl4dlm.objectives import clipped_surrogate, denoising_cross_entropy, weighted_likelihood
+from rl4dlm.training.losses import clipped_surrogate, denoising_cross_entropy, weighted_likelihood
 from tests.likelihood.tabular import Tabular, all_masks, completions, count_masks, iid_masks, joint, rows_of
 from tests.likelihood.test_estimators import ESTIMATORS, name, rows
 

@@ -22,7 +22,7 @@ from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_diffusion_gemma, tiny_tokenizer
-from tests.algorithms.steps import SMALL_RUN
+from tests.training.steps import SMALL_RUN
 
 quiet = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 TOKENS, LENGTH = 3, 3

@@ -2,7 +2,8 @@
 
 The canvas starts as a template, written by `RolloutEngine.generate`'s `hints`, and is seen whole from the first step.
 Each step commits the same number of the most probable tokens, wherever they are: the open slots divided by the steps,
-rounded up; the last step commits all that is left. `rl4dlm.rollout.schema` makes templates from JSON schemas.
+rounded up; the last step commits all that is left. `rl4dlm.rollout.constraints.schema` makes templates from JSON
+schemas.
 
 Differences from the released code: any number of rows, each with its own template; confidences are the untempered
 probabilities rather than those of noised logits; slots are known by position, not by holding the mask token.

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings as hypothesis_settings, stra
 from torch import Tensor, nn
 
 from rl4dlm.models.scoring import attach_scoring
-from rl4dlm.rollout.constraints import one_of, repeat, sequence
+from rl4dlm.rollout.constraints.automata import one_of, repeat, sequence
 from rl4dlm.rollout.decoding import available_schedules
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import EventKind, Events, Rollout

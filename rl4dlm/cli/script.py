@@ -1,0 +1,87 @@
+"""The body of the RL scripts in trainers/: settings, data, rewards and model to a trainer, a run and a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from rl4dlm.cli.arguments import RewardArguments, check_settings, load_splits, model_options, parse
+from rl4dlm.grading import load_rewards
+from rl4dlm.models.loading import load_tokenizer
+from rl4dlm.training.config import set_but_not_supported
+from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
+from rl4dlm.training.trainer import DiffusionPolicyTrainer
+
+GUIDANCE = ("inpainting",)
+TrainerT = TypeVar("TrainerT", bound=DiffusionPolicyTrainer)
+
+
+@dataclass
+class GuidanceArguments(InpaintingSettings):
+    """What may guide the rollouts of an algorithm that does not say so itself; `InpaintingSettings` are its settings.
+
+    Args:
+        guidance: `"inpainting"`: pieces of worked solutions, see `Inpainting`; None: nothing.
+
+    Raises:
+        ValueError: an unknown `guidance`, or settings without it.
+    """
+
+    guidance: str | None = field(
+        default=None, metadata={"help": f"What guides rollouts: {', '.join(GUIDANCE)}. Default: nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and self.guidance not in GUIDANCE:
+            raise ValueError(f"guidance={self.guidance!r} is not allowed; choose None or one of {', '.join(GUIDANCE)}")
+        if self.guidance is None:
+            idle = {f.name: "it has no effect without guidance='inpainting'" for f in fields(InpaintingSettings)}
+            refused = set_but_not_supported(self, idle)
+            if refused:
+                raise ValueError("; ".join(refused))
+        self.check_inpainting()
+
+    def intervention(self) -> Inpainting | None:
+        """What a trainer is to be given."""
+        if self.guidance is None:
+            return None
+        return Inpainting(**{f.name: getattr(self, f.name) for f in fields(InpaintingSettings)})
+
+
+def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> TrainerT:
+    """Trains with a trainer of this library, by settings of the command line and the YAML file that it names.
+
+    Args:
+        trainer_class: the algorithm; its `config_class` has the settings.
+        argv: arguments; None: the process's own. They are those of `RewardArguments`, the config and `trl.ModelConfig`,
+            and of `GuidanceArguments` where the config has no such settings itself.
+
+    Returns:
+        The trainer, after training and saving.
+    """
+    guided = issubclass(trainer_class.config_class, InpaintingSettings)
+    guidance = () if guided else (GuidanceArguments,)
+    script, training, model, *given = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig, *guidance)
+    check_settings(training, model)
+    rewards = load_rewards(script.reward_funcs)
+    train_dataset, eval_dataset = load_splits(script, evaluating=training.eval_strategy != "no")
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    training.model_init_kwargs = model_options(training, model)
+    trainer = trainer_class(
+        model.model_name_or_path,
+        rewards,
+        training,
+        train_dataset,
+        eval_dataset,
+        tokenizer,
+        intervention=given[0].intervention() if given else None,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    trainer.end()
+    return trainer

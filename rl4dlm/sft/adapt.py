@@ -1,0 +1,156 @@
+"""Makes a denoiser to start training from out of an autoregressive model.
+
+Owns the mask token, the spec and the switch from causal attention; weights stay what they are, so that the result
+denoises badly until it has been trained. Training is `rl4dlm.sft.trainer`'s, published denoisers are `loading.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from rl4dlm.models import loading, tokens
+from rl4dlm.models.adapters import experts_of
+from rl4dlm.models.attention import BLOCK_KINDS, check_attention
+from rl4dlm.models.spec import DiffusionSpec
+
+log = logging.getLogger(__name__)
+
+CAUSAL_MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""`model_type` of the causal models whose stock class computes the same with another mask."""
+
+MASK_TOKEN = "<|mask|>"
+"""What a tokenizer without a mask token gets unless another one is asked for."""
+
+
+def adapt_causal_lm(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    attention: str = "block_causal",
+    block_length: int | None = None,
+    grid_origin: str = "position_zero",
+    logit_shift: int = 1,
+    mask_token: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Loads a causal Llama or Qwen model as a denoiser that has yet to be trained.
+
+    Args:
+        path: folder or hub id of a causal model: a stock class, and no `diffusion` entry in config.json.
+        tokenizer: of the model; it gets the mask token. None: the one in the folder.
+        attention: a kind of `DiffusionSpec`: `"full"`, `"block_causal"`, `"context_causal"` or `"causal"`.
+        block_length: of the attention blocks in tokens, for the kinds that have blocks.
+        grid_origin: where the block grid starts: at `"position_zero"` or at the `"response"`.
+        logit_shift: 1: the logits at position i - 1 go on predicting token i, as they were trained to; 0: those at i.
+        mask_token: text of the mask token. One that the vocabulary has is used as it is. A new one takes the next free
+            id, for which the embedding often has a spare row (in Qwen2.5, 151665) and is extended otherwise; its rows
+            of embedding and head become the mean of those of the tokens before it. None: the tokenizer's own, else
+            `MASK_TOKEN`.
+        dtype, device, attn_implementation, revision, kwargs: as for `load_denoiser`.
+
+    Returns:
+        The model, with `config.diffusion`, and the tokenizer. `save_denoiser(model, folder, tokenizer)` writes both. An
+        adapter (LoRA) must be trained on such a folder, which its files can name as their base.
+
+    Raises:
+        ValueError: another kind of model, a sliding window, a setting that is not allowed, a mask token that
+            contradicts the tokenizer, or quantization, which would have to come after.
+        FileNotFoundError: `path` looks like a local path and is not there.
+    """
+    path = os.fspath(path)
+    if attention in BLOCK_KINDS and block_length is None:
+        raise ValueError(f"attention={attention!r} needs block_length, the length of its blocks in tokens")
+    if attention not in BLOCK_KINDS and block_length is not None:
+        raise ValueError(f"block_length={block_length} has no meaning for attention={attention!r}; leave it out")
+    for name in ("quantization_config", "trust_remote_code"):
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name} is not supported here: adapt, save with `save_denoiser`, then load the result")
+    folder = loading.local_folder(path, revision)
+    config = _causal_config(folder)
+    if tokenizer is None:
+        tokenizer = tokens.load_tokenizer(folder, None, None)
+    text, is_new = _mask_token(tokenizer, mask_token)
+
+    ends = _end_ids(folder, config, tokenizer)
+    # Everything is checked before the tokenizer is changed and weights are read; a new token's id is the next one.
+    mask = len(tokenizer) if is_new else tokenizer.convert_tokens_to_ids(text)
+    spec = DiffusionSpec(mask, ends, logit_shift, attention, block_length, grid_origin)
+    check_attention(spec, attn_implementation)
+    if tokenizer.mask_token != text:
+        tokenizer.add_special_tokens({"mask_token": text})
+    loading.check_tokenizer(tokenizer, spec)
+
+    config.is_causal, config.use_cache, config.diffusion = False, False, spec.to_dict()
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, **kwargs}
+    options = {name: value for name, value in options.items() if value is not None}
+    model = loading._load_stock(AutoModelForCausalLM, folder, config, options)
+    if is_new:
+        _make_rows(model, mask)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=list(ends)
+    )
+    tokens.train_end_tokens(model)
+    if model.dtype == torch.float64 and experts_of(model):
+        model.set_experts_implementation("eager")  # the grouped matrix product has no float64
+    model.config._name_or_path = model.name_or_path = ""  # the folder it came from does not hold this model
+    log.info("%s adapted: %s attention, mask token %s (id %d)", path, attention, text, mask)
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def _causal_config(folder: Path) -> Any:
+    """The configuration of a causal model. Raises ValueError for anything else, naming file, key and remedy."""
+    hub = loading._read_config(folder)
+    if hub.get("diffusion") is not None:
+        raise ValueError(f"{hub.path} has a `diffusion` entry: the model is a denoiser; load it with `load_denoiser`")
+    architectures = hub.get("architectures") or []
+    is_lm = all(name.endswith("ForCausalLM") for name in architectures)
+    if hub.get("model_type") not in CAUSAL_MODELS or "auto_map" in hub or not is_lm:
+        raise ValueError(
+            f"{hub.path}: `model_type` is {hub.get('model_type')!r} and `architectures` {architectures}; causal models "
+            f"of the stock types {', '.join(CAUSAL_MODELS)} can be adapted. A published denoiser loads with "
+            "`load_denoiser` as it is"
+        )
+    config = AutoConfig.from_pretrained(folder)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{hub.path}: a sliding window is not supported; set `use_sliding_window` to false")
+    return config
+
+
+def _mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> tuple[str, bool]:
+    """Text of the mask token, and whether the vocabulary lacks it."""
+    own = tokenizer.mask_token
+    if own is not None and wanted not in (None, own):
+        raise ValueError(f"mask_token={wanted!r} contradicts the tokenizer, whose mask token is {own!r}; leave it out")
+    text = own or wanted or MASK_TOKEN
+    return text, text not in tokenizer.get_vocab()
+
+
+def _end_ids(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a completion, as generation_config.json, config.json and the tokenizer state them."""
+    found: list[int] = []
+    for value in (tokens._generation(folder).get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if not found:
+        raise ValueError(f"{folder}: no file states an `eos_token_id`; add it to config.json")
+    return tuple(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def _make_rows(model: Any, mask: int) -> None:
+    """Rows of embedding and head for a new token: the mean of those of the tokens before it."""
+    if mask >= model.get_input_embeddings().weight.shape[0]:
+        with torch.random.fork_rng(devices=[]):  # transformers draws the new rows, which are overwritten
+            model.resize_token_embeddings(mask + 1, mean_resizing=False)
+    weights = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in weights.values():
+        weight[mask] = weight[:mask].mean(0)
