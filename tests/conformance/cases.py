@@ -21,6 +21,8 @@ COVERED = {
     "spg": "SPG: bounds, losses, gradients",
     "dmpo": "DMPO: evidence lower bounds, losses, gradients",
     "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
+    "wd1": "wd1: scores, weights, losses, gradients",
+    "justgrpo": "JustGRPO: advantages, scores, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
@@ -109,7 +111,7 @@ class Case:
 
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
-OBJECTIVES = ("coupled", "dmpo", "espo", "spg")
+OBJECTIVES = ("coupled", "dmpo", "espo", "justgrpo", "spg", "wd1")
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
 
