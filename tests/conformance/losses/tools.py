@@ -97,7 +97,7 @@ def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type
         model,
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": ["t5 t6"]}),
+        train_dataset=Dataset.from_dict({"prompt": ["t5 t6"], "solution": ["t7 t8"]}),
         processing_class=tokenizer(case, model.config.vocab_size),
     )
     built.estimator = Recorded(views, built.estimator)
@@ -155,6 +155,21 @@ def compare_gradients(recorded: dict[str, Any], model: LlamaForCausalLM, mask_to
             table, is_mask, row, count = entry.groups()
             found = tables[table][mask_token_id if is_mask else int(row)][: int(count)]
             torch.testing.assert_close(found.double(), torch.tensor(value).double(), rtol=0, atol=near)
+
+
+def packed(case: Case) -> Rows:
+    """Rows of a reference that drops padding before the forward: nothing sees it, and positions count without it."""
+    prompts, completions = ids_of(case)
+    valid = mask_of(case).bool()
+    mask = case.inputs.get("prompt_mask")
+    prompt_mask = torch.ones_like(prompts) if mask is None else torch.tensor(mask)
+    return Rows(prompts, prompt_mask, completions, valid, torch.arange(len(prompts)), seen=valid)
+
+
+def of_rows(batch: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """A batch that is scored as `rows` say."""
+    seen = rows.valid if rows.seen is None else rows.seen
+    return {**batch, "prompt_mask": rows.prompt_mask.long(), "canvas_valid": rows.valid, "canvas_seen": seen}
 
 
 def check_outputs(case: Case, known: set[str]) -> None:
