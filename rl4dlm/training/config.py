@@ -250,8 +250,8 @@ class DiffusionPolicyConfig(GRPOConfig):
             if refused:
                 raise ValueError("; ".join(refused))
             return
-        plain_k1 = self.kl_estimator == "k1" and not self.use_bias_correction_kl
-        if plain_k1 and (self.kl_per_token or self.kl_target == "old"):
+        # Of whole sequences and views there is no ratio that could complete k1, and k2 has the gradient that it lacks.
+        if self.kl_estimator == "k1" and not (self.kl_per_token and self.use_bias_correction_kl):
             remedy = "set use_bias_correction_kl=True, or choose" if self.kl_per_token else "choose"
             raise ValueError(
                 f"kl_estimator='k1' is not allowed here: its plain gradient does not depend on the {self.kl_target} "
