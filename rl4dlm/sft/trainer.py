@@ -52,6 +52,7 @@ from rl4dlm.sft.data import (
 from rl4dlm.sft.settings import AdaptationSettings
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
 from rl4dlm.training.losses import denoising_cross_entropy
 from rl4dlm.training.precision import check_precision, settle_precision
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
@@ -96,6 +97,8 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         random_truncation: cut and pad the completions of each micro-batch to the length of a random one of them; the
             padding is end-of-sequence tokens, targets like any other. So lengths vary, and padding is a small part of
             what is learnt (Dream-Coder, arXiv 2509.01142). Training alone is affected.
+        max_skipped_steps: optimizer steps in a row that may be skipped because something in them is not finite, before
+            the run is given up; see `rl4dlm.training.guard`.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -117,6 +120,10 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         default=False,
         metadata={"help": "Cut and pad the completions of a micro-batch to the length of a random one of them."},
     )
+    max_skipped_steps: int = field(
+        default=MAX_SKIPPED_STEPS,
+        metadata={"help": "Steps in a row that may be skipped because something in them is not finite."},
+    )
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
@@ -125,6 +132,8 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
+        check_max_skipped_steps(self.max_skipped_steps)
+        self.logging_nan_inf_filter = False  # it logs 0 in the place of a loss that is not finite
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
             raise ValueError(
                 "dataset_kwargs={'skip_prepare_dataset': True} is not supported: examples must be numbered. A dataset "
@@ -156,7 +165,7 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         self.check_adaptation(self.noise_floor)
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:

@@ -65,8 +65,8 @@ def load_task(name: str, **options: Any) -> Task:
         task_class = plugins.find(name, kind)
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
         raise ValueError(f"{name!r} is {task_class!r}, which is no subclass of rl4dlm.tasks.Task")
-    if inspect.isabstract(task_class):
-        lacking = ", ".join(sorted(task_class.__abstractmethods__))
+    lacking = ", ".join(sorted(getattr(task_class, "__abstractmethods__", ())))
+    if lacking:
         raise ValueError(f"task {name!r}: {task_class.__name__} does not define {lacking}")
     known = _options(task_class)
     unknown = sorted(set(options) - set(known)) if known is not None else []

@@ -79,6 +79,8 @@ def check_prompts(
         return dataset
     if dataset is None:
         return None
+    if not len(dataset):
+        raise ValueError(f"{name} is empty; give at least one prompt")
     keep, longest = [], 0
     for start in range(0, len(dataset), PROMPTS_PER_PASS):
         prompts = dataset[start : start + PROMPTS_PER_PASS]["prompt"]
@@ -103,6 +105,36 @@ def check_prompts(
         logger.warning("left out %d of %d prompts in %s: longer than %d tokens", dropped, len(dataset), name, limit)
         dataset = dataset.select(keep)
     return dataset
+
+
+def check_enough_prompts(dataset: Any, *, generation_batch_size: int, num_generations: int) -> None:
+    """Looks at how many prompts a generation batch takes; says once how many an epoch leaves out.
+
+    Args:
+        dataset: to train on; a stream has no length and is not looked at.
+        generation_batch_size: completions of a generation batch, of all processes.
+        num_generations: completions of each prompt.
+
+    Raises:
+        ValueError: there are fewer prompts than one generation batch takes, so that nothing would be trained.
+    """
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return
+    needed, count = generation_batch_size // num_generations, len(dataset)
+    if count < needed:
+        raise ValueError(
+            f"train_dataset has {count} prompts, and one generation batch takes {needed} "
+            f"(generation_batch_size={generation_batch_size} completions over num_generations={num_generations}), so "
+            "that no step could be trained; give more prompts, or a smaller per_device_train_batch_size, "
+            "steps_per_generation or gradient_accumulation_steps, or more num_generations"
+        )
+    if count % needed:
+        logger.warning(
+            "each epoch leaves out %d of %d prompts, others each time: a generation batch takes %d",
+            count % needed,
+            count,
+            needed,
+        )
 
 
 def check_prompt(ids: Sequence[int], name: str, mask_token_id: int) -> None:
