@@ -42,16 +42,19 @@ from rl4dlm.sft.data import (
     LEVEL_UNIT,
     NOT_A_TARGET,
     DenoisingCollator,
+    Rendering,
     count_targets,
     fitting,
     numbered,
     prompt_length,
+    until_end,
 )
 from rl4dlm.sft.settings import AdaptationSettings
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
 from rl4dlm.training.losses import denoising_cross_entropy
+from rl4dlm.training.precision import check_precision, settle_precision
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
 EOS_PADDING = ("none", "longest", "max_length", "canvas")
@@ -67,7 +70,7 @@ check_contract(
     },
     attributes=["_metrics", "_total_train_tokens", "_tokenizer"],
     module=sft,
-    names=["create_model_from_path", "common_prefix_length"],
+    names=["create_model_from_path", "common_prefix_length", "_tokenize"],
 )
 
 _NOT_SUPPORTED = {
@@ -124,7 +127,9 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
+        settle_precision(self)
         super().__post_init__()
+        check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
         check_max_skipped_steps(self.max_skipped_steps)
@@ -202,13 +207,16 @@ class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
         adapter = kwargs.get("peft_config")
         if not isinstance(model, str):
             model = prepared(model, adapter)
+            self.spec = DiffusionSpec.of(base_model(model))
         if processing_class is None:
             processing_class = tokenizer_for(model, args.model_init_kwargs)
         if not isinstance(model, str):
-            check_tokenizer(processing_class, DiffusionSpec.of(base_model(model)))
+            check_tokenizer(processing_class, self.spec)
 
         def load(path: str, architecture: Any = None, **options: Any) -> Any:
-            return prepared(load_denoiser(path, **options), adapter)
+            loaded = prepared(load_denoiser(path, **options), adapter)
+            self.spec = DiffusionSpec.of(base_model(loaded))  # TRL prepares the datasets next
+            return loaded
 
         with swapped(sft, "create_model_from_path", load):
             super().__init__(
@@ -234,8 +242,12 @@ class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         dataset = numbered(dataset)
-        with swapped(sft, "common_prefix_length", prompt_length):
+        tokenized = "input_ids" in (dataset.column_names or next(iter(dataset), {}))
+        with swapped(sft, "common_prefix_length", prompt_length), swapped(sft, "_tokenize", Rendering()):
             prepared_dataset = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        if not tokenized:
+            given = {"ends": self.spec.eos_token_ids, "max_length": args.max_length}
+            prepared_dataset = prepared_dataset.map(until_end, fn_kwargs=given)
         return fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -15,22 +15,33 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from rl4dlm.tasks.prompts import prompt_problem
+
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_PASS = 1000
 
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What TRL hands to reward functions under these names; a column would collide with it, or never arrive."""
 
-def check_columns(dataset: Any, name: str, needed: str) -> None:
-    """Raises ValueError if a dataset (or one of a dict of them) lacks a column."""
+
+def check_columns(dataset: Any, name: str, needed: str, reserved: Sequence[str] = ()) -> None:
+    """Raises ValueError if a dataset (or one of a dict of them) lacks a column, or has one of a reserved name."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_columns(part, f"{name}[{key!r}]", needed)
+            check_columns(part, f"{name}[{key!r}]", needed, reserved)
         return
     if not isinstance(dataset, Dataset | IterableDataset):
         return  # TRL says what it takes
     columns = dataset.column_names or sorted(next(iter(dataset), {}))
     if needed not in columns:
         raise ValueError(f"{name} has no column {needed!r}; its columns are {columns}")
+    taken = [column for column in columns if column in reserved]
+    if taken:
+        raise ValueError(
+            f"{name} has a column {taken[0]!r}, which is the name of something that reward functions are given; rename "
+            f"it: dataset.rename_column({taken[0]!r}, ...). Reserved names: {', '.join(reserved)}"
+        )
 
 
 def check_prompts(
@@ -73,6 +84,10 @@ def check_prompts(
     keep, longest = [], 0
     for start in range(0, len(dataset), PROMPTS_PER_PASS):
         prompts = dataset[start : start + PROMPTS_PER_PASS]["prompt"]
+        for row, prompt in enumerate(prompts, start):
+            problem = prompt_problem(prompt)
+            if problem is not None:
+                raise ValueError(f"{name}[{row}]['prompt'] is {problem}")
         for row, ids in enumerate(tokenize(prompts), start):
             check_prompt(ids, f"{name}[{row}]['prompt']", mask_token_id)
             longest = max(longest, len(ids))

@@ -17,6 +17,7 @@ from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_max_skipped_steps
+from rl4dlm.training.precision import check_precision, settle_precision
 
 OVERLONG_PROMPTS = ("error", "filter")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -36,6 +37,8 @@ _NOT_SUPPORTED = {
     "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
     "neftune_noise_alpha": "noise on embeddings would make policy ratios random",
     "label_smoothing_factor": "no loss here uses it",
+    "train_sampling_strategy": "prompts are drawn in groups; set shuffle_dataset=False to take them in order",
+    "length_column_name": "prompts are drawn in groups, whatever their lengths",
 }
 
 _OWN_LOSS = "the algorithm has a loss of its own"
@@ -194,7 +197,9 @@ class DiffusionPolicyConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED, prefixes=("vllm_",))
+        settle_precision(self)
         super().__post_init__()
+        check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
         check_max_skipped_steps(self.max_skipped_steps)

@@ -27,10 +27,18 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.schedules import registry
+from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.batch import BatchTrainer
-from rl4dlm.training.checks import check_columns, check_enough_prompts, check_prompt, check_prompts, checked_rewards
+from rl4dlm.training.checks import (
+    RESERVED_COLUMNS,
+    check_columns,
+    check_enough_prompts,
+    check_prompt,
+    check_prompts,
+    checked_rewards,
+)
 from rl4dlm.training.config import DiffusionPolicyConfig
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
@@ -49,11 +57,14 @@ check_contract(
             "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "rollout_func",
         ],
         "_tokenize_prompts": ["prompts"],
+        "_get_train_sampler": ["dataset"],
         "_log_metric": ["name", "value"],
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
     },
-    attributes=["_dist", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "eos_token_ids", "num_iterations"],
+    attributes=["_dist", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+        "chat_template_kwargs", "eos_token_ids", "num_iterations",
+    ],
     module=grpo,
     names=["create_model_from_path", "print_prompt_completions_sample", "unwrap_model_for_generation"],
 )  # fmt: skip
@@ -106,7 +117,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
             if kwargs.pop(name, None) is not None:
                 raise TypeError(f"{name} is not supported: completions come from the rollout engine")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_columns(dataset, name, "prompt")
+            check_columns(dataset, name, "prompt", RESERVED_COLUMNS)
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         adapter = kwargs.get("peft_config")
         policy = None if isinstance(model, str) else prepared(model, adapter)
@@ -260,6 +271,11 @@ class DiffusionPolicyTrainer(BatchTrainer):
 
     # --- rollout ------------------------------------------------------------------------------------------------------
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        # TRL's own closes a prefilled assistant turn and opens another one.
+        options = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
+        return [encode_prompt(self._tokenizer, prompt, **options) for prompt in prompts], None, {}
+
     def rollout(self, prompts: list[Any]) -> Rollout:
         """Decodes one completion for each of this process's prompts (already repeated `num_generations` times)."""
         training = self.model.training
@@ -315,6 +331,12 @@ class DiffusionPolicyTrainer(BatchTrainer):
             first = _EVALUATION_ROWS + self._eval_rows + rank * rows
             self._eval_rows += world * rows
         return list(range(first, first + rows))
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, which orders prompts by `seed` alone."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        with swapped(self.args, "seed", seed):
+            return super()._get_train_sampler(dataset)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' evaluation loop; numbers its rows from zero."""
