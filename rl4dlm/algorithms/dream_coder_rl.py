@@ -61,7 +61,8 @@ for _name in ("loss_type", "use_bias_correction_kl"):  # the loss has them in it
 
 @dataclass
 class DreamCoderRLConfig(DiffusionPolicyConfig):
-    """Settings of Dream-Coder's RL; the defaults are the paper's.
+    """Settings of Dream-Coder's RL; the defaults are the paper's, but for sizes and optimizer,
+    which are TRL's here and the paper's in the configuration files.
 
     Args:
         cart_p: p of the context-adaptive weights, in (0, 1]; None: every token counts 1.
