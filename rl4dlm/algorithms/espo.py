@@ -45,7 +45,8 @@ class ESPOConfig(SequenceRatioConfig):
         scope: which tokens are noised and scored: the whole `"canvas"`, or `"valid"` ones, up to the first end.
         stop_at_eos: off, since what is behind the end is scored, too; only with scope `"valid"` may rows stop there.
         baseline: `"leave_one_out"` or `"group_mean"`.
-        kl_estimator: `"k2"`; the paper finds that with `"k1"` training oscillates and with `"k3"` it stagnates.
+        kl_estimator: `"k2"`; the paper finds that with `"k3"` it stagnates, and with `"k1"`, which is refused here,
+            that it oscillates.
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range: 0.2, which hardly ever clips a ratio of this scale, and 0 for Countdown.
         beta: weight of the KL term: 0.001 for GSM8K and MATH, 0.003 for Countdown, 0.01 for Sudoku and code.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rl4dlm.evaluation.intervals import wilson_interval
 from rl4dlm.evaluation.machine import machine, versions
-from rl4dlm.evaluation.measure import encode_prompt, evaluate
+from rl4dlm.evaluation.measure import evaluate
 from rl4dlm.evaluation.results import EvaluationResult, Measurement, write_results
+from rl4dlm.tasks.prompts import encode_prompt
 
 __all__ = [
     "EvaluationResult",

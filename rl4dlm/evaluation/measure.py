@@ -19,6 +19,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.tasks.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from rl4dlm.tasks import Task
@@ -39,6 +40,7 @@ def evaluate(
     batch_rows: int | None = None,
     chosen_by: str = "not stated",
     progress: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
     """Measures how often a denoiser solves a task under each decoding setting.
 
@@ -57,6 +59,7 @@ def evaluate(
         batch_rows: completions decoded at the same time; None decodes all at once.
         chosen_by: how this checkpoint was chosen, recorded as it is: "last", "best on validation", ….
         progress: shows a progress bar when decoding takes longer than a few seconds.
+        chat_template_kwargs: for the chat template, as a trainer's setting of that name.
 
     Raises:
         ValueError: names a setting that is not allowed, a tokenizer that does not fit, or a task without prompts.
@@ -74,7 +77,7 @@ def evaluate(
     rows = list(dataset if limit is None else dataset.select(range(min(limit, len(dataset)))))
     if not rows:
         raise ValueError(f"task {task.name!r} has no prompts in split {split!r}")
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [encode_prompt(tokenizer, row["prompt"], chat_template_kwargs=chat_template_kwargs) for row in rows]
 
     engine = RolloutEngine(model, spec, max_batch_rows=batch_rows, progress=progress)
     measurements = {}
@@ -93,25 +96,6 @@ def evaluate(
         seed=seed,
         measurements=measurements,
     )
-
-
-def encode_prompt(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids of a prompt: text as it is, messages through the chat template.
-
-    The template opens the assistant's turn, or goes on with it where the last message is the assistant's.
-
-    Raises:
-        ValueError: messages, and a tokenizer without a chat template.
-    """
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if not tokenizer.chat_template:
-        raise ValueError("the prompts are messages, but the tokenizer has no chat_template to render them with")
-    prefilled = prompt[-1]["role"] == "assistant"
-    encoded = tokenizer.apply_chat_template(
-        list(prompt), add_generation_prompt=not prefilled, continue_final_message=prefilled, return_dict=True
-    )
-    return list(encoded["input_ids"])
 
 
 def completion_texts(tokenizer: Any, rollout: Rollout, spec: DiffusionSpec) -> list[str]:

@@ -1,17 +1,21 @@
 """The rows of supervised fine-tuning: numbered, those that fit, and padded into batches.
 
-Owns what becomes of a dataset that TRL has tokenized. What is hidden of it, and the loss, are `trainer.py`'s.
+Owns how its prompts are rendered, and what becomes of it when TRL has tokenized it. What is hidden of it, and the loss,
+are `trainer.py`'s.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+
+from rl4dlm.tasks.prompts import encode_prompt, prompt_problem
 
 logger = logging.getLogger(__name__)
 
@@ -115,3 +119,83 @@ def prompt_length(prompt_ids: list[int], ids: list[int]) -> int:
             "way in both"
         )
     return len(prompt_ids)
+
+
+class Rendering:
+    """Tokenizes an example's prompt, and then prompt and completion together, where TRL calls its `_tokenize`.
+
+    Prompts are rendered by `encode_prompt`, as in RL and evaluation. A prompt that ends with an assistant message is
+    one that the completion goes on with, so the two are one message. Called in pairs, it remembers the prompt.
+    """
+
+    def __init__(self) -> None:
+        self.prompt: list[Any] | None = None
+
+    def __call__(self, tokenizer: Any, text: Any, **options: Any) -> dict[str, Any]:
+        """`input_ids`, and `assistant_masks` where TRL asks for them, of text or messages.
+
+        Raises ValueError for what is neither, and for masks of a completion that goes on with a message.
+        """
+        if isinstance(text, str):
+            return dict(tokenizer(text))
+        if options.pop("add_generation_prompt", False):
+            self.prompt = list(text)
+            return {"input_ids": encode_prompt(tokenizer, text, **_of_template(options))}
+        started, self.prompt = self.prompt, None
+        problem = prompt_problem(text)
+        if problem is not None:
+            raise ValueError(f"an example is {problem}")
+        messages = list(text)
+        if started and started[-1]["role"] == "assistant" and messages[: len(started)] == started:
+            messages = _continued(messages, len(started))
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        return {name: encoded[name] for name in ("input_ids", "assistant_masks") if name in encoded}
+
+
+def _of_template(options: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("chat_template", "tools")
+    own = {name: value for name, value in options.items() if name not in known}
+    return {**{name: options[name] for name in known if name in options}, "chat_template_kwargs": own}
+
+
+def _continued(messages: list[Any], start: int) -> list[Any]:
+    """Messages of which the one at `start` goes on with the assistant's before it."""
+    begun, rest = messages[start - 1], messages[start:]
+    if not rest or rest[0]["role"] != "assistant" or not all(isinstance(m["content"], str) for m in (begun, rest[0])):
+        raise ValueError(
+            "a prompt ends with an assistant message, which its completion goes on with, so the completion starts with "
+            "one as well, and both are text; end the prompt with the user's message, or begin the completion so"
+        )
+    joined = {**rest[0], "content": begun["content"] + rest[0]["content"]}
+    return [*messages[: start - 1], joined, *rest[1:]]
+
+
+def until_end(row: Mapping[str, Any], ends: Collection[int], max_length: int | None = None) -> dict[str, Any]:
+    """An example without what its chat template writes behind an end, such as the line break after `<|im_end|>`.
+
+    A single completion ends with the first end token among its targets. Of several turns each run of targets keeps its
+    first end and what is before it, where others lie between the runs; nothing follows the last end.
+
+    Args:
+        row: with `input_ids` and `labels`, and perhaps the `completion` that they come from.
+        ends: token ids that end a completion.
+        max_length: a row of that length was cut, so that its tail belongs to a turn that has lost its end.
+    """
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    completion = row.get("completion")
+    single = isinstance(completion, str) or (isinstance(completion, Sequence) and len(completion) == 1)
+    places = [i for i, label in enumerate(labels) if label in ends]
+    if not places:
+        return {"input_ids": ids, "labels": labels}
+    if single:
+        return {"input_ids": ids[: places[0] + 1], "labels": labels[: places[0] + 1]}
+    if completion is None and NOT_A_TARGET in labels:
+        ended = False
+        for i, label in enumerate(labels):
+            ended = ended and label != NOT_A_TARGET
+            labels[i] = NOT_A_TARGET if ended else label
+            ended = ended or label in ends
+        places = [i for i in places if labels[i] != NOT_A_TARGET]
+    if len(ids) != max_length:
+        return {"input_ids": ids[: places[-1] + 1], "labels": labels[: places[-1] + 1]}
+    return {"input_ids": ids, "labels": labels}

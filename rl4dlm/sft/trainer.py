@@ -42,15 +42,19 @@ from rl4dlm.sft.data import (
     LEVEL_UNIT,
     NOT_A_TARGET,
     DenoisingCollator,
+    Rendering,
     count_targets,
     fitting,
     numbered,
     prompt_length,
+    until_end,
 )
 from rl4dlm.sft.settings import AdaptationSettings
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
 from rl4dlm.training.losses import denoising_cross_entropy
+from rl4dlm.training.precision import check_precision, settle_precision
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
 EOS_PADDING = ("none", "longest", "max_length", "canvas")
@@ -66,7 +70,7 @@ check_contract(
     },
     attributes=["_metrics", "_total_train_tokens", "_tokenizer"],
     module=sft,
-    names=["create_model_from_path", "common_prefix_length"],
+    names=["create_model_from_path", "common_prefix_length", "_tokenize"],
 )
 
 _NOT_SUPPORTED = {
@@ -93,6 +97,8 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         random_truncation: cut and pad the completions of each micro-batch to the length of a random one of them; the
             padding is end-of-sequence tokens, targets like any other. So lengths vary, and padding is a small part of
             what is learnt (Dream-Coder, arXiv 2509.01142). Training alone is affected.
+        max_skipped_steps: optimizer steps in a row that may be skipped because something in them is not finite, before
+            the run is given up; see `rl4dlm.training.guard`.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -114,12 +120,20 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         default=False,
         metadata={"help": "Cut and pad the completions of a micro-batch to the length of a random one of them."},
     )
+    max_skipped_steps: int = field(
+        default=MAX_SKIPPED_STEPS,
+        metadata={"help": "Steps in a row that may be skipped because something in them is not finite."},
+    )
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
+        settle_precision(self)
         super().__post_init__()
+        check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
+        check_max_skipped_steps(self.max_skipped_steps)
+        self.logging_nan_inf_filter = False  # it logs 0 in the place of a loss that is not finite
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
             raise ValueError(
                 "dataset_kwargs={'skip_prepare_dataset': True} is not supported: examples must be numbered. A dataset "
@@ -151,7 +165,7 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         self.check_adaptation(self.noise_floor)
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:
@@ -193,13 +207,16 @@ class DiffusionSFTTrainer(SFTTrainer):
         adapter = kwargs.get("peft_config")
         if not isinstance(model, str):
             model = prepared(model, adapter)
+            self.spec = DiffusionSpec.of(base_model(model))
         if processing_class is None:
             processing_class = tokenizer_for(model, args.model_init_kwargs)
         if not isinstance(model, str):
-            check_tokenizer(processing_class, DiffusionSpec.of(base_model(model)))
+            check_tokenizer(processing_class, self.spec)
 
         def load(path: str, architecture: Any = None, **options: Any) -> Any:
-            return prepared(load_denoiser(path, **options), adapter)
+            loaded = prepared(load_denoiser(path, **options), adapter)
+            self.spec = DiffusionSpec.of(base_model(loaded))  # TRL prepares the datasets next
+            return loaded
 
         with swapped(sft, "create_model_from_path", load):
             super().__init__(
@@ -225,8 +242,12 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         dataset = numbered(dataset)
-        with swapped(sft, "common_prefix_length", prompt_length):
+        tokenized = "input_ids" in (dataset.column_names or next(iter(dataset), {}))
+        with swapped(sft, "common_prefix_length", prompt_length), swapped(sft, "_tokenize", Rendering()):
             prepared_dataset = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        if not tokenized:
+            given = {"ends": self.spec.eos_token_ids, "max_length": args.max_length}
+            prepared_dataset = prepared_dataset.map(until_end, fn_kwargs=given)
         return fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:

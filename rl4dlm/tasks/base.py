@@ -24,12 +24,20 @@ class Task(ABC):
     """A source of prompts and the judge of what comes back.
 
     The column `prompt` is a string, or a list of chat messages. Where it ends with an assistant message, the model
-    continues that message (TRL renders it so; with a tokenizer: `apply_chat_template(...,
-    continue_final_message=True)`).
+    continues that message (`rl4dlm.tasks.prompts.encode_prompt` renders it so, everywhere).
+
+    A task of one's own defines `_rows` and `check`, and `splits` where it has others; `name` is what results call it.
+    Its options are the fields of the class, where that is a dataclass. `rl4dlm.tasks` says how to name it.
     """
 
     name: ClassVar[str]
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A task that says no `name` is called by its class, in small letters."""
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__.lower()
 
     def dataset(self, split: str) -> Dataset:
         """`rows` as a dataset."""

@@ -1,8 +1,9 @@
-r"""The prompts of the papers.
+r"""The prompts of the papers, and how a prompt becomes tokens.
 
-Owns wording only. The instruction strings are those with which d1 (arXiv 2504.12216), SPG (arXiv 2510.09541), ESPO
-(arXiv 2512.03759) and IGPO (arXiv 2509.10396) trained and evaluated: a published number belongs to a prompt, to its
-last space. SPG took d1's prompts and changed Sudoku's.
+Owns wording and rendering: trainers, evaluation, decoding and supervised training all render with `encode_prompt`, so
+that what is measured is what is trained on. The instruction strings are those with which d1 (arXiv 2504.12216), SPG
+(arXiv 2510.09541), ESPO (arXiv 2512.03759) and IGPO (arXiv 2509.10396) trained and evaluated: a published number
+belongs to a prompt, to its last space. SPG took d1's prompts and changed Sudoku's.
 
 Training and evaluation differ in d1 and SPG: at evaluation the mathematical tasks ask for a `\boxed{}` answer,
 Countdown is stated in other words, and the assistant's turn begins with `<reasoning>`.
@@ -16,7 +17,8 @@ backspace character; here the prompt says `\boxed`, as was meant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 STYLES = ("d1", "spg", "espo")
 """Styles that every task with a paper's prompt has."""
@@ -159,3 +161,78 @@ def _solved_example(puzzle: str, solution: str, order: Sequence[int]) -> str:
 
 def _rows(grid: str) -> str:
     return "\n".join(f"R{row + 1}: {' '.join(grid[4 * row : 4 * row + 4])}" for row in range(4))
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[int]:
+    """Token ids of a prompt: text as it is, messages through the chat template.
+
+    The template opens the assistant's turn, or goes on with it where the last message is the assistant's.
+
+    Args:
+        tokenizer: of the model; it needs a chat template for messages.
+        prompt: text, or chat messages, each with a `role` and text (or parts of text) as its `content`.
+        chat_template_kwargs: for the template, such as `{"enable_thinking": False}`.
+        options: of `apply_chat_template`: `chat_template`, `tools`.
+
+    Raises:
+        ValueError: what is given is neither text nor messages, messages and a tokenizer without a chat template, or
+            `chat_template_kwargs` that say how the prompt ends.
+    """
+    problem = prompt_problem(prompt)
+    if problem is not None:
+        raise ValueError(f"a prompt is {problem}")
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    given = dict(chat_template_kwargs or {})
+    for name in ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"):
+        if name in given:
+            raise ValueError(
+                f"chat_template_kwargs={{{name!r}: ...}} is not allowed: the prompt itself says how it ends"
+            )
+    if not (options.get("chat_template") or tokenizer.chat_template):
+        raise ValueError("the prompts are messages, but the tokenizer has no chat_template to render them with")
+    prefilled = prompt[-1]["role"] == "assistant"
+    encoded = tokenizer.apply_chat_template(
+        [dict(message) for message in prompt],
+        add_generation_prompt=not prefilled,
+        continue_final_message=prefilled,
+        tokenize=True,
+        return_dict=True,
+        **options,
+        **given,
+    )
+    return list(encoded["input_ids"])
+
+
+def prompt_problem(prompt: Any) -> str | None:
+    """What is wrong with something that should be a prompt, as the end of a sentence; None where nothing is."""
+    wanted = "a prompt is text, or a list of chat messages {'role': ..., 'content': ...}"
+    if isinstance(prompt, str):
+        return None
+    if prompt is None:
+        return f"None, or missing; {wanted}"
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        return f"{prompt!r:.80}, of type {type(prompt).__name__}; {wanted}"
+    if not prompt:
+        return f"an empty list; {wanted}"
+    if all(isinstance(part, int) for part in prompt):
+        return f"a list of token ids, {list(prompt)!r:.60}; {wanted}. Decode the ids, or give them to RolloutEngine"
+    for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"a list with {message!r:.80}, which is no message; {wanted}"
+        content = message.get("content")
+        parts = content if isinstance(content, Sequence) and not isinstance(content, str) else []
+        other = [part for part in parts if not isinstance(part, Mapping) or part.get("type", "text") != "text"]
+        if other:
+            return f"a list with a message that holds {other[0]!r:.60}; only text is supported"
+        if content is None and message["role"] != "assistant":
+            return f"a list with the message {dict(message)!r:.80}, which has no content; {wanted}"
+    if prompt[-1]["role"] == "assistant" and prompt[-1].get("content") is None:
+        return "a list whose last message, the assistant's, has no content to go on from; leave that message out"
+    return None

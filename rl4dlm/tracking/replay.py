@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.rollout.rollout import EventKind, Rollout
+from rl4dlm.tracking.printable import printable
 
 OPEN = -1
 """Stands for a token where a slot is not written."""
@@ -227,14 +228,6 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
         spaced = f" {text}" if name and name.startswith("\u2581") and text and text[0] != " " else text
         shown[token] = printable(spaced or name or f"<{token}>")
     return shown
-
-
-def printable(text: str) -> str:
-    r"""The text with every character that is not for reading written as an escape, but for line breaks.
-
-    A model may write control characters, which move a terminal's cursor or turn text around.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 # --- events -----------------------------------------------------------------------------------------------------------

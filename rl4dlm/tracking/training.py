@@ -1,18 +1,23 @@
 """Replays of a training run: the first rows of each batch whose completions are logged.
 
-Owns where the pages are and when they are written. The table of completions is TRL's; it gets a column of links.
+Owns where the pages are, when they are written, and how many pages and tables are kept. The table of completions is
+TRL's; it gets a column of links. What cannot be written is said once and does not end training.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tracking.page import write_page
 from rl4dlm.tracking.replay import make_replay
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingReplays:
@@ -22,10 +27,12 @@ class TrainingReplays:
 
     Args:
         output_dir: of the run. rows: that a batch shows at most; 0 for none.
+        keep: pages, and tables of completions, that are kept; None: all.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], rows: int) -> None:
-        self.output_dir, self.rows = Path(output_dir), rows
+    def __init__(self, output_dir: str | os.PathLike[str], rows: int, keep: int | None = None) -> None:
+        self.output_dir, self.rows, self.keep = Path(output_dir), rows, keep
+        self._warned = False
         self._held: tuple[Rollout, Any, Mapping[int, Mapping[str, str]], int] | None = None
 
     def links(self, count: int, step: int) -> list[str | None]:
@@ -42,9 +49,32 @@ class TrainingReplays:
         if self._held is None:
             return
         rollout, tokenizer, notes, step = self._held
-        rows = range(min(self.rows, len(rollout)))
-        write_page(self.output_dir / _page(step), make_replay(rollout, tokenizer, rows=rows, notes=notes))
         self._held = None
+        rows = range(min(self.rows, len(rollout)))
+        with self.going_on():
+            write_page(self.output_dir / _page(step), make_replay(rollout, tokenizer, rows=rows, notes=notes))
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Training goes on where a file of the log cannot be written, as on a full disk; the first error is said."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "a part of the log in %s was not written, and training goes on: %s", self.output_dir, error
+                )
+            self._warned = True
+
+    def prune(self) -> None:
+        """Removes all but the newest pages and tables of completions."""
+        if self.keep is None:
+            return
+        with self.going_on():
+            for folder, pattern in (("replays", "step_*.html"), ("completions", "completions_*.parquet")):
+                files = sorted((self.output_dir / folder).glob(pattern), key=lambda path: (len(path.name), path.name))
+                for path in files[: -self.keep]:
+                    path.unlink(missing_ok=True)
 
 
 def _page(step: int) -> str:

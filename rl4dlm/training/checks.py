@@ -15,22 +15,33 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from rl4dlm.tasks.prompts import prompt_problem
+
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_PASS = 1000
 
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What TRL hands to reward functions under these names; a column would collide with it, or never arrive."""
 
-def check_columns(dataset: Any, name: str, needed: str) -> None:
-    """Raises ValueError if a dataset (or one of a dict of them) lacks a column."""
+
+def check_columns(dataset: Any, name: str, needed: str, reserved: Sequence[str] = ()) -> None:
+    """Raises ValueError if a dataset (or one of a dict of them) lacks a column, or has one of a reserved name."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_columns(part, f"{name}[{key!r}]", needed)
+            check_columns(part, f"{name}[{key!r}]", needed, reserved)
         return
     if not isinstance(dataset, Dataset | IterableDataset):
         return  # TRL says what it takes
     columns = dataset.column_names or sorted(next(iter(dataset), {}))
     if needed not in columns:
         raise ValueError(f"{name} has no column {needed!r}; its columns are {columns}")
+    taken = [column for column in columns if column in reserved]
+    if taken:
+        raise ValueError(
+            f"{name} has a column {taken[0]!r}, which is the name of something that reward functions are given; rename "
+            f"it: dataset.rename_column({taken[0]!r}, ...). Reserved names: {', '.join(reserved)}"
+        )
 
 
 def check_prompts(
@@ -68,9 +79,15 @@ def check_prompts(
         return dataset
     if dataset is None:
         return None
+    if not len(dataset):
+        raise ValueError(f"{name} is empty; give at least one prompt")
     keep, longest = [], 0
     for start in range(0, len(dataset), PROMPTS_PER_PASS):
         prompts = dataset[start : start + PROMPTS_PER_PASS]["prompt"]
+        for row, prompt in enumerate(prompts, start):
+            problem = prompt_problem(prompt)
+            if problem is not None:
+                raise ValueError(f"{name}[{row}]['prompt'] is {problem}")
         for row, ids in enumerate(tokenize(prompts), start):
             check_prompt(ids, f"{name}[{row}]['prompt']", mask_token_id)
             longest = max(longest, len(ids))
@@ -88,6 +105,36 @@ def check_prompts(
         logger.warning("left out %d of %d prompts in %s: longer than %d tokens", dropped, len(dataset), name, limit)
         dataset = dataset.select(keep)
     return dataset
+
+
+def check_enough_prompts(dataset: Any, *, generation_batch_size: int, num_generations: int) -> None:
+    """Looks at how many prompts a generation batch takes; says once how many an epoch leaves out.
+
+    Args:
+        dataset: to train on; a stream has no length and is not looked at.
+        generation_batch_size: completions of a generation batch, of all processes.
+        num_generations: completions of each prompt.
+
+    Raises:
+        ValueError: there are fewer prompts than one generation batch takes, so that nothing would be trained.
+    """
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return
+    needed, count = generation_batch_size // num_generations, len(dataset)
+    if count < needed:
+        raise ValueError(
+            f"train_dataset has {count} prompts, and one generation batch takes {needed} "
+            f"(generation_batch_size={generation_batch_size} completions over num_generations={num_generations}), so "
+            "that no step could be trained; give more prompts, or a smaller per_device_train_batch_size, "
+            "steps_per_generation or gradient_accumulation_steps, or more num_generations"
+        )
+    if count % needed:
+        logger.warning(
+            "each epoch leaves out %d of %d prompts, others each time: a generation batch takes %d",
+            count % needed,
+            count,
+            needed,
+        )
 
 
 def check_prompt(ids: Sequence[int], name: str, mask_token_id: int) -> None:

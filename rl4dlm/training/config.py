@@ -16,6 +16,8 @@ from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_max_skipped_steps
+from rl4dlm.training.precision import check_precision, settle_precision
 
 OVERLONG_PROMPTS = ("error", "filter")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -35,6 +37,8 @@ _NOT_SUPPORTED = {
     "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
     "neftune_noise_alpha": "noise on embeddings would make policy ratios random",
     "label_smoothing_factor": "no loss here uses it",
+    "train_sampling_strategy": "prompts are drawn in groups; set shuffle_dataset=False to take them in order",
+    "length_column_name": "prompts are drawn in groups, whatever their lengths",
 }
 
 _OWN_LOSS = "the algorithm has a loss of its own"
@@ -96,6 +100,9 @@ class DiffusionPolicyConfig(GRPOConfig):
         overlong_prompts: `"error"`, or `"filter"` to leave longer ones out. Prompts are never truncated.
         log_replays: rows of a logged batch that get a replay of their denoising, a page in `<output_dir>/replays`; the
             table of completions has a column of links. Needs `log_completions`.
+        log_total_limit: pages of replays and tables of completions that are kept, the newest; None: all.
+        max_skipped_steps: optimizer steps in a row that may be skipped because something in them is not finite, before
+            the run is given up; see `rl4dlm.training.guard`.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -186,12 +193,23 @@ class DiffusionPolicyConfig(GRPOConfig):
     log_replays: int = field(
         default=0, metadata={"help": "Rows of a logged batch that get a page that replays their denoising."}
     )
+    log_total_limit: int | None = field(
+        default=100, metadata={"help": "Replay pages and tables of completions to keep, the newest ones."}
+    )
+    max_skipped_steps: int = field(
+        default=MAX_SKIPPED_STEPS,
+        metadata={"help": "Steps in a row that may be skipped because something in them is not finite."},
+    )
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED, prefixes=("vllm_",))
+        settle_precision(self)
         super().__post_init__()
+        check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
+        check_max_skipped_steps(self.max_skipped_steps)
+        self.logging_nan_inf_filter = False  # it logs 0 in the place of a loss that is not finite
         if self.router_aux_loss_coef:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is not supported; allowed: None or 0")
         if self.max_completion_length is None:
@@ -199,7 +217,7 @@ class DiffusionPolicyConfig(GRPOConfig):
         if self.block_length is None:
             self.block_length = self.default_block_length(self.max_completion_length)
             self._paper_blocks = self.block_length is not None
-        for name in ("rollout_batch_size", "max_prompt_length"):
+        for name in ("rollout_batch_size", "max_prompt_length", "log_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not allowed; it must be 1 or larger, or None")
@@ -246,8 +264,8 @@ class DiffusionPolicyConfig(GRPOConfig):
             if refused:
                 raise ValueError("; ".join(refused))
             return
-        plain_k1 = self.kl_estimator == "k1" and not self.use_bias_correction_kl
-        if plain_k1 and (self.kl_per_token or self.kl_target == "old"):
+        # Of whole sequences and views there is no ratio that could complete k1, and k2 has the gradient that it lacks.
+        if self.kl_estimator == "k1" and not (self.kl_per_token and self.use_bias_correction_kl):
             remedy = "set use_bias_correction_kl=True, or choose" if self.kl_per_token else "choose"
             raise ValueError(
                 f"kl_estimator='k1' is not allowed here: its plain gradient does not depend on the {self.kl_target} "

@@ -18,11 +18,12 @@ from rl4dlm.likelihood.views import Views
 from rl4dlm.training.checkpoints import ResumableGRPOTrainer
 from rl4dlm.training.config import DiffusionPolicyConfig
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.guard import GuardedTrainer
 from rl4dlm.training.losses import kl_estimate
 
 check_contract(
     GRPOTrainer,
-    parameters={},
+    parameters={"_compute_loss": ["model", "inputs"]},
     attributes=[
         "_metrics", "importance_sampling_level", "loss_type", "max_completion_length", "num_generations",
         "num_generations_eval",
@@ -39,7 +40,7 @@ class PolicyScores(NamedTuple):
     view_log_probs: Tensor | None = None  # [B, K, L], log-probabilities in each view
 
 
-class LossParts(ResumableGRPOTrainer):
+class LossParts(GuardedTrainer, ResumableGRPOTrainer):
     """Averages, KL terms and metrics, for the `loss` of an algorithm."""
 
     args: DiffusionPolicyConfig
@@ -101,6 +102,11 @@ class LossParts(ResumableGRPOTrainer):
         if self.loss_type in ("dapo", "cispo", "vespo"):
             return self.mean_over_tokens(values, mask, batch)
         raise ValueError(f"loss_type={self.loss_type!r} is not supported: how it averages is not known")
+
+    def trl_loss(self, batch: dict[str, Any]) -> Tensor:
+        """TRL's loss of a micro-batch, which asks for the scores that it is to use."""
+        loss: Tensor = super()._compute_loss(self.model_wrapped, batch)
+        return loss
 
     @property
     def kl_is_trls(self) -> bool:

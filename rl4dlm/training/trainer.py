@@ -11,36 +11,44 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer.utils import print_prompt_completions_sample
 
 from rl4dlm.likelihood.estimator import Estimator
-from rl4dlm.likelihood.scoring import ViewScores, score_views
-from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.schedules import registry
+from rl4dlm.tasks.prompts import encode_prompt
+from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
-from rl4dlm.training.backward_per_view import loss_per_view
-from rl4dlm.training.checks import check_columns, check_prompt, check_prompts, checked_rewards
+from rl4dlm.training.batch import BatchTrainer
+from rl4dlm.training.checks import (
+    RESERVED_COLUMNS,
+    check_columns,
+    check_enough_prompts,
+    check_prompt,
+    check_prompts,
+    checked_rewards,
+)
 from rl4dlm.training.config import DiffusionPolicyConfig
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
-from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT, InterveningTrainer
-from rl4dlm.training.loss_parts import PolicyScores, resized
-from rl4dlm.training.metrics import identical_groups, rollout_gap, rollout_metrics
+from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
+from rl4dlm.training.loss_parts import PolicyScores
+from rl4dlm.training.metrics import rollout_metrics
+from rl4dlm.training.scores import rows_of
 from rl4dlm.training.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 
-__all__ = ["DiffusionPolicyConfig", "DiffusionPolicyTrainer", "PolicyScores"]
+__all__ = ["DiffusionPolicyConfig", "DiffusionPolicyTrainer", "PolicyScores", "rows_of"]
 
 check_contract(
     GRPOTrainer,
@@ -48,37 +56,24 @@ check_contract(
         "__init__": [
             "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "rollout_func",
         ],
-        "_generate_and_score_completions": ["inputs"],
-        "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep"],
-        "_compute_loss": ["model", "inputs"],
-        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
         "_tokenize_prompts": ["prompts"],
+        "_get_train_sampler": ["dataset"],
         "_log_metric": ["name", "value"],
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
     },
-    attributes=[
-        "_step", "_metrics", "_logs", "_dist", "_tokenizer", "aux_loss_enabled", "beta", "eos_token_ids",
-        "num_generations", "num_generations_eval", "num_iterations", "ref_model", "reward_weights",
+    attributes=["_dist", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+        "chat_template_kwargs", "eos_token_ids", "num_iterations",
     ],
-    keys={
-        "_generate_and_score_completions": [
-            "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "prompt_ids", "prompt_mask",
-            "old_per_token_logps", "ref_per_token_logps",
-        ],
-        "_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"],
-    },
     module=grpo,
-    names=[
-        "create_model_from_path", "disable_gradient_checkpointing", "unwrap_model_for_generation", "use_adapter",
-    ],
+    names=["create_model_from_path", "print_prompt_completions_sample", "unwrap_model_for_generation"],
 )  # fmt: skip
 
 _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation batches never meet
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
 
 
-class DiffusionPolicyTrainer(InterveningTrainer):
+class DiffusionPolicyTrainer(BatchTrainer):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
@@ -122,7 +117,7 @@ class DiffusionPolicyTrainer(InterveningTrainer):
             if kwargs.pop(name, None) is not None:
                 raise TypeError(f"{name} is not supported: completions come from the rollout engine")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_columns(dataset, name, "prompt")
+            check_columns(dataset, name, "prompt", RESERVED_COLUMNS)
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         adapter = kwargs.get("peft_config")
         policy = None if isinstance(model, str) else prepared(model, adapter)
@@ -140,7 +135,7 @@ class DiffusionPolicyTrainer(InterveningTrainer):
         self._rewards_per_func: Tensor | None = None
         self._replaced_rows: list[int] = []
         self._eval_rows = 0
-        self._replays = TrainingReplays(args.output_dir, args.log_replays)
+        self._replays = TrainingReplays(args.output_dir, args.log_replays, args.log_total_limit)
         # TRL's beta is that of a reference model, which a KL term to the old policy does without.
         beta = args.beta if args.kl_target == "reference" else 0.0
         loading = swapped(grpo, "create_model_from_path", load)
@@ -210,6 +205,11 @@ class DiffusionPolicyTrainer(InterveningTrainer):
                 overlong=args.overlong_prompts,
             )
             setattr(self, name, checked)
+        check_enough_prompts(
+            self.train_dataset,
+            generation_batch_size=args.generation_batch_size,
+            num_generations=args.num_generations,
+        )
 
     # --- what an algorithm defines ------------------------------------------------------------------------------------
 
@@ -217,21 +217,8 @@ class DiffusionPolicyTrainer(InterveningTrainer):
     def build_estimator(self) -> Estimator:
         """The likelihood estimator, from `self.args`."""
 
-    uses_old_policy: bool = True
-    """Whether the loss compares with the policy that made the completions; if not, that is never scored."""
-
-    needs_old_entropies: bool = False
-    """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
-
     scores_hints: bool = False
     """Whether tokens that an intervention has given are scored and in `completion_mask`. They are nobody's choice."""
-
-    def compared(self, scores: PolicyScores) -> Tensor:
-        """What is kept of old and reference scores, `[B, ...]`, for a loss to compare with; scores per token."""
-        return scores.log_probs
-
-    per_iteration: tuple[str, ...] = ("old_per_token_logps", "ref_per_token_logps", "old_entropies")
-    """Entries `[B, n, ...]` of the batch of which the loss sees the current inner iteration's, `[B, ...]`."""
 
     def build_intervention(self) -> Intervention | None:
         """What changes groups of completions between rewards and advantages, in training; None: nothing."""
@@ -273,9 +260,9 @@ class DiffusionPolicyTrainer(InterveningTrainer):
         self._current_scores = scores
         try:
             if not self.args.beta or self.kl_is_trls:
-                return super()._compute_loss(self.model_wrapped, batch)
+                return self.trl_loss(batch)
             with swapped(self, "beta", 0.0):
-                loss: Tensor = super()._compute_loss(self.model_wrapped, batch)
+                loss: Tensor = self.trl_loss(batch)
         finally:
             self._current_scores = None
         estimates, mask = self.token_kl(scores.log_probs, batch), batch["completion_mask"]
@@ -283,6 +270,11 @@ class DiffusionPolicyTrainer(InterveningTrainer):
         return loss + self.args.beta * self.averaged(estimates, mask, batch)
 
     # --- rollout ------------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        # TRL's own closes a prefilled assistant turn and opens another one.
+        options = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
+        return [encode_prompt(self._tokenizer, prompt, **options) for prompt in prompts], None, {}
 
     def rollout(self, prompts: list[Any]) -> Rollout:
         """Decodes one completion for each of this process's prompts (already repeated `num_generations` times)."""
@@ -340,15 +332,28 @@ class DiffusionPolicyTrainer(InterveningTrainer):
             self._eval_rows += world * rows
         return list(range(first, first + rows))
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, which orders prompts by `seed` alone."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        with swapped(self.args, "seed", seed):
+            return super()._get_train_sampler(dataset)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' evaluation loop; numbers its rows from zero."""
         self._eval_rows = 0
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, which also writes the table of completions; the replays that it links to are written before."""
+        """TRL's, which also writes the table of completions; the replays that it links to are written before.
+
+        What a model wrote is printed with its control characters escaped, and a full disk does not end training.
+        """
         self._replays.write()
-        super().log(logs, start_time)
+        with self._replays.going_on(), swapped(grpo, "print_prompt_completions_sample", _print_table):
+            super().log(logs, start_time)
+        self._metrics["train" if self.model.training else "eval"].clear()  # also where the table was not written
+        if self.accelerator.is_main_process:
+            self._replays.prune()
 
     def _check_forward_counts(self) -> None:
         """Sharded models run in step: every rank must decode with the same number of forwards."""
@@ -369,201 +374,11 @@ class DiffusionPolicyTrainer(InterveningTrainer):
         if self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
             raise ValueError(f"ds3_gather_for_generation=False deadlocks rollouts; set it to True: {differs}")
 
-    # --- generation batch ---------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.intervention is not None and self.model.training:
-            rewards = self._intervene(inputs, prompts, completions, rewards)
-        self._rewards_per_func = rewards
-        return rewards  # [N * G, F], of all processes
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions([dict(row) for row in inputs])
-        rollout, rewards = self._current_rollout, self._rewards_per_func
-        assert rollout is not None and rewards is not None
-        self._current_rollout = self._rewards_per_func = None
-        device, training = self.accelerator.device, self.model.training
-        mode, num_generations = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
-        # Batch-first tensors only: TRL shuffles and splits every entry along the first dimension.
-        batch["canvas_ids"] = rollout.canvas.to(device)
-        batch["canvas_valid"] = rollout.valid.to(device)
-        batch["row_ids"] = torch.tensor(rollout.row_ids, device=device)
-        batch["drawn"] = (rollout.trace.commit_step >= 0).to(device)
-        trace = rollout.trace
-        tempered = self.args.score_temperature != 1 and trace.log_prob is not None
-        batch["drawn_log_probs"] = (trace.log_prob if tempered else trace.raw_log_prob).to(device)  # type: ignore[union-attr]
-        if rollout.trace.length is not None:
-            slots = torch.arange(rollout.canvas.shape[1], device=device)
-            batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]
-        intervened = self.intervention is not None and training
-        if intervened:
-            batch["hinted"] = rollout.hinted.to(device)
-            batch["replaced"] = torch.zeros(len(rollout), dtype=torch.bool, device=device)
-            batch["replaced"][self._replaced_rows] = True
-            self._with_completions(batch, rollout)
-        if self.estimator.scope == "canvas":
-            kept = batch["completion_mask"].any(-1, keepdim=True)  # false: masked out because it was truncated
-            batch["completion_ids"] = batch["canvas_ids"]
-            batch["completion_mask"] = kept.long().expand_as(batch["canvas_ids"]).contiguous()
-        if intervened and not self.scores_hints:
-            shown = resized(batch["hinted"], batch["completion_mask"].shape[1])
-            batch["completion_mask"] = batch["completion_mask"] * ~shown
-        if intervened or self.estimator.scope == "canvas":
-            batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
-        canvas, valid = (self.accelerator.gather(batch[name]) for name in ("canvas_ids", "canvas_valid"))
-        same = identical_groups(canvas, valid, num_generations)
-        self._metrics[mode]["diffusion/identical_completion_groups"].append(same)
-        if self.args.log_replays and training and self.accelerator.is_main_process:
-            summed = self._summed(rewards)[: len(rollout)].tolist()
-            self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)
-        if not self.uses_old_policy:
-            batch.pop("old_per_token_logps", None)
-        self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
-        self._replace_advantages(batch, rewards, num_generations)
-        if self.args.negative_advantage_weight != 1:
-            signed = batch["advantages"]
-            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
-        if training:
-            self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
-        return batch
-
-    def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
-        advantages = self.advantages(self._summed(rewards_per_func).view(-1, num_generations), batch)
-        if advantages is None:
-            return
-        everyone = advantages.nan_to_num(nan=0.0).flatten()
-        local = len(batch["advantages"])
-        start = self.accelerator.process_index * local
-        batch["advantages"] = everyone[start : start + local].to(batch["advantages"])
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(everyone))):
-            logged.pop()
-        logged.extend(everyone.tolist())
-
-    def _summed(self, rewards_per_func: Tensor) -> Tensor:
-        """Weighted rewards `[N * G]`; NaN where no function could tell."""
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)
-        return rewards.masked_fill(rewards_per_func.isnan().all(-1), torch.nan)
-
-    def _score_fixed_policies(self, batch: dict[str, Any], iterations: int) -> None:
-        """Replaces TRL's placeholders by old and reference scores in each iteration's views, `[B, n, C]`.
-
-        Whether they are needed is TRL's decision: it is whether the placeholder is there.
-        """
-        rows, width = rows_of(batch), batch["completion_ids"].shape[1]
-        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        count = iterations if self.estimator.fresh else 1
-
-        def scores(model: Any) -> tuple[Tensor, Tensor]:
-            each = [self._score(model, rows, n, width, rows_per_forward=size) for n in range(count)]
-            return torch.stack([self.compared(s) for s in each], dim=1), torch.stack([s.entropies for s in each], dim=1)
-
-        with torch.no_grad(), grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if "old_per_token_logps" in batch or self.needs_old_entropies:
-                log_probs, entropies = scores(self.model)
-                if "old_per_token_logps" in batch:
-                    batch["old_per_token_logps"] = log_probs
-                if self.needs_old_entropies:
-                    batch["old_entropies"] = entropies
-            if "ref_per_token_logps" in batch:
-                with self._reference() as reference:
-                    batch["ref_per_token_logps"] = scores(reference)[0]
-
-    @contextmanager
-    def _reference(self) -> Iterator[Any]:
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        with grpo.use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            yield self.model
-
-    # --- scores and loss ----------------------------------------------------------------------------------------------
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor, None]:
-        # TRL asks twice: while it builds a batch, before views can be drawn (a placeholder will do), and in its loss.
-        if self._current_scores is not None:
-            return self._current_scores.log_probs, self._current_scores.entropies, None
-        nothing = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-        return nothing, nothing, None
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        iteration = 0
-        if self.model.training:
-            # Passes over the batch, not micro-steps as in the papers' code, which skips views when it accumulates.
-            iteration = self._step // self.args.steps_per_generation % self.num_iterations
-        rows, width = rows_of(inputs), inputs["completion_ids"].shape[1]
-        batch = dict(inputs)  # the buffered batch is used again: never change its tensors
-        for name in self.per_iteration:
-            if batch.get(name) is not None:
-                batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
-        views = self._draw(rows, iteration)
-
-        def loss(found: ViewScores) -> Tensor:
-            scores = self._reduced(found, views, width)
-            if iteration == 0:
-                self._log_rollout_gap(scores.log_probs, inputs)
-            return self.loss(scores, batch)
-
-        if not (self._backward_per_view and torch.is_grad_enabled() and views.hidden.shape[1] > 1):
-            return loss(self._view_scores(model, rows, views))
-        with grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
-            found = self._view_scores(model, rows, views)
-        return loss_per_view(
-            found, views, lambda one: self._view_scores(model, rows, one), loss, self._backward_of_part
-        )
-
-    def _backward_of_part(self, forward: Callable[[], Tensor]) -> None:
-        """A forward and its backward pass, whose gradients are added up in this process until another one."""
-        with self.accelerator.no_sync(self.model_wrapped):  # of DDP
-            value = forward()
-            if self.is_deepspeed_enabled:
-                self.accelerator.deepspeed_engine_wrapped.backward(value, sync_gradients=False, scale_wrt_gas=False)
-            else:
-                self.accelerator.backward(value)
-
-    def _draw(self, rows: Rows, iteration: int) -> Views:
-        views = self.estimator.draw(rows, seed=self.args.seed, iteration=iteration)
-        return views if rows.given is None or self.scores_hints else views.without(rows.given)
-
-    def _view_scores(self, model: Any, rows: Rows, views: Views, rows_per_forward: int | None = None) -> ViewScores:
-        with self.accelerator.autocast():
-            return score_views(
-                model,
-                self.spec,
-                rows.ids,
-                rows.attention_mask,
-                views,
-                temperature=self.args.score_temperature,
-                cfg_scale=self.args.cfg_scale,
-                rows_per_forward=rows_per_forward,
-                one_view=self.args.one_view,
-            )
-
-    def _reduced(self, found: ViewScores, views: Views, width: int) -> PolicyScores:
-        """Scores `[B, C]` from those of the views, cut or padded to C = `width`."""
-        entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
-        scores = resized(self.estimator.reduce(found.log_probs, views), width)
-        return PolicyScores(scores, resized(entropies, width), views, found.log_probs)
-
-    def _score(
-        self, model: Any, rows: Rows, iteration: int, width: int, rows_per_forward: int | None = None
-    ) -> PolicyScores:
-        """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
-        views = self._draw(rows, iteration)
-        return self._reduced(self._view_scores(model, rows, views, rows_per_forward), views, width)
-
-    @torch.no_grad()
-    def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any]) -> None:
-        width = scores.shape[1]
-        mask = inputs["completion_mask"].bool() & resized(inputs["drawn"], width)
-        local = rollout_gap(resized(inputs["drawn_log_probs"], width), scores, mask)
-        total, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["diffusion/rollout_gap"].append(total / max(tokens, 1))
+def _print_table(prompts: Any, completions: Any, rewards: Any, advantages: Any, *args: Any, **kwargs: Any) -> None:
+    extra = printable_entries(kwargs.pop("extra", None))
+    shown = (printable_entries(value) for value in (prompts, completions, rewards))
+    print_prompt_completions_sample(*shown, advantages, *args, extra=extra, **kwargs)
 
 
 def _roll_out(prompts: list[Any], trainer: DiffusionPolicyTrainer) -> dict[str, Any]:
@@ -571,16 +386,3 @@ def _roll_out(prompts: list[Any], trainer: DiffusionPolicyTrainer) -> dict[str, 
     rollout = trainer.rollout(prompts)
     trainer._current_rollout = rollout
     return {"prompt_ids": rollout.prompt_ids, "completion_ids": rollout.completion_ids, "logprobs": None}
-
-
-def rows_of(batch: dict[str, Any]) -> Rows:
-    """The rows of a batch that are to be scored."""
-    return Rows(
-        prompt_ids=batch["prompt_ids"],
-        prompt_mask=batch["prompt_mask"],
-        canvas_ids=batch["canvas_ids"],
-        valid=batch["canvas_valid"],
-        row_ids=batch["row_ids"],
-        seen=batch.get("canvas_seen"),
-        given=batch.get("hinted"),
-    )

@@ -28,7 +28,7 @@ from rl4dlm import (
 )
 from rl4dlm.cli import launch_command, main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 TRAINERS = ", ".join(sorted(path.stem for path in resources.find("trainers").glob("*.py")))

@@ -32,6 +32,7 @@ METRICS = {
     "train/diffusion/identical_completion_groups",
     "train/diffusion/nfe",
     "train/diffusion/rollout_gap",
+    "train/diffusion/skipped_steps",
     "train/diffusion/rollout_tokens_per_second",
     "train/diffusion/tokens_per_forward",
     "train/entropy",

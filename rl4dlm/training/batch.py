@@ -1,0 +1,137 @@
+"""What becomes of a rollout and its rewards before it is learnt from: TRL's batch with what the engine recorded.
+
+Owns the entries of the batch, its masks and denominators, and where an intervention and an algorithm's own advantages
+come in. Scores are `scores.py`'s. TRL's private names are used here, and checked when the file is imported.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.tracking.training import TrainingReplays
+from rl4dlm.training.contract import check_contract
+from rl4dlm.training.interventions.intervention import Intervention
+from rl4dlm.training.interventions.trainer import InterveningTrainer
+from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.metrics import identical_groups
+from rl4dlm.training.scores import ScoringTrainer
+
+check_contract(
+    GRPOTrainer,
+    parameters={
+        "_generate_and_score_completions": ["inputs"],
+        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    },
+    attributes=[
+        "_logs", "_metrics", "_tokenizer", "num_generations", "num_generations_eval", "num_iterations",
+        "reward_weights",
+    ],
+    keys={
+        "_generate_and_score_completions": [
+            "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "prompt_ids", "prompt_mask",
+            "old_per_token_logps", "ref_per_token_logps",
+        ],
+    },
+)  # fmt: skip
+
+
+class BatchTrainer(InterveningTrainer, ScoringTrainer):
+    """Turns a rollout and its rewards into the batch that a loss sees."""
+
+    intervention: Intervention | None
+    _current_rollout: Rollout | None
+    _rewards_per_func: Tensor | None
+    _replaced_rows: list[int]
+    _replays: TrainingReplays
+
+    uses_old_policy: bool = True
+    """Whether the loss compares with the policy that made the completions; if not, that is never scored."""
+
+    @abstractmethod
+    def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
+        """Changes a finished batch in place."""
+
+    @abstractmethod
+    def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
+        """Advantages, or weights, of completions; None: TRL's own."""
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.intervention is not None and self.model.training:
+            rewards = self._intervene(inputs, prompts, completions, rewards)
+        self._rewards_per_func = rewards
+        return rewards  # [N * G, F], of all processes
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions([dict(row) for row in inputs])
+        rollout, rewards = self._current_rollout, self._rewards_per_func
+        assert rollout is not None and rewards is not None
+        self._current_rollout = self._rewards_per_func = None
+        device, training = self.accelerator.device, self.model.training
+        mode, num_generations = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
+        # Batch-first tensors only: TRL shuffles and splits every entry along the first dimension.
+        batch["canvas_ids"] = rollout.canvas.to(device)
+        batch["canvas_valid"] = rollout.valid.to(device)
+        batch["row_ids"] = torch.tensor(rollout.row_ids, device=device)
+        batch["drawn"] = (rollout.trace.commit_step >= 0).to(device)
+        trace = rollout.trace
+        tempered = self.args.score_temperature != 1 and trace.log_prob is not None
+        batch["drawn_log_probs"] = (trace.log_prob if tempered else trace.raw_log_prob).to(device)  # type: ignore[union-attr]
+        if rollout.trace.length is not None:
+            slots = torch.arange(rollout.canvas.shape[1], device=device)
+            batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]
+        intervened = self.intervention is not None and training
+        if intervened:
+            batch["hinted"] = rollout.hinted.to(device)
+            batch["replaced"] = torch.zeros(len(rollout), dtype=torch.bool, device=device)
+            batch["replaced"][self._replaced_rows] = True
+            self._with_completions(batch, rollout)
+        if self.estimator.scope == "canvas":
+            kept = batch["completion_mask"].any(-1, keepdim=True)  # false: masked out because it was truncated
+            batch["completion_ids"] = batch["canvas_ids"]
+            batch["completion_mask"] = kept.long().expand_as(batch["canvas_ids"]).contiguous()
+        if intervened and not self.scores_hints:
+            shown = resized(batch["hinted"], batch["completion_mask"].shape[1])
+            batch["completion_mask"] = batch["completion_mask"] * ~shown
+        if intervened or self.estimator.scope == "canvas":
+            batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        canvas, valid = (self.accelerator.gather(batch[name]) for name in ("canvas_ids", "canvas_valid"))
+        same = identical_groups(canvas, valid, num_generations)
+        self._metrics[mode]["diffusion/identical_completion_groups"].append(same)
+        if self.args.log_replays and training and self.accelerator.is_main_process:
+            summed = self._summed(rewards)[: len(rollout)].tolist()
+            self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)
+        if not self.uses_old_policy:
+            batch.pop("old_per_token_logps", None)
+        self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
+        self._replace_advantages(batch, rewards, num_generations)
+        if self.args.negative_advantage_weight != 1:
+            signed = batch["advantages"]
+            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        if training:
+            self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
+        return batch
+
+    def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
+        advantages = self.advantages(self._summed(rewards_per_func).view(-1, num_generations), batch)
+        if advantages is None:
+            return
+        everyone = advantages.nan_to_num(nan=0.0).flatten()
+        local = len(batch["advantages"])
+        start = self.accelerator.process_index * local
+        batch["advantages"] = everyone[start : start + local].to(batch["advantages"])
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(everyone))):
+            logged.pop()
+        logged.extend(everyone.tolist())
+
+    def _summed(self, rewards_per_func: Tensor) -> Tensor:
+        """Weighted rewards `[N * G]`; NaN where no function could tell."""
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)
+        return rewards.masked_fill(rewards_per_func.isnan().all(-1), torch.nan)

@@ -1,0 +1,25 @@
+"""Which precision a run computes in where its settings do not say, and what a device cannot do.
+
+Owns that choice, for RL and for supervised training. TRL's default, bf16 everywhere, ends on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def settle_precision(config: Any) -> None:
+    """Sets `bf16` where it is None: on for a GPU that has it, off elsewhere and with `fp16`. Before `__post_init__`."""
+    if config.bf16 is None:
+        config.bf16 = not config.fp16 and not config.use_cpu and is_torch_bf16_gpu_available()
+
+
+def check_precision(config: Any) -> None:
+    """Raises ValueError for `fp16` on a CPU, where nothing would come of it. After `__post_init__`."""
+    for name in ("fp16", "fp16_full_eval"):
+        if getattr(config, name) and config.device.type == "cpu":
+            raise ValueError(
+                f"{name}=True is not supported on a CPU, where it has no effect; leave it out there, or train on a GPU"
+            )

@@ -1,0 +1,203 @@
+"""How views become scores of a batch: of the old policy, of the reference, and of the current one under gradients.
+
+Owns when a policy is scored, in which views, and the gap to what was recorded while decoding. Estimators say what is
+hidden and how log-probabilities become scores, an algorithm what its loss is. TRL's private names are used here, and
+checked when the file is imported.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl.trainer.grpo_trainer as grpo
+from torch import Tensor
+from trl import GRPOTrainer
+
+from rl4dlm.likelihood.scoring import ViewScores, score_views
+from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.training.backward_per_view import loss_per_view
+from rl4dlm.training.contract import check_contract
+from rl4dlm.training.loss_parts import LossParts, PolicyScores, resized
+from rl4dlm.training.metrics import rollout_gap
+
+check_contract(
+    GRPOTrainer,
+    parameters={
+        "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep"],
+        "_compute_loss": ["model", "inputs"],
+    },
+    attributes=["_step", "_metrics", "num_iterations", "ref_model"],
+    keys={"_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"]},
+    module=grpo,
+    names=["disable_gradient_checkpointing", "use_adapter"],
+)
+
+
+class ScoringTrainer(LossParts):
+    """Scores rows in an estimator's views; the loss of those scores is an algorithm's."""
+
+    spec: DiffusionSpec
+    _current_scores: PolicyScores | None
+    _backward_per_view: bool
+
+    needs_old_entropies: bool = False
+    """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
+
+    per_iteration: tuple[str, ...] = ("old_per_token_logps", "ref_per_token_logps", "old_entropies")
+    """Entries `[B, n, ...]` of the batch of which the loss sees the current inner iteration's, `[B, ...]`."""
+
+    def compared(self, scores: PolicyScores) -> Tensor:
+        """What is kept of old and reference scores, `[B, ...]`, for a loss to compare with; scores per token."""
+        return scores.log_probs
+
+    @abstractmethod
+    def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
+        """The loss of a micro-batch, from the scores of the current policy."""
+
+    def _score_fixed_policies(self, batch: dict[str, Any], iterations: int) -> None:
+        """Replaces TRL's placeholders by old and reference scores in each iteration's views, `[B, n, C]`.
+
+        Whether they are needed is TRL's decision: it is whether the placeholder is there.
+        """
+        rows, width = rows_of(batch), batch["completion_ids"].shape[1]
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        count = iterations if self.estimator.fresh else 1
+
+        def scores(model: Any) -> tuple[Tensor, Tensor]:
+            each = [self._score(model, rows, n, width, rows_per_forward=size) for n in range(count)]
+            return torch.stack([self.compared(s) for s in each], dim=1), torch.stack([s.entropies for s in each], dim=1)
+
+        with torch.no_grad(), grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if "old_per_token_logps" in batch or self.needs_old_entropies:
+                log_probs, entropies = scores(self.model)
+                if "old_per_token_logps" in batch:
+                    batch["old_per_token_logps"] = log_probs
+                if self.needs_old_entropies:
+                    batch["old_entropies"] = entropies
+            if "ref_per_token_logps" in batch:
+                with self._reference() as reference:
+                    batch["ref_per_token_logps"] = scores(reference)[0]
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with grpo.use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield self.model
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, None]:
+        # TRL asks twice: while it builds a batch, before views can be drawn (a placeholder will do), and in its loss.
+        if self._current_scores is not None:
+            return self._current_scores.log_probs, self._current_scores.entropies, None
+        nothing = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        return nothing, nothing, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        iteration = 0
+        if self.model.training:
+            # Passes over the batch, not micro-steps as in the papers' code, which skips views when it accumulates.
+            iteration = self._step // self.args.steps_per_generation % self.num_iterations
+        rows, width = rows_of(inputs), inputs["completion_ids"].shape[1]
+        batch = dict(inputs)  # the buffered batch is used again: never change its tensors
+        for name in self.per_iteration:
+            if batch.get(name) is not None:
+                batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
+        views = self._draw(rows, iteration)
+
+        def loss(found: ViewScores) -> Tensor:
+            scores = self._reduced(found, views, width)
+            if iteration == 0:
+                self._log_rollout_gap(scores.log_probs, inputs)
+            self._note(scores, batch)
+            return self.loss(scores, batch)
+
+        if not (self._backward_per_view and torch.is_grad_enabled() and views.hidden.shape[1] > 1):
+            return loss(self._view_scores(model, rows, views))
+        with grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
+            found = self._view_scores(model, rows, views)
+        return loss_per_view(
+            found, views, lambda one: self._view_scores(model, rows, one), loss, self._backward_of_part
+        )
+
+    def _backward_of_part(self, forward: Callable[[], Tensor]) -> None:
+        """A forward and its backward pass, whose gradients are added up in this process until another one."""
+        with self.accelerator.no_sync(self.model_wrapped):  # of DDP
+            value = forward()
+            if self.is_deepspeed_enabled:
+                self.accelerator.deepspeed_engine_wrapped.backward(value, sync_gradients=False, scale_wrt_gas=False)
+            else:
+                self.accelerator.backward(value)
+
+    def _draw(self, rows: Rows, iteration: int) -> Views:
+        views = self.estimator.draw(rows, seed=self.args.seed, iteration=iteration)
+        return views if rows.given is None or self.scores_hints else views.without(rows.given)
+
+    def _view_scores(self, model: Any, rows: Rows, views: Views, rows_per_forward: int | None = None) -> ViewScores:
+        with self.accelerator.autocast():
+            return score_views(
+                model,
+                self.spec,
+                rows.ids,
+                rows.attention_mask,
+                views,
+                temperature=self.args.score_temperature,
+                cfg_scale=self.args.cfg_scale,
+                rows_per_forward=rows_per_forward,
+                one_view=self.args.one_view,
+            )
+
+    def _reduced(self, found: ViewScores, views: Views, width: int) -> PolicyScores:
+        """Scores `[B, C]` from those of the views, cut or padded to C = `width`."""
+        entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
+        scores = resized(self.estimator.reduce(found.log_probs, views), width)
+        return PolicyScores(scores, resized(entropies, width), views, found.log_probs)
+
+    def _score(
+        self, model: Any, rows: Rows, iteration: int, width: int, rows_per_forward: int | None = None
+    ) -> PolicyScores:
+        """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
+        views = self._draw(rows, iteration)
+        return self._reduced(self._view_scores(model, rows, views, rows_per_forward), views, width)
+
+    @torch.no_grad()
+    def _note(self, scores: PolicyScores, batch: dict[str, Any]) -> None:
+        """Tells the guard what the loss is made of, so that it can name the first thing that is not finite."""
+        current, counted = self.compared(scores).detach(), scores.log_probs.detach()
+        parts = {"advantage": batch["advantages"], "score": counted}
+        for name, other in (("score of the old policy", "old"), ("score of the reference", "ref")):
+            if batch.get(f"{other}_per_token_logps") is not None:
+                parts[name] = batch[f"{other}_per_token_logps"]
+        if batch.get("old_per_token_logps") is not None and current.shape == batch["old_per_token_logps"].shape:
+            parts["ratio"] = (current - batch["old_per_token_logps"]).exp()
+        self.note(parts, batch["row_ids"])
+
+    @torch.no_grad()
+    def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any]) -> None:
+        width = scores.shape[1]
+        mask = inputs["completion_mask"].bool() & resized(inputs["drawn"], width)
+        local = rollout_gap(resized(inputs["drawn_log_probs"], width), scores, mask)
+        total, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["diffusion/rollout_gap"].append(total / max(tokens, 1))
+
+
+def rows_of(batch: dict[str, Any]) -> Rows:
+    """The rows of a batch that are to be scored."""
+    return Rows(
+        prompt_ids=batch["prompt_ids"],
+        prompt_mask=batch["prompt_mask"],
+        canvas_ids=batch["canvas_ids"],
+        valid=batch["canvas_valid"],
+        row_ids=batch["row_ids"],
+        seen=batch.get("canvas_seen"),
+        given=batch.get("hinted"),
+    )
