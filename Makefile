@@ -8,9 +8,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.installed-runtime
 ALL := $(VENV)/.installed-all
+LOWEST_VENV ?= .venv-lowest
+# Names of dependencies that test-lowest does not hold at their lowest, such as torch where no such build can be had.
+LOWEST_EXCEPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint test test-slow lint bench
+.PHONY: help demo demo-checkpoint test test-slow test-lowest lint bench
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +29,9 @@ test: $(ALL)  ## run the tests, but for the slow ones and those that need a GPU
 
 test-slow: $(ALL)  ## run the slow tests
 	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST_VENV)/.installed  ## run the trainer and model tests with the oldest versions that are allowed
+	$(LOWEST_VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 tests/training tests/models $(PYTEST_ARGS)
 
 lint: $(ALL)  ## check style, formatting and types
 	$(PY) -m ruff check .
@@ -47,4 +53,12 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(ALL): $(RUNTIME)
 	@echo "Installing into $(VENV): what tests and checks need besides"
 	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable '.[test,deepspeed]'
+	@touch $@
+
+# Constraints are made from the bounds themselves, so that an install that fails shows a bound that cannot be met.
+$(LOWEST_VENV)/.installed: pyproject.toml tests/lowest_versions.py
+	@echo "Installing into $(LOWEST_VENV): the oldest versions that pyproject.toml allows"
+	@$(PYTHON) -m venv $(LOWEST_VENV)
+	@$(LOWEST_VENV)/bin/python tests/lowest_versions.py $(LOWEST_EXCEPT) > $(LOWEST_VENV)/lowest.txt
+	@$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint $(LOWEST_VENV)/lowest.txt --editable '.[test]'
 	@touch $@

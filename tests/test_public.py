@@ -1,0 +1,159 @@
+"""What downstream code relies on: public names, the names of their parameters and settings, and those of metrics.
+
+What is recorded here stays. New names may be added; one that goes, or moves to another place in a signature, breaks
+somebody's code or dashboard, and needs a word in the changelog.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import rl4dlm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SIGNATURES = {
+    "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "DecodingConfig": (
+        "canvas_length schedule steps block_length temperature top_p top_k cfg_scale cache stop_at_eos "
+        "min_new_tokens eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args"
+    ),
+    "DiffuGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "DiffusionGDPOTrainer": ("model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"),
+    "DiffusionPolicyTrainer": (
+        "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"
+    ),
+    "DiffusionSFTTrainer": "model args train_dataset eval_dataset processing_class kwargs",
+    "DiffusionSpec": "mask_token_id eos_token_ids logit_shift attention block_length grid_origin noise",
+    "DreamCoderRLTrainer": "args kwargs",
+    "ESPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "IGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "Inpainting": (
+        "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
+        "chunk_length max_replaced_share free_tail max_stretch max_gap"
+    ),
+    "Intervention": "",
+    "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "Rollout": (
+        "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
+        "extra_forwards weight_version"
+    ),
+    "RolloutEngine": "model spec max_batch_rows progress",
+    "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length",
+    "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "Views": "hidden weight ids",
+    "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "adapt_causal_lm": (
+        "path tokenizer attention block_length grid_origin logit_shift mask_token dtype device "
+        "attn_implementation revision kwargs"
+    ),
+    "attach_scoring": "model",
+    "available_schedules": "",
+    "check_adapter": "model peft_config",
+    "convert": "source target form revision mask_token_id block_length",
+    "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress",
+    "load_denoiser": (
+        "path dtype device attn_implementation quantization_config revision mask_token_id block_length kwargs"
+    ),
+    "load_reward": "name",
+    "load_rewards": "names",
+    "load_task": "name options",
+    "load_tokenizer": "path revision mask_token_id",
+    "save_denoiser": "model path tokenizer form",
+    "tiny_a2d_llama": "sizes",
+    "tiny_a2d_qwen2": "sizes",
+    "tiny_a2d_qwen3": "sizes",
+    "tiny_diffusion_gemma": "sizes",
+    "tiny_dream": "sizes",
+    "tiny_fast_dllm": "sizes",
+    "tiny_llada": (
+        "vocab_size mask_token_id eos_token_id pad_token_id hidden_size num_hidden_layers num_attention_heads "
+        "intermediate_size max_position_embeddings rope_theta initializer_range dtype seed"
+    ),
+    "tiny_llada2": "sizes",
+    "tiny_llada_moe": "sizes",
+    "tiny_sdar": "sizes",
+    "tiny_sdar_moe": "sizes",
+    "tiny_tokenizer": "",
+}
+"""Parameters of functions and classes, in their order."""
+
+SETTINGS = {
+    "BGPOConfig": "num_views stratify",
+    "CoupledGRPOConfig": "pairs level_range baseline",
+    "DMPOConfig": (
+        "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
+        "ddo_negative_weight ddo_split"
+    ),
+    "DiffuGRPOConfig": "p_mask_prompt",
+    "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
+    "DiffusionPolicyConfig": (
+        "schedule denoising_steps block_length cfg_scale cache stop_at_eos min_new_tokens eos_penalty "
+        "eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
+        "kl_estimator kl_target negative_advantage_weight score_temperature one_view max_prompt_length "
+        "overlong_prompts log_replays"
+    ),
+    "DiffusionSFTConfig": (
+        "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "
+        "ar_loss_weight noise_floor eos_padding random_truncation"
+    ),
+    "DreamCoderRLConfig": "cart_p substitute_groups",
+    "ESPOConfig": "num_views complement baseline",
+    "IGPOConfig": (
+        "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
+        "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"
+    ),
+    "JustGRPOConfig": "tokens_per_view",
+    "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
+    "UniGRPOConfig": "levels level_range",
+    "WD1Config": "psi negative_weight weights_over p_mask_prompt",
+}
+"""Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
+
+METRICS = {
+    "diffusion/early_eos_share",
+    "diffusion/identical_completion_groups",
+    "diffusion/masked_nll",
+    "diffusion/next_token_nll",
+    "diffusion/nfe",
+    "diffusion/rollout_gap",
+    "diffusion/rollout_tokens_per_second",
+    "diffusion/tokens_per_forward",
+}
+
+
+def test_public_names_stay() -> None:
+    assert {"__version__", *SIGNATURES, *SETTINGS} <= set(rl4dlm.__all__)
+    new = set(rl4dlm.__all__) - {"__version__", *SIGNATURES, *SETTINGS}
+    assert not new, f"record the parameters of {sorted(new)} in tests/test_public.py"
+
+
+@pytest.mark.parametrize("name", sorted(SIGNATURES))
+def test_parameters_stay(name: str) -> None:
+    recorded = SIGNATURES[name].split()
+    found = list(inspect.signature(getattr(rl4dlm, name)).parameters)
+    assert [parameter for parameter in found if parameter in recorded] == recorded
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_settings_stay(name: str) -> None:
+    shared = [] if name == "DiffusionSFTConfig" else SETTINGS["DiffusionPolicyConfig"].split()
+    missing = {*shared, *SETTINGS[name].split()} - {field.name for field in fields(getattr(rl4dlm, name)) if field.init}
+    assert not missing
+
+
+def test_metrics_stay_and_are_explained() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "rl4dlm").rglob("*.py"))
+    found = set(re.findall(r"[\"'](diffusion/[a-z_]+)[\"']", sources))
+    assert found >= METRICS
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    unexplained = {name for name in found if f"| `{name}` |" not in page}
+    assert not unexplained, f"docs/troubleshooting.md has no row for {sorted(unexplained)}"
