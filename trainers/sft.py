@@ -22,6 +22,7 @@ from rl4dlm.cli.arguments import (
     parse,
     with_completions,
 )
+from rl4dlm.cli.errors import start
 from rl4dlm.sft.adapt import adapt_causal_lm
 
 
@@ -64,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
