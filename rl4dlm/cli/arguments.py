@@ -86,8 +86,8 @@ class DataArguments:
             raise ValueError(f"{given} belongs to dataset_name, but task={self.task!r}")
         if self.dataset_test_file is not None and self.dataset_test_split is not None:
             raise ValueError(
-                f"dataset_test_file={self.dataset_test_file!r} and dataset_test_split={self.dataset_test_split!r}: name "
-                "either a file or a split to evaluate on"
+                f"dataset_test_file={self.dataset_test_file!r} and dataset_test_split={self.dataset_test_split!r}: "
+                "name either a file or a split to evaluate on"
             )
         if self.dataset_test_split is None and self.dataset_test_file is None:
             self.dataset_test_split = "test" if self.task is None else "validation"
@@ -180,7 +180,7 @@ class AdaptationArguments:
 
 def parse(argv: Sequence[str] | None, *dataclass_types: type) -> tuple[Any, ...]:
     """Settings from flags over a `--config` YAML file over defaults. Raises ValueError for what no dataclass knows."""
-    parser = GroupedParser(dataclass_types)
+    parser = GroupedParser(dataclass_types, allow_abbrev=False)
     words = sys.argv[1:] if argv is None else list(argv)
     *found, unknown_in_file, unknown = parser.parse_args_and_config(
         words, return_remaining_strings=True, separate_remaining_strings=True
@@ -216,8 +216,8 @@ def load_splits(arguments: DataArguments, *, evaluating: bool) -> tuple[Dataset 
         task = load_task(arguments.task, **mapping("task_args", arguments.task_args))
         if evaluating and split not in task.splits:
             raise ValueError(
-                f"dataset_test_split={split!r}: task {task.name!r} has no such split to evaluate on while training; its "
-                f"splits: {', '.join(task.splits)}"
+                f"dataset_test_split={split!r}: task {task.name!r} has no such split to evaluate on while training; "
+                f"its splits: {', '.join(task.splits)}"
             )
         return task.dataset(arguments.dataset_train_split), task.dataset(split) if evaluating else None
     assert arguments.dataset_name is not None
@@ -297,8 +297,8 @@ def _reader(setting: str, name: str, config: str | None) -> Callable[..., Any]:
     def read(split: str, streaming: bool = False) -> Any:
         if split != "train":
             raise ValueError(
-                f"the file {name!r} has one split, 'train', and split {split!r} was asked for; evaluate on a file of its "
-                "own with dataset_test_file"
+                f"the file {name!r} has one split, 'train', and split {split!r} was asked for; evaluate on a file of "
+                "its own with dataset_test_file"
             )
         return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming)
 

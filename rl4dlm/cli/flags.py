@@ -6,6 +6,7 @@ Owns the layout of the help text. The flags themselves are the fields of the dat
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import fields
 from typing import Any
 
@@ -39,7 +40,9 @@ class GroupedParser(TrlParser):
             negation = isinstance(action, argparse._StoreFalseAction) and action.option_strings[0].startswith("--no")
             if isinstance(action, argparse._HelpAction) or name in hidden or negation:
                 continue
-            groups[_group(name, given)].append(action)
+            shown = copy.copy(action)
+            shown.option_strings = action.option_strings[:1]  # the other is the same with hyphens
+            groups[_group(name, given)].append(shown)
         formatter = self._get_formatter()
         formatter.add_usage("%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]", [], [])
         formatter.add_text("Flags override the YAML file, and the file the defaults.")

@@ -150,7 +150,9 @@ def check_prompt(ids: Sequence[int], name: str, mask_token_id: int) -> None:
 def checked_rewards(reward_funcs: Any) -> list[Any] | None:
     """Reward functions that refuse to return anything but one finite number or None per completion.
 
-    Names of reward functions are looked up; reward models and their names are left as they are. TRL alone reads NaN as "not scorable".
+    Names of reward functions are looked up; reward models and their names are left as they are.
+
+    TRL alone reads NaN as "not scorable".
     """
     if reward_funcs is None:
         return None
