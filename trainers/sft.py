@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    trainer.create_model_card()
     trainer.end()
     return trainer
 

@@ -37,6 +37,7 @@ def decode(arguments: argparse.Namespace) -> int:
 
     from rl4dlm.cli.arguments import mapping
     from rl4dlm.models.loading import check_tokenizer, load_denoiser, load_tokenizer
+    from rl4dlm.models.taught import warn_of_canvas
     from rl4dlm.rollout.decoding import DecodingConfig
     from rl4dlm.rollout.engine import RolloutEngine
     from rl4dlm.tasks.prompts import encode_prompt
@@ -60,6 +61,7 @@ def decode(arguments: argparse.Namespace) -> int:
         model = load_denoiser(arguments.model, dtype=arguments.dtype, device=device).eval()
     engine = RolloutEngine(model, max_batch_rows=arguments.batch_rows)
     check_tokenizer(tokenizer, engine.spec)
+    warn_of_canvas(model, config.canvas_length)
     ids = [encode_prompt(tokenizer, prompt, chat_template_kwargs=template) for prompt in prompts]
     view = LiveView(
         tokenizer,

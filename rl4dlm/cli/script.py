@@ -85,5 +85,6 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    trainer.create_model_card()
     trainer.end()
     return trainer
