@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig
 
+from rl4dlm import resources
 from rl4dlm._optional import require
 from rl4dlm.cli.flags import GroupedParser
 from rl4dlm.plugins import did_you_mean
@@ -264,7 +265,7 @@ def model_options(training: Any, model: ModelConfig) -> dict[str, Any]:
 
 
 def check_settings(training: Any, model: ModelConfig) -> None:
-    """Checks what can be checked before data and weights are read.
+    """Checks what can be checked before data and weights are read, and finds the demo checkpoint where it is named.
 
     Raises:
         ValueError: no model is named.
@@ -272,6 +273,7 @@ def check_settings(training: Any, model: ModelConfig) -> None:
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set; name a model folder, an adapter folder or a hub id")
+    model.model_name_or_path = resources.model_folder(model.model_name_or_path)
     if model.load_in_4bit or model.load_in_8bit:
         setting = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
         if find_spec("bitsandbytes") is None:

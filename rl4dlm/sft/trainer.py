@@ -269,11 +269,10 @@ class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
         if not self.is_world_process_zero():
             return
         args = self.args
-        decoding = (
-            DecodingConfig() if args.max_completion_length is None else DecodingConfig(args.max_completion_length)
-        )
+        decoding = DecodingConfig(args.max_completion_length or DecodingConfig.canvas_length)
         text = model_card(
             name=self.hub_model_id or model_name or os.path.basename(os.path.abspath(args.output_dir)),
+            path=self.hub_model_id or args.output_dir,
             base=base_name(base_model(self.model)),
             algorithm=self._name,
             paper=self._paper,

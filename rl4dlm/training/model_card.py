@@ -21,6 +21,7 @@ def base_name(model: Any) -> str | None:
 def model_card(
     *,
     name: str,
+    path: str,
     base: str | None,
     algorithm: str,
     paper: Mapping[str, Any] | None,
@@ -33,7 +34,8 @@ def model_card(
     """The text of a card, in Markdown behind a YAML header.
 
     Args:
-        name: of the model, a hub id where it has one; the quick start loads it.
+        name: of the model.
+        path: that the quick start loads: its hub id, or the folder it is saved in.
         base: as `base_name` has it.
         algorithm: that trained it. paper: TRL's `_paper`: `title`, and `id` on arXiv.
         tags: for the hub.
@@ -75,13 +77,13 @@ A diffusion language model, trained from {origin} with {algorithm}{source} by
 from rl4dlm import DecodingConfig, RolloutEngine, load_denoiser, load_tokenizer
 from rl4dlm.evaluation import encode_prompt
 
-model, tokenizer = load_denoiser({name!r}), load_tokenizer({name!r})
+model, tokenizer = load_denoiser({path!r}), load_tokenizer({path!r})
 prompt = encode_prompt(tokenizer, "Your question")  # or a list of chat messages
 rollout = RolloutEngine(model).generate([prompt], DecodingConfig({written}))
 print(tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)[0])
 ```
 
-or `rl4dlm decode --model {name} --prompt "Your question" --canvas-length {decoding.canvas_length}`.
+or `rl4dlm decode --model {path} --prompt "Your question" --canvas-length {decoding.canvas_length}`.
 
 ## Training
 

@@ -351,6 +351,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
             return
         text = model_card(
             name=self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
+            path=self.hub_model_id or self.args.output_dir,
             base=base_name(base_model(self.model)),
             algorithm=self._name,
             paper=self._paper,

@@ -1,4 +1,4 @@
-"""P8: a saved model says what it is and how it is used, and refuses to write left to right. P2: lengths it was taught."""
+"""P8: a saved model says what it is and refuses to write left to right. P2: the lengths it was taught."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quick_start(card: str) -> str:
 
 
 def test_p8_the_card_names_base_algorithm_rewards_and_decoding(
-    build_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    build_trainer: Callable[..., Any], tmp_path: Path, capsys: Any
 ) -> None:
     save_denoiser(tiny_llada(), tmp_path / "base", tiny_tokenizer())
     trainer = build_trainer(tmp_path / "run", load_denoiser(tmp_path / "base"), num_iterations=1)
@@ -36,9 +36,8 @@ def test_p8_the_card_names_base_algorithm_rewards_and_decoding(
     for said in (f"`{tmp_path / 'base'}`", "diffu-GRPO", "2504.12216", "`reward` (weight 1)", "steps=4"):
         assert said in card, said
     assert "`canvas_length=8`" in card
-    monkeypatch.chdir(tmp_path)  # the quick start names the folder, and runs as it stands
     capsys.readouterr()
-    exec(compile(quick_start(card), "quick start", "exec"), {})
+    exec(compile(quick_start(card), "quick start", "exec"), {})  # noqa: S102  (it runs as it stands)
     printed = capsys.readouterr().out.rstrip("\n")
     prompt = tiny_tokenizer()("Your question")["input_ids"]
     rollout = RolloutEngine(load_denoiser(tmp_path / "run")).generate([prompt], trainer.decoding)
