@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +16,7 @@ from trl import ModelConfig
 
 from rl4dlm import resources, save_denoiser, tiny_llada, tiny_tokenizer
 from rl4dlm.cli.arguments import RewardArguments, parse
+from tests.published_settings import DELIBERATE, NOT_HELD, PUBLISHED, REPOSITORIES
 
 CONFIGS = {
     f"{path.parent.name}/{path.stem}": path
@@ -218,3 +222,46 @@ def test_espo_has_the_published_settings(task):
     assert optimiser == ((1e-6, 0.1, 0.8) if code else (3e-6, 0.01, 0.2))
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * 8
     assert batch == 16 * settings["num_generations"]  # 16 prompts on 8 GPUs
+
+
+def setting(name: str, key: str) -> Any:
+    """What a configuration runs with: what it says, else the default of its trainer's settings."""
+    settings: Any = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+    first, _, second = key.partition(".")
+    if first in settings:
+        return settings[first].get(second) if second else settings[first]
+    script = load_script(resources.find("trainers") / f"{CONFIGS[name].parent.name}.py")
+    (trainer,) = (value for key, value in vars(script).items() if key.endswith("Trainer"))
+    for entry in (*fields(trainer.config_class), *fields(ModelConfig)):
+        if entry.name == first:
+            return entry.default if entry.default is not MISSING else entry.default_factory()
+    raise AssertionError(f"{name}: nothing has a setting {key!r}")
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_f10_a_configuration_has_the_authors_settings(name):
+    repository = REPOSITORIES[name.partition("/")[0]]
+    wrong, kept = [], []
+    for key, flag in PUBLISHED[name].items():
+        found = setting(name, key)
+        deliberate = next((why for entry, why in DELIBERATE.items() if entry in ((name, key), ("*", key))), None)
+        if found == flag.value and deliberate is not None:
+            kept.append(f"{key}={found!r} is the authors'; take it out of DELIBERATE")
+        elif found != flag.value and deliberate is None:
+            wrong.append(f"{key}={found!r}; {repository}/{flag.file} has {flag.value!r}")
+    assert not wrong + kept, "\n".join([name, *wrong, *kept])
+
+
+def test_f10_every_configuration_that_speaks_of_published_settings_is_in_the_table():
+    claims = {
+        name
+        for name, path in CONFIGS.items()
+        if re.search(
+            r"settings (that|of) .*?(publish|released)",
+            " ".join(re.findall(r"^# (.*)", path.read_text(encoding="utf-8").partition("\n\n")[0], re.MULTILINE)),
+        )
+    }
+    assert len(claims) > 20
+    assert claims <= PUBLISHED.keys() | NOT_HELD.keys(), claims - PUBLISHED.keys() - NOT_HELD.keys()
+    assert NOT_HELD.keys() <= CONFIGS.keys() and not NOT_HELD.keys() & PUBLISHED.keys()
+    assert {name for name, _ in DELIBERATE} - {"*"} <= PUBLISHED.keys()

@@ -1,9 +1,9 @@
 """BGPO: a bound of the policy ratio that is a sum over views (arXiv 2510.11683).
 
 With n views (`rl4dlm.likelihood.elbo`, masks of a fixed count), l_v the estimate that view v alone gives of a
-completion's evidence lower bound, over its number of tokens, and d_v = l_v - l_v,old in the same view, the ratio of
-policies is exp(mean_v d_v). Its exponential of a mean keeps all n forward passes alive until the backward pass. BGPO
-replaces it by a lower bound of A times the ratio, which is a mean over views:
+completion's evidence lower bound, over its number of tokens (`bound_norm`), and d_v = l_v - l_v,old in the same view,
+the ratio of policies is exp(mean_v d_v). Its exponential of a mean keeps all n forward passes alive until the backward
+pass. BGPO replaces it by a lower bound of A times the ratio, which is a mean over views:
 
     b_v  = 1 + d_v         where A >= 0      exp(x) >= 1 + x
     b_v  = exp(d_v)        elsewhere         Jensen's inequality: exp(mean) <= mean of exp
@@ -16,9 +16,14 @@ Tokens that an intervention has given are in no bound and in no number of tokens
 `one_view=True` is what saves the memory here. It scores one view after another for every estimator and whatever is made
 of the views, at the price of one more forward pass, so that bounds are not needed for that; they are BGPO's loss.
 
-Decided differently from the released code: with A >= 0 the clipped value is 1 + d_v itself, whose logarithm the port
-in DARE (arXiv 2604.04215) takes, so that it needs 1 + d_v > 0 and this does not; the numbers of hidden tokens are
-spread over the views of a completion.
+`bound_norm` says what bounds are divided by. The authors' code could not be had; its port in DARE (arXiv 2604.04215)
+divides by the length of the canvas, `"canvas"`, so that all tokens weigh the same whatever completion they are in, with
+`scope="valid"` or where all of the canvas is noised, `scope="canvas"`, whose tokens are the canvas anyway. The default,
+`"tokens"`, are those in scope: completions weigh the same, and the tokens of short ones more.
+
+Decided differently from the port: with A >= 0 the clipped value is 1 + d_v itself, whose logarithm it
+takes, so that it needs 1 + d_v > 0 and this does not; the numbers of hidden tokens are spread over the views of a
+completion; its losses can be averaged over tokens, so that long completions count for more, and here completions are.
 """
 
 from __future__ import annotations
@@ -26,21 +31,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.elbo import ELBO
-from rl4dlm.likelihood.masks import STRATIFY
-from rl4dlm.training.config import (
-    KL_ESTIMATORS,
-    OWN_LOSS,
-    DiffusionPolicyConfig,
-    set_but_not_supported,
-)
+from rl4dlm.likelihood.masks import STRATIFY, check_choice
+from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
 from rl4dlm.training.losses import clipped_ratio, kl_estimate, ratio_bound
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["BGPOConfig", "BGPOTrainer"]
 
+BOUND_NORMS = ("tokens", "canvas")
 _PER_VIEW = "the loss here is one clipped bound per view"
 _NOT_SUPPORTED = {
     **OWN_LOSS,
@@ -60,9 +62,12 @@ class BGPOConfig(DiffusionPolicyConfig):
         num_views: n, views per completion and pass.
         stratify: whether the numbers of hidden tokens are spread over the `"views"` of a completion, also over
             `"rows"`, or drawn one by one (`"none"`).
+        bound_norm: what bounds are divided by: the number of `"tokens"` of a completion that they are about, or the
+            length of the `"canvas"`.
         epsilon, epsilon_high: clip range of a view's bound.
         delta: c > 1 + epsilon_high, bounds the loss of a view by c |A| where A < 0 (dual clip); None: not bounded.
-        beta, kl_estimator: weight of a KL term per view, and its form: k1, k2 or k3.
+        beta, kl_estimator: weight of a KL term per view, and its form: k2 or k3. k1 is refused, since its gradient does
+            not depend on the reference.
         scale_rewards: TRL's: advantages are divided by the group's standard deviation.
 
     Raises:
@@ -77,10 +82,17 @@ class BGPOConfig(DiffusionPolicyConfig):
             "choices": list(STRATIFY),
         },
     )
+    bound_norm: str = field(
+        default="tokens",
+        metadata={
+            "help": "What bounds are divided by: the completion's number of tokens, or the length of the canvas.",
+            "choices": list(BOUND_NORMS),
+        },
+    )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
     kl_per_token: ClassVar[bool] = False
     kl_estimator: str = field(
-        default="k2", metadata={"help": "Form of the KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)}
+        default="k2", metadata={"help": "Form of the KL term: k2 or k3.", "choices": ["k2", "k3"]}
     )
     temperature: float = field(default=0.6, metadata={"help": "Temperature of the rollout."})
 
@@ -89,6 +101,7 @@ class BGPOConfig(DiffusionPolicyConfig):
         if refused:
             raise ValueError("; ".join(refused))
         super().__post_init__()
+        check_choice("bound_norm", self.bound_norm, BOUND_NORMS)
         self.estimator()
 
     def estimator(self) -> ELBO:
@@ -121,6 +134,8 @@ class BGPOTrainer(DiffusionPolicyTrainer):
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The mean over completions and views."""
         size = self.tokens_scored(batch).clamp(min=1)[:, None]
+        if self.args.bound_norm == "canvas":
+            size = torch.full_like(size, batch["canvas_ids"].shape[1])
         each = self.compared(scores)  # [B, K]
         difference = self.log_ratio_to("old", each, batch) / size
         counts = batch["completion_mask"].any(-1)  # false: left out because it was truncated

@@ -37,7 +37,8 @@ from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTraine
 
 @dataclass
 class CoupledGRPOConfig(DiffusionPolicyConfig):
-    """Settings of coupled-GRPO; the defaults are the paper's.
+    """Settings of coupled-GRPO; the defaults are the paper's, but for sizes and optimizer,
+    which are TRL's here and the paper's in the configuration files.
 
     Args:
         pairs: lambda, pairs of complementary views besides the one that hides everything; 0 is diffu-GRPO without

@@ -24,6 +24,7 @@ Where the paper and its released code differ, or both are wrong, this is decided
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.training.setup import mean_field
@@ -32,9 +33,11 @@ from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTraine
 
 @dataclass
 class DiffuGRPOConfig(DiffusionPolicyConfig):
-    """Settings of diffu-GRPO; the defaults are the paper's.
+    """Settings of diffu-GRPO; the defaults are the paper's, but for `loss_type`, on which see the module's docstring.
 
     Args:
+        num_generations: G, completions of a prompt; `per_device_train_batch_size` is one group. block_length: 32.
+        learning_rate: of AdamW.
         p_mask_prompt: probability with which a prompt token is hidden from the policy when it is scored.
         num_iterations: mu, passes over a batch of completions: 12 for GSM8K and MATH, 8 for Countdown and Sudoku.
         epsilon: clip range. beta: weight of the KL term.
@@ -45,6 +48,12 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
         ValueError: names the setting, the value and what is allowed.
     """
 
+    paper_block_length: ClassVar[int | None] = 32
+    num_generations: int | None = field(default=6, metadata={"help": "Completions of a prompt (G), the paper's 6."})
+    per_device_train_batch_size: int = field(
+        default=6, metadata={"help": "Completions per process and pass; the paper has a group of 6."}
+    )
+    learning_rate: float = field(default=3e-6, metadata={"help": "Learning rate of AdamW, the paper's."})
     p_mask_prompt: float = field(
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
     )

@@ -11,10 +11,13 @@ whose advantages are all the same are overwritten by random ones that teach some
 `beta` above 0 one per token is added to the surrogate.
 
 Decided differently from the released code:
-- Levels and masks are keyed by row and pass. The code draws one level and one mask for all rows of a worker, and seeds
-  its sampler with the same numbers at every step, so that noise comes back.
+- Levels and masks are keyed by row and pass. The code draws one level and one mask for all rows of a worker, which
+  `noise_per="process"` does, too, and seeds its sampler with the same numbers at every step, so that noise comes back.
 - `loss_type="dapo"`, the default, divides by the weights of the whole generation batch, so that splitting it changes
-  nothing; `"bnpo"` by those of a micro-batch, as the code does. Without any visible token the loss is 0.
+  nothing; `"bnpo"` by those of a micro-batch, as the code does. With levels of their own, rows with hardly any or
+  nearly all tokens hidden then count for less than others; `"grpo"` divides each row by its own weights, so that all
+  rows count the same. With one level for all that is so within a micro-batch anyway. Without any visible token the loss
+  is 0.
 - Tokens behind the first end of sequence are hidden in every view and count for nothing. The code shows some of them,
   though it scores none. `scope="canvas"` shows and scores them.
 - Groups are overwritten within a process, which needs whole groups there. Where no group teaches anything the
@@ -37,11 +40,13 @@ from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
+from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.losses import clipped_surrogate
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
 
-LOSS_TYPES = ("dapo", "bnpo")
+LOSS_TYPES = ("dapo", "bnpo", "grpo")
+NOISE_PER = ("row", "process")
 _SAME = 1e-6  # advantages that are no further apart are the same but for rounding
 _WEIGHTED = "every token has a weight of its own"
 _NOT_SUPPORTED = {
@@ -56,7 +61,8 @@ for _name in ("loss_type", "use_bias_correction_kl"):  # the loss has them in it
 
 @dataclass
 class DreamCoderRLConfig(DiffusionPolicyConfig):
-    """Settings of Dream-Coder's RL; the defaults are the paper's.
+    """Settings of Dream-Coder's RL; the defaults are the paper's, but for sizes and optimizer,
+    which are TRL's here and the paper's in the configuration files.
 
     Args:
         cart_p: p of the context-adaptive weights, in (0, 1]; None: every token counts 1.
@@ -66,7 +72,10 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
             clip); None: off.
         beta: weight of a KL term per token. The paper has none.
         scale_rewards: `"group"`: advantages are divided by the group's standard deviation.
-        loss_type: `"dapo"` or `"bnpo"`, see the module.
+        noise_per: `"row"`, each completion has a level and masks of its own, or `"process"`, all completions of a
+            process and generation batch have the same; replacements of an intervention have others.
+        loss_type: what weights are added up over: `"dapo"`, the generation batch; `"bnpo"`, the micro-batch; `"grpo"`,
+            the row. See the module.
         schedule: of the rollout: whole canvas, the most probable candidates first.
         temperature, top_p: of the rollout. The paper divides the logits of scores by the temperature too; set
             `score_temperature` where it is not 1.
@@ -89,7 +98,11 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
         default="group",
         metadata={"help": "Divide advantages by a standard deviation of rewards: none, group or batch."},
     )
-    loss_type: str = field(default="dapo", metadata={"help": "What the loss is averaged over: dapo or bnpo."})
+    noise_per: str = field(
+        default="row",
+        metadata={"help": "What has a level and masks of its own: each row or process.", "choices": list(NOISE_PER)},
+    )
+    loss_type: str = field(default="dapo", metadata={"help": "What the loss is averaged over: dapo, bnpo or grpo."})
     schedule: str = field(
         default="dream_maskgit_plus",
         metadata={"help": "Name of the decoding schedule: which tokens are written when."},
@@ -108,6 +121,7 @@ class DreamCoderRLConfig(DiffusionPolicyConfig):
         super().__post_init__()
         check_context("cart_p", self.cart_p)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("noise_per", self.noise_per, NOISE_PER)
         Complementary(scope=self.scope)
 
 
@@ -136,7 +150,9 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> Complementary:
         """One pair of complementary views."""
-        return Complementary(scope=self.args.scope)
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        shared_by = rows if self.args.noise_per == "process" else None
+        return Complementary(scope=self.args.scope, shared_by=shared_by, row_period=SECOND_ATTEMPT)
 
     def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
         """Overwrites groups that teach nothing, and sums up what tokens count for in each pass."""
@@ -144,7 +160,7 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
             self._substitute(batch, rewards)
         totals = []
         for iteration in range(self.num_iterations):
-            views = self.estimator.draw(rows_of(batch), seed=self.args.seed, iteration=iteration)
+            views = self._draw(rows_of(batch), iteration)  # as the loss draws them, without what was given
             totals.append(self.accelerator.gather(self._weights(views, batch).sum()).sum())
         batch["weight_total"] = torch.stack(totals).expand(len(batch["canvas_ids"]), -1).contiguous()
 
@@ -168,19 +184,23 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         if self.args.loss_type == "dapo" and "weight_total" in batch:
             total = batch["weight_total"][0].to(losses.dtype)
             return self.mean_over_tokens(losses, weights, batch, total.where(total > 0, 1.0))
+        if self.args.loss_type == "grpo":
+            total = weights.sum(-1)
+            return self.mean_over_rows((losses * weights).sum(-1) / total.where(total > 0, 1.0))
         total = weights.sum() * self.accumulation_steps
         return (losses * weights).sum() / total.where(total > 0, 1.0)
 
     def _weights(self, views: Views, batch: dict[str, Any]) -> Tensor:
         """What tokens count for, float64 `[B, C]`: context-adaptive in the view that hides them, zero outside the loss.
 
-        Neighbours are those within the completion.
+        Neighbours are those within the completion that the view shows, given ones too.
         """
-        hidden, within = views.scored, batch["canvas_valid"][:, None]
+        within = batch["canvas_valid"][:, None]
         if self.args.scope == "canvas":
             within = torch.ones_like(within)
-        weights = hidden.double()
+        weights = views.scored.double()
         if self.args.cart_p is not None:
+            hidden = views.hidden[..., -weights.shape[-1] :]  # also what is not scored since it was given
             weights = weights * context_weights(within & ~hidden, self.args.cart_p)
         mask = batch["completion_mask"]
         return resized(weights.sum(1), mask.shape[1]) * mask

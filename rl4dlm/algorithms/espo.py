@@ -23,7 +23,7 @@ Where the paper and its released code differ, or both are wrong, this is decided
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,15 +35,18 @@ from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTra
 
 @dataclass
 class ESPOConfig(SequenceRatioConfig):
-    """Settings of ESPO; the defaults are those of the paper's GSM8K runs.
+    """Settings of ESPO; the defaults are those of the paper's GSM8K runs, but for `denoising_steps`, 256 there.
 
     Args:
+        num_generations: G, completions of a prompt; `per_device_train_batch_size` is one group. block_length: 32.
+        learning_rate: of AdamW.
         num_views: views per completion: 4 are two pairs.
         complement: views come in pairs that hide complementary tokens; `num_views` is even then.
         scope: which tokens are noised and scored: the whole `"canvas"`, or `"valid"` ones, up to the first end.
         stop_at_eos: off, since what is behind the end is scored, too; only with scope `"valid"` may rows stop there.
         baseline: `"leave_one_out"` or `"group_mean"`.
-        kl_estimator: `"k2"`; the paper finds that with `"k1"` training oscillates and with `"k3"` it stagnates.
+        kl_estimator: `"k2"`; the paper finds that with `"k3"` it stagnates, and with `"k1"`, which is refused here,
+            that it oscillates.
         num_iterations: mu, passes over a batch of completions.
         epsilon: clip range: 0.2, which hardly ever clips a ratio of this scale, and 0 for Countdown.
         beta: weight of the KL term: 0.001 for GSM8K and MATH, 0.003 for Countdown, 0.01 for Sudoku and code.
@@ -52,6 +55,12 @@ class ESPOConfig(SequenceRatioConfig):
         ValueError: names the setting, the value and what is allowed.
     """
 
+    paper_block_length: ClassVar[int | None] = 32
+    num_generations: int | None = field(default=6, metadata={"help": "Completions of a prompt (G), the paper's 6."})
+    per_device_train_batch_size: int = field(
+        default=6, metadata={"help": "Completions per process and pass; one group."}
+    )
+    learning_rate: float = field(default=3e-6, metadata={"help": "Learning rate of AdamW, the paper's."})
     num_views: int = field(default=4, metadata={"help": "Views that a bound is estimated from, per completion."})
     complement: bool = field(default=True, metadata={"help": "Views come in pairs that hide complementary tokens."})
     scope: str = field(

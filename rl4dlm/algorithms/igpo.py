@@ -38,7 +38,8 @@ from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTraine
 
 @dataclass
 class IGPOConfig(InpaintingSettings, DiffusionPolicyConfig):
-    """Settings of IGPO: those of `InpaintingSettings`, and these. The defaults are the paper's.
+    """Settings of IGPO: those of `InpaintingSettings`, and these. The defaults are the paper's, but for
+    sizes, optimizer and `loss_type`, which configuration files set.
 
     Args:
         hint_entropy_share: tau, the share of a sequence's given tokens that count in the loss, those of the highest

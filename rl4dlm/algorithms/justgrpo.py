@@ -50,7 +50,8 @@ _OFF = {
 
 @dataclass
 class JustGRPOConfig(DiffusionPolicyConfig):
-    """Settings of JustGRPO; the defaults are the paper's.
+    """Settings of JustGRPO; the defaults are the paper's, but for sizes and optimizer,
+    which are TRL's here and the paper's in the configuration files.
 
     Args:
         tokens_per_view: c, tokens that a step of the rollout writes and a view scores; divides canvas and blocks.

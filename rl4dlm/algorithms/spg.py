@@ -19,7 +19,7 @@ neither seen nor counted as a prompt; masks come from keys, not from the global 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -38,15 +38,21 @@ NEGATIVES = (*BOUNDS, "zero")
 
 @dataclass
 class SPGConfig(RatioFreeConfig):
-    """Settings of `SPGTrainer`: those of `DiffusionPolicyConfig`, with SPG's own.
+    """Settings of `SPGTrainer`: those of `DiffusionPolicyConfig`, with SPG's own. The defaults are the paper's, but for
+    `block_choice`.
 
     Args:
+        num_generations: G, completions of a prompt; `per_device_train_batch_size` is one group.
+        learning_rate: of AdamW.
+        block_length: of decoding and of the views. None: the paper's 32; where the canvas does not hold several of
+            them, the longest shorter blocks that divide it.
         num_views: m, views per completion and pass.
         masking: what a view hides: `"block_random"`, some tokens of a block and all later blocks; `"block_all"`, a
             block and all later ones; `"random"`, a random number of tokens; `"all"`, all tokens; `"block_elbo"`, as
             `"block_random"`, for the evidence lower bound of block-wise decoding, which takes the place of S_lower and
             needs `negatives="elbo"` or `"zero"`: it has no upper bound and never hides prompts or earlier blocks.
-            Blocks are those that completions are decoded in.
+            Blocks are those that completions are decoded in. There are several of them, else every `"block_"` masking
+            would be another one under its name, and is refused.
         negatives: what completions that are not better than their group's mean count with: the `"mix"` of both
             bounds, the upper one (`"eubo"`), the lower one (`"elbo"`), or nothing (`"zero"`).
         eubo_beta: exponent of the upper bound, 1 or larger.
@@ -60,6 +66,12 @@ class SPGConfig(RatioFreeConfig):
         ValueError: names the setting, the value and what is allowed.
     """
 
+    paper_block_length: ClassVar[int | None] = 32
+    num_generations: int | None = field(default=6, metadata={"help": "Completions of a prompt (G), the paper's 6."})
+    per_device_train_batch_size: int = field(
+        default=6, metadata={"help": "Completions per process and pass; the paper has a group of 6."}
+    )
+    learning_rate: float = field(default=3e-6, metadata={"help": "Learning rate of AdamW, the paper's."})
     num_views: int = field(default=2, metadata={"help": "Views per completion and pass (m)."})
     masking: str = field(
         default="block_random",
@@ -88,6 +100,8 @@ class SPGConfig(RatioFreeConfig):
         super().__post_init__()
         check_choice("masking", self.masking, MASKING)
         check_choice("negatives", self.negatives, NEGATIVES)
+        assert self.max_completion_length is not None
+        self.check_blocks(self.block_length, self.max_completion_length)
         if self.masking == "block_elbo" and self.negatives not in ("elbo", "zero"):
             raise ValueError(
                 f"negatives={self.negatives!r} is not allowed with masking='block_elbo', which has no upper bound; "
@@ -100,6 +114,30 @@ class SPGConfig(RatioFreeConfig):
             for theirs, ours in (("mode=", "masking="), ("beta=", "eubo_beta=")):
                 message = ours + message.removeprefix(theirs) if message.startswith(theirs) else message
             raise ValueError(message) from None
+
+    def default_block_length(self, canvas_length: int) -> int | None:
+        """The paper's, or for block masking on other canvases the longest shorter one that divides them."""
+        block = super().default_block_length(canvas_length)
+        if block is not None or not self.masking.startswith("block_"):
+            return block
+        assert self.paper_block_length is not None
+        shorter = range(2, min(self.paper_block_length, canvas_length // 2) + 1)
+        return max((length for length in shorter if canvas_length % length == 0), default=None)
+
+    def check_blocks(self, block_length: int | None, canvas_length: int) -> None:
+        """Refuse block masking of a single block, which hides what another masking does: the one that the paper drops.
+
+        Raises:
+            ValueError: names both settings and what is allowed.
+        """
+        if not self.masking.startswith("block_") or (block_length is not None and block_length < canvas_length):
+            return
+        other = {"block_random": "'random'", "block_all": "'all'"}.get(self.masking, "an ELBO without blocks")
+        raise ValueError(
+            f"block_length={block_length} is not allowed with masking={self.masking!r} and max_completion_length="
+            f"{canvas_length}: a single block makes it {other}; give a block_length that divides the canvas into "
+            "several, or choose masking random or all"
+        )
 
     def refused_settings(self) -> dict[str, str]:
         """Those of policy ratios and KL terms, and SPG's own that others leave without effect."""
@@ -148,6 +186,7 @@ class SPGTrainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> BlockwiseBound | BlockELBO:
         """The views and bounds, in the blocks of the rollout."""
+        self.args.check_blocks(self.decoding.block_length, self.decoding.canvas_length)
         self._bounds = self.args.estimator(self.decoding.block_length or self.decoding.canvas_length)
         return self._bounds
 

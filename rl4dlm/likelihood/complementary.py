@@ -9,7 +9,7 @@ Also here: context-adaptive weights (CART), by which hidden tokens count that ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Complementary(Estimator):
     Args:
         pairs: number of pairs, each with a level of its own; there are 2 * pairs views.
         scope: `"valid"` tokens or the whole `"canvas"`.
+        shared_by: rows whose ids are in the same run of so many have the same level and the same masks; runs start
+            anew every `row_period` ids. None: every row has its own.
+        row_period: see there.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -33,18 +36,30 @@ class Complementary(Estimator):
 
     pairs: int = 1
     scope: str = "valid"
+    shared_by: int | None = None
+    row_period: int = 2**63 - 1
 
     reweighted = True  # not the log-likelihood of anything: a token is scored with random others visible
 
     def __post_init__(self) -> None:
         check_count("pairs", self.pairs)
         check_scope(self.scope)
+        for name in ("shared_by", "row_period"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """2 * pairs views; the two of a pair are neighbours."""
-        noise = RowNoise(rows, seed, iteration)
+        noise = RowNoise(self._keyed(rows), seed, iteration)
         level = noise.per_view("complementary level", self.pairs)  # [B, J]
         return self.views(rows, noise.per_token("complementary mask", self.pairs) < level[..., None])
+
+    def _keyed(self, rows: Rows) -> Rows:
+        """The same rows, where noise is shared with the id of the first one of their run."""
+        if self.shared_by is None:
+            return rows
+        place = rows.row_ids % self.row_period
+        return replace(rows, row_ids=rows.row_ids - place % self.shared_by)
 
     def views(self, rows: Rows, mask: Tensor) -> Views:
         """The views of given pairs: `mask`, bool `[B, J, L]`, hidden in the first one of each."""

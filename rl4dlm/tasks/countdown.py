@@ -38,7 +38,7 @@ class Countdown(Task):
     numbers.
 
     Args:
-        style: of the prompt; "spg" is the same as "d1".
+        style: of the prompt: "d1", "spg" (the same) or "espo"; see `rl4dlm.tasks.prompts`.
         size: rows of a split; by default 10,000 for training, 256 for validation and test, and a whole file.
         seed: which instances are drawn. It moves no instance from one split to another.
         path: a CSV, JSON, JSONL or parquet file for the test split, or a mapping from splits to files, with rows
@@ -78,7 +78,7 @@ class Countdown(Task):
             instances = self._generate(split, {i.key for file in files.values() for i in _read(file)})
         return [
             {
-                "prompt": prompts.countdown(numbers, target, evaluation=split != "train"),
+                "prompt": prompts.countdown(numbers, target, style=self.style, evaluation=split != "train"),
                 "numbers": numbers,
                 "target": target,
                 "solution": solution,

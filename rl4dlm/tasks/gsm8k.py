@@ -1,6 +1,6 @@
 """GSM8K, grade-school word problems with an integer answer (arXiv 2110.14168).
 
-Owns the reader, from the hub or a file, and the checker. Prompts are d1's (arXiv 2504.12216).
+Owns the reader, from the hub or a file, and the checker. Prompts are those of the papers, in `prompts`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GSM8K(Task):
     answer).
 
     Args:
-        style: of the prompt; "spg" is the same as "d1".
+        style: of the prompt: "d1", "spg" (the same), "espo" or "igpo"; see `rl4dlm.tasks.prompts`.
         size: at most this many rows, from the beginning.
         path: a CSV, JSON, JSONL or parquet file with columns `question` and `answer` for the test split, or a mapping
             from splits to files. Splits without a file come from the hub.
@@ -39,7 +39,7 @@ class GSM8K(Task):
     hub_config: str | None = "main"
 
     def __post_init__(self) -> None:
-        check_style(self.style, prompts.STYLES)
+        check_style(self.style, prompts.MATH_STYLES)
         check_size(self.size)
         files_by_split(self.path, self.splits)
 
@@ -54,7 +54,7 @@ class GSM8K(Task):
             answer = hash_answer(row["answer"])
             rows.append(
                 {
-                    "prompt": prompts.gsm8k(row["question"], evaluation=split != "train"),
+                    "prompt": prompts.gsm8k(row["question"], style=self.style, evaluation=split != "train"),
                     "question": row["question"],
                     "answer": row["answer"].strip() if answer is None else answer,
                     "solution": row["answer"],

@@ -1,7 +1,7 @@
 """MATH, competition problems with LaTeX answers (arXiv 2103.03874), and its test subset MATH-500.
 
-Owns the reader, from the hub or a file, and the checker, which compares answers as mathematics. Prompts are d1's
-(arXiv 2504.12216).
+Owns the reader, from the hub or a file, and the checker, which compares answers as mathematics. Prompts are those of
+the papers, in `prompts`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Math(Task):
     """Rows `prompt` (chat messages), `problem`, `answer` (LaTeX, unboxed) and `solution` (the whole worked answer).
 
     Args:
-        style: of the prompt; "spg" is the same as "d1".
+        style: of the prompt: "d1", "spg" (the same), "espo" or "igpo"; see `rl4dlm.tasks.prompts`.
         size: at most this many rows, from the beginning.
         path: a CSV, JSON, JSONL or parquet file with columns `problem` and `solution` for the test split, or a mapping
             from splits to files. A column `answer` comes before the last box of the solution. Splits without a file
@@ -43,7 +43,7 @@ class Math(Task):
     deadline: float = 5.0
 
     def __post_init__(self) -> None:
-        check_style(self.style, prompts.STYLES)
+        check_style(self.style, prompts.MATH_STYLES)
         check_size(self.size)
         files_by_split(self.path, self.splits)
         if not 0 < self.deadline < float("inf"):
@@ -57,7 +57,7 @@ class Math(Task):
             source = read_hub(self.test_hub_id if split == "test" else self.hub_id, None, split)
         return [
             {
-                "prompt": prompts.math(row["problem"], evaluation=split != "train"),
+                "prompt": prompts.math(row["problem"], style=self.style, evaluation=split != "train"),
                 "problem": row["problem"],
                 "answer": row.get("answer") or last_boxed(row["solution"]),
                 "solution": row["solution"],

@@ -1,12 +1,18 @@
 r"""The prompts of the papers, and how a prompt becomes tokens.
 
 Owns wording and rendering: trainers, evaluation, decoding and supervised training all render with `encode_prompt`, so
-that what is measured is what is trained on. The instruction strings are those with which d1 (arXiv 2504.12216) and SPG
-(arXiv 2510.09541) trained and evaluated: a published number belongs to a prompt, to its last space. SPG took d1's
-prompts and changed Sudoku's.
+that what is measured is what is trained on. The instruction strings are those with which d1 (arXiv 2504.12216), SPG
+(arXiv 2510.09541), ESPO (arXiv 2512.03759) and IGPO (arXiv 2509.10396) trained and evaluated: a published number
+belongs to a prompt, to its last space. SPG took d1's prompts and changed Sudoku's.
 
-Training and evaluation differ in both papers: at evaluation the mathematical tasks ask for a `\boxed{}` answer,
+Training and evaluation differ in d1 and SPG: at evaluation the mathematical tasks ask for a `\boxed{}` answer,
 Countdown is stated in other words, and the assistant's turn begins with `<reasoning>`.
+
+ESPO asks GSM8K and MATH to reason step by step and to box the answer, and shows one solved puzzle in Sudoku's prompt.
+Its evaluation begins the assistant's turn with `<reasoning>` in Countdown and Sudoku; for GSM8K and MATH its repository
+has no evaluation prompt, and the one of training is used. IGPO has d1's format with the answer in a box, for GSM8K and
+MATH only, and no evaluation prompt of its own. In its source the box is spelled in a literal that turns `\b` into a
+backspace character; here the prompt says `\boxed`, as was meant.
 """
 
 from __future__ import annotations
@@ -14,7 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-STYLES = ("d1", "spg")
+STYLES = ("d1", "spg", "espo")
+"""Styles that every task with a paper's prompt has."""
+
+MATH_STYLES = (*STYLES, "igpo")
+"""Styles of the tasks with a number or a formula for an answer."""
 
 Messages = list[dict[str, str]]
 
@@ -47,6 +57,26 @@ _SUDOKU = (
     "<answer>\n[16-character solution string with no spaces or separators]\n</answer>\n"
 )
 
+_STEP_BY_STEP = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+_IGPO_FORMAT = (
+    "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n\\boxed{<Your answer>}\n</answer>\n"
+)
+
+_ESPO_PUZZLE = ("0401002010030310", "2431312412434312")
+
+_ESPO_SUDOKU = (
+    "\nPlease solve the following 4x4 Sudoku puzzle. The puzzle is provided as a 16-character string reading "
+    "left-to-right, top-to-bottom, where '0' represents empty cells.\n\n**Rules:**\n- Fill empty cells with digits "
+    "1-4.\n- Each row must contain digits 1-4 exactly once.\n- Each column must contain digits 1-4 exactly once.\n"
+    "- Each 2x2 box must contain digits 1-4 exactly once.\n\n**Example:**\nPuzzle: 0401002010030310\n"
+    "This puzzle grid looks like this:\n0 4 | 0 1\n0 0 | 2 0\n----+----\n1 0 | 0 3\n0 3 | 1 0\n\n"
+    "Solution: 2431312412434312\nThe solved grid looks like this:\n2 4 | 3 1\n3 1 | 2 4\n----+----\n1 2 | 4 3\n"
+    "4 3 | 1 2\n\n**Important:** Your solution must be a COMPLETE 16-character string with only the digits 1-4, "
+    "representing your final solved grid.\n\nRespond in this exact format:\n<reasoning>\nYour step-by-step solving "
+    "process\n</reasoning>\n<answer>\n[16-character solution string with no spaces or separators]\n</answer>\n"
+)
+
 # The puzzles that SPG shows solved in its prompt, with the cells in the order in which they can be filled one by one.
 # The text around them is ours: SPG's numbers are comparable only up to that.
 _SHOWN = (
@@ -56,27 +86,39 @@ _SHOWN = (
 )
 
 SHOWN_PUZZLES = tuple(puzzle for puzzle, _, _ in _SHOWN)
+"""Those of SPG's prompt."""
+
+ALL_SHOWN_PUZZLES = (*SHOWN_PUZZLES, _ESPO_PUZZLE[0])
+"""Those of any style, so that the rows of a split are the same puzzles in all styles."""
 
 
-def gsm8k(question: str, *, evaluation: bool) -> Messages:
-    """The prompt for a grade-school problem."""
+def gsm8k(question: str, *, style: str = "d1", evaluation: bool) -> Messages:
+    """The prompt for a grade-school problem, in one of `MATH_STYLES`."""
+    if style == "espo":
+        return _user(f"{question}{_STEP_BY_STEP}")
+    if style == "igpo":
+        return _user(f"{_IGPO_FORMAT}{question}")
     if evaluation:
         return _prefilled(f"{_EXPERT} \n{_BOXED_FORMAT}\n\n{question}")
     return _user(f"{_FORMAT}\n\n{question}")
 
 
-def math(problem: str, *, evaluation: bool) -> Messages:
-    """The prompt for a competition problem. The stray quotation mark at evaluation is the original's."""
+def math(problem: str, *, style: str = "d1", evaluation: bool) -> Messages:
+    """The prompt for a competition problem, in one of `MATH_STYLES`. d1's stray quotation mark is the original's."""
+    if style == "espo":
+        return _user(f"{problem}{_STEP_BY_STEP}")
+    if style == "igpo":
+        return _user(f"{_IGPO_FORMAT}\n{problem}")
     if evaluation:
         return _prefilled(f'{_EXPERT}\n{_BOXED_FORMAT}" \n\n\n{problem}')
     return _user(f"{_FORMAT}\n\n{_EXPERT} \n\n{problem}")
 
 
-def countdown(numbers: Sequence[int], target: int, *, evaluation: bool) -> Messages:
-    """The prompt for a Countdown instance."""
-    if evaluation:
+def countdown(numbers: Sequence[int], target: int, *, style: str = "d1", evaluation: bool) -> Messages:
+    """The prompt for a Countdown instance; ESPO's is d1's of training, at evaluation too."""
+    if evaluation and style != "espo":
         return _prefilled(f"{_COUNTDOWN}{_BOXED_FORMAT}\n\nNumbers: {list(numbers)}\nTarget: {target}")
-    return _user(
+    return (_prefilled if evaluation else _user)(
         f"{_FORMAT}\nUsing only the numbers {list(numbers)}, create an arithmetic expression that evaluates to exactly "
         f"{target}. You must use all numbers from the list, and each number must be used exactly once. You may use the "
         "operations +, -, *, and / as needed. After reasoning, provide only your final expression inside "
@@ -86,7 +128,11 @@ def countdown(numbers: Sequence[int], target: int, *, evaluation: bool) -> Messa
 
 
 def sudoku(puzzle: str, *, style: str, evaluation: bool) -> Messages:
-    """The prompt for a 4x4 puzzle: zero-shot in style "d1", with three solved puzzles in style "spg"."""
+    """The prompt for a 4x4 puzzle: zero-shot in style "d1", with solved puzzles in "spg" (three) and "espo" (one)."""
+    if style == "espo":
+        if evaluation:
+            return _prefilled(f"{_ESPO_SUDOKU}\n\nSolve the following Sudoku puzzle: {puzzle}\n")
+        return _user(f"{_ESPO_SUDOKU}\n\nNow, solve the following Sudoku puzzle: {puzzle}\n")
     question = f"Solve the following Sudoku puzzle: {puzzle}\n"
     if style == "spg":
         shown = "\n\n".join(_solved_example(*example) for example in _SHOWN)

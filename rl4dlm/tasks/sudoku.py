@@ -30,11 +30,12 @@ _TEST_GRIDS = 0x160201202854217B402929548040D833A406F80254CB684A450C880381880BCA
 class Sudoku(Task):
     """Rows `prompt` (chat messages), `puzzle` and `solution` (16 digits each).
 
-    Generated puzzles are distinct, have exactly one solution, and leave out the three that SPG's prompt shows solved.
+    Generated puzzles are distinct, have exactly one solution, and leave out those that the prompts of SPG and ESPO show
+    solved.
     Validation puzzles share the 200 training grids, but no puzzle; test puzzles share neither.
 
     Args:
-        style: "d1", zero-shot, or "spg", three solved puzzles first.
+        style: of the prompt: "d1", zero-shot, "spg", three solved puzzles first, or "espo", one.
         size: rows of a split; by default 10,000 for training, 256 for validation and test, and a whole file.
         seed: which puzzles are drawn. It moves no grid from one split to another.
         path: a CSV, JSON, JSONL or parquet file with columns `Puzzle` and `Solution` for the test split, or a mapping
@@ -67,7 +68,7 @@ class Sudoku(Task):
             pairs = _read(files[split])[: self.size]
         else:
             taken = {puzzle for file in files.values() for puzzle, _ in _read(file)}
-            pairs = self._generate(split, {*taken, *prompts.SHOWN_PUZZLES})
+            pairs = self._generate(split, {*taken, *prompts.ALL_SHOWN_PUZZLES})
         return [
             {
                 "prompt": prompts.sudoku(puzzle, style=self.style, evaluation=split != "train"),

@@ -75,7 +75,8 @@ class DiffusionPolicyConfig(GRPOConfig):
     Args:
         schedule: which tokens are written when; see `available_schedules()`.
         denoising_steps: steps for the whole canvas. None: half the canvas length.
-        block_length: blocks are written left to right; None: one block.
+        block_length: blocks are written left to right; None: those of the algorithm's paper (`paper_block_length`)
+            where the canvas holds several, else one block. A model with blocks in its attention is decoded in these.
         cfg_scale: classifier-free guidance, in decoding and in scoring; 0 is off.
         cache: cache policy of the rollout, `"none"` or `"prefix"`.
         stop_at_eos: stop a row once everything up to its first end-of-sequence token is written.
@@ -110,6 +111,9 @@ class DiffusionPolicyConfig(GRPOConfig):
     kl_per_token: ClassVar[bool] = True
     """Whether the KL term is per token, and not per view or sequence."""
 
+    paper_block_length: ClassVar[int | None] = None
+    """Length of the blocks that the algorithm's paper decodes in; None: it has none, or one for each task."""
+
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args"]  # noqa: RUF012  (transformers' own form)
 
     max_completion_length: int | None = field(
@@ -126,8 +130,10 @@ class DiffusionPolicyConfig(GRPOConfig):
         default=None, metadata={"help": "Denoising steps for the whole canvas. Default: half the canvas length."}
     )
     block_length: int | None = field(
-        default=None, metadata={"help": "Length of the blocks written left to right. Default: one block."}
+        default=None,
+        metadata={"help": "Length of the blocks written left to right. Default: the paper's, else one block."},
     )
+    _paper_blocks: bool = field(default=False, init=False, repr=False)
     cfg_scale: float = field(default=0.0, metadata={"help": "Weight of classifier-free guidance; 0 switches it off."})
     cache: str = field(default="none", metadata={"help": "Cache policy of the rollout: none or prefix."})
     stop_at_eos: bool = field(
@@ -208,6 +214,9 @@ class DiffusionPolicyConfig(GRPOConfig):
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is not supported; allowed: None or 0")
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None is not allowed: the canvas has a length; give an integer")
+        if self.block_length is None:
+            self.block_length = self.default_block_length(self.max_completion_length)
+            self._paper_blocks = self.block_length is not None
         for name in ("rollout_batch_size", "max_prompt_length", "log_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -255,8 +264,8 @@ class DiffusionPolicyConfig(GRPOConfig):
             if refused:
                 raise ValueError("; ".join(refused))
             return
-        plain_k1 = self.kl_estimator == "k1" and not self.use_bias_correction_kl
-        if plain_k1 and (self.kl_per_token or self.kl_target == "old"):
+        # Of whole sequences and views there is no ratio that could complete k1, and k2 has the gradient that it lacks.
+        if self.kl_estimator == "k1" and not (self.kl_per_token and self.use_bias_correction_kl):
             remedy = "set use_bias_correction_kl=True, or choose" if self.kl_per_token else "choose"
             raise ValueError(
                 f"kl_estimator='k1' is not allowed here: its plain gradient does not depend on the {self.kl_target} "
@@ -283,18 +292,24 @@ class DiffusionPolicyConfig(GRPOConfig):
                 "raise num_iterations or steps_per_generation, or set beta=0 and kl_target to reference"
             )
 
+    def default_block_length(self, canvas_length: int) -> int | None:
+        """`block_length` where it is not given: the paper's if the canvas holds several, else None, for one block."""
+        block = self.paper_block_length
+        return block if block and canvas_length > block and canvas_length % block == 0 else None
+
     def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:
         """How rollouts are decoded, by a model with this spec if given: then in the blocks of its attention.
 
         Raises ValueError for settings that do not fit together or do not fit the model, by their names here.
         """
         assert self.max_completion_length is not None and not isinstance(self.schedule_args, str)
+        models_own = self._paper_blocks and spec is not None and spec.block_length is not None
         try:
             settings = DecodingConfig(
                 canvas_length=self.max_completion_length,
                 schedule=self.schedule,
                 steps=self.denoising_steps,
-                block_length=self.block_length,
+                block_length=None if models_own else self.block_length,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 top_k=self.top_k,

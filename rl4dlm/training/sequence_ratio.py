@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rl4dlm.training.config import KL_ESTIMATORS, OWN_LOSS, set_but_not_supported
+from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.losses import clipped_surrogate, kl_estimate
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
 
@@ -38,7 +38,8 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
     """What the settings of ESPO and GDPO have in common; TRL's settings of losses per token are refused.
 
     Args:
-        kl_estimator: `"k1"`, `"k2"` or `"k3"` of the difference of whole sequences; see `rl4dlm.training.losses`.
+        kl_estimator: `"k2"` or `"k3"` of the difference of whole sequences; `"k1"` is refused, since its gradient
+            does not depend on the reference. See `rl4dlm.training.losses`.
         scale_rewards: `"none"`: advantages are not divided by a standard deviation.
         delta: c > 1 + epsilon_high, bounds the loss by c |A| where A < 0 (dual clip); None: none.
 
@@ -53,7 +54,7 @@ class SequenceRatioConfig(DiffusionPolicyConfig):
     kl_per_token: ClassVar[bool] = False
     kl_estimator: str = field(
         default="k2",
-        metadata={"help": "Estimator of the sequence's KL term: k1, k2 or k3.", "choices": list(KL_ESTIMATORS)},
+        metadata={"help": "Estimator of the sequence's KL term: k2 or k3.", "choices": ["k2", "k3"]},
     )
 
     def __post_init__(self) -> None:

@@ -69,6 +69,18 @@ def test_what_was_given_is_in_no_bound_and_no_length(make_trainer: Any) -> None:
     assert gradient[0].tolist() == pytest.approx([-2 / 6] * 3)
 
 
+def test_f4_bounds_are_over_tokens_or_over_the_canvas(make_trainer: Any) -> None:
+    # Two of eight tokens are valid: over the canvas bounds are a quarter, and so is what a token weighs.
+    gaps = torch.tensor([[0.4, -0.1, 0.2]], requires_grad=True)
+    valid = (torch.arange(8) < 2)[None]
+    each = {}
+    for norm in ("tokens", "canvas"):
+        each[norm] = loss_of(make_trainer, gaps, torch.ones(1), valid=valid, epsilon=100.0, bound_norm=norm)
+        size = 2 if norm == "tokens" else 8
+        assert each[norm][0] == pytest.approx(-(1 + 8 / size * gaps.detach()).mean().item(), abs=1e-5)
+    torch.testing.assert_close(each["tokens"][1], 4 * each["canvas"][1])
+
+
 def test_only_completions_that_count_are_in_metrics_and_loss(make_trainer: Any) -> None:
     gaps = torch.tensor([[0.4, -0.1, 0.0], [0.6, 0.5, 0.7]], requires_grad=True)
     mask = torch.tensor([[1.0], [0.0]]).expand(2, 8)
@@ -85,6 +97,7 @@ def loss_of(
     hinted: Tensor | None = None,
     mask: Tensor | None = None,
     metrics: dict[str, Any] | None = None,
+    valid: Tensor | None = None,
     **settings: Any,
 ) -> tuple[float, Tensor]:
     """Loss and its gradient by `gaps` `[B, K]`: each view's score per token above that of the old policy."""
@@ -95,7 +108,8 @@ def loss_of(
     log_probs = torch.nn.functional.pad((gaps - 2.0)[..., None], (0, 7))
     batch = {
         "completion_mask": torch.ones(rows, 8) if mask is None else mask,
-        "canvas_valid": torch.ones(rows, 8, dtype=torch.bool),
+        "canvas_ids": torch.full((rows, 8), 9),
+        "canvas_valid": torch.ones(rows, 8, dtype=torch.bool) if valid is None else valid,
         "advantages": advantages,
         "old_per_token_logps": torch.full((rows, views), -2.0 * 8),
     }
@@ -120,6 +134,7 @@ def loss_of(
         ("delta", 1.0, r"delta=1.0 is not allowed; it must be larger than 1 \+ epsilon_high = 1.2"),
         ("entropy_coef", 0.1, "no entropy term"),
         ("kl_estimator", "k4", "k4"),
+        ("bound_norm", "batch", "bound_norm='batch' is not allowed; choose one of tokens, canvas"),
         ("num_views", 0, "num_views=0"),
         ("stratify", "all", "stratify='all'"),
     ],

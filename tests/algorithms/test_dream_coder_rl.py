@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 
 from rl4dlm.algorithms.dream_coder_rl import DreamCoderRLConfig, DreamCoderRLTrainer
 from rl4dlm.likelihood.complementary import Complementary, context_weights
 from rl4dlm.likelihood.views import Rows
+from rl4dlm.training.interventions.inpainting import Inpainting
 from rl4dlm.training.trainer import PolicyScores
 from tests.training.steps import tiny_llada_that_ends
 
@@ -193,6 +195,75 @@ def test_kinds_of_the_kl_term(make: Any, kind: str, expected: float) -> None:
     assert trainer._metrics["train"]["kl"][-1] == pytest.approx(expected, abs=1e-6)
 
 
+def test_f5_rows_may_count_the_same_and_share_their_noise(make: Any) -> None:
+    # The first row hides one token of eight, the second one half: over the batch the first one counts for less.
+    mask, hidden = torch.ones(2, 8), torch.zeros(2, 8, dtype=torch.bool)
+    hidden[0, 3], hidden[1, ::2] = True, True
+    shares = {}
+    for loss_type in ("bnpo", "grpo"):
+        trainer = make(loss_type=loss_type, cart_p=0.5)
+        scores, batch = one_batch(torch.ones(2, 8), torch.ones(2), mask)
+        shares[loss_type] = -gradient_of(trainer, scores, batch, views_of(mask, hidden)).sum(-1)
+    torch.testing.assert_close(shares["grpo"], torch.full((2,), 0.5))
+    assert shares["bnpo"][0] < 0.95 * shares["bnpo"][1] and shares["bnpo"].sum().item() == pytest.approx(1)
+
+    trainer = make(noise_per="process", loss_type="bnpo", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.train()
+    first, second = trainer.seen[:2]
+    for record in (first, second):
+        length = record["canvas_ids"].shape[1]
+        hidden = record["scores"].views.hidden[:, :, -length:]
+        both = (record["canvas_valid"][:, None] & record["canvas_valid"][:1, None]).expand_as(hidden)
+        assert torch.equal(hidden[both], hidden[:1].expand_as(hidden)[both]), "one mask for all rows"
+    assert len(trainer.seen) > 2
+    estimator = trainer.estimator
+    rows = Rows(*(torch.ones(16, 8, dtype=torch.long),) * 4, torch.arange(16))
+    drawn = estimator.draw(rows, seed=0, iteration=0).hidden[:, 0, -8:]
+    assert torch.equal(drawn[:8], drawn[:1].expand(8, -1)) and torch.equal(drawn[8:], drawn[8:9].expand(8, -1))
+    assert not torch.equal(drawn[0], drawn[8]), "another process has another one"
+
+
+@pytest.mark.parametrize("scope", ["valid", "canvas"])
+def test_f6_given_tokens_are_in_no_weight_and_no_neighbour_where_they_are_hidden(make: Any, scope: str) -> None:
+    data = Dataset.from_dict({"prompt": [f"p{i}" for i in range(4)], "solution": ["abcdefgh"] * 4})
+    calls = []
+
+    def rewards(completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(completions))  # wrong at first, and right once hints were given
+        return [float(len(calls) % 2 == 0 and i % 4 < 2) for i in range(len(completions))]
+
+    class WithHints(Recording):
+        def build_intervention(self) -> Inpainting:
+            return Inpainting(**hints)
+
+    hints: dict[str, Any] = {"free_tail": 0, "hint_ratio": (0.5, 1.0), "chunk_length": (1, 2), "hide_answer": False}
+    trainer = make(
+        dataset=data,
+        rewards=rewards,
+        trainer=WithHints,
+        substitute_groups=False,
+        scope=scope,
+        stop_at_eos=scope == "valid",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_iterations=1,
+        max_steps=1,
+    )
+    trainer.train()
+    total = 0.0
+    for seen in trainer.seen:
+        views, hinted = seen["scores"].views, seen["hinted"]
+        width = seen["completion_mask"].shape[1]
+        shown = ~views.hidden[:, :, -hinted.shape[1] :]
+        if scope == "valid":
+            shown = shown & seen["canvas_valid"][:, None]
+        own = ((context_weights(shown, 0.1) * ~shown).sum(1) * ~hinted)[:, :width] * seen["completion_mask"]
+        torch.testing.assert_close(trainer._weights(views, seen), own)
+        total += own.sum().item()
+    assert any(seen["hinted"].any() for seen in trainer.seen)
+    assert trainer.seen[0]["weight_total"][0].item() == pytest.approx(total)
+
+
 def test_equal_rewards_have_no_gradient(make: Any) -> None:
     trainer = make(rewards=lambda completions, **_: [0.5] * len(completions), max_steps=1)
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -204,7 +275,8 @@ def test_equal_rewards_have_no_gradient(make: Any) -> None:
     ("setting", "value"),
     [
         ("cart_p", 0.0),
-        ("loss_type", "grpo"),
+        ("loss_type", "dr_grpo"),
+        ("noise_per", "batch"),
         ("importance_sampling_level", "sequence"),
         ("use_bias_correction_kl", True),
         ("entropy_coef", 0.1),

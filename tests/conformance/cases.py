@@ -21,6 +21,12 @@ COVERED = {
     "spg": "SPG: bounds, losses, gradients",
     "dmpo": "DMPO: evidence lower bounds, losses, gradients",
     "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
+    "wd1": "wd1: scores, weights, losses, gradients",
+    "justgrpo": "JustGRPO: advantages, scores, losses, gradients",
+    "igpo": "IGPO: the entropy filter, scores, losses, gradients, metrics",
+    "dreamcoder": "Dream-Coder's RL: scores, losses of micro-batches, gradients, metrics",
+    "bgpo": "BGPO: bounds, losses, gradients, metrics",
+    "gdpo": "GDPO (diffusion): coefficients, bounds, losses, gradients, metrics",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
@@ -109,7 +115,7 @@ class Case:
 
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
-OBJECTIVES = ("coupled", "dmpo", "espo", "spg")
+OBJECTIVES = ("bgpo", "coupled", "dmpo", "dreamcoder", "espo", "gdpo", "igpo", "justgrpo", "spg", "wd1")
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
 

@@ -27,6 +27,7 @@ def spec_of(case: Case) -> DiffusionSpec:
     mask = case.settings.get("mask_id", config.get("mask_token_id"))
     # Dream, and DiffuCoder after it, predict the next token, as the causal model that they came from.
     shift = int(str(case.settings.get("shift", "")).lower().startswith("dream") or case.family in ("dream", "coupled"))
+    shift = int(case.settings.get("logit_shift", shift))
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     return DiffusionSpec(mask_token_id=mask, eos_token_ids=eos, logit_shift=shift)
 

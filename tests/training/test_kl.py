@@ -14,6 +14,8 @@ from rl4dlm import (
     BGPOTrainer,
     DiffuGRPOConfig,
     DiffuGRPOTrainer,
+    DiffusionGDPOConfig,
+    DiffusionGDPOTrainer,
     DMPOConfig,
     DreamCoderRLConfig,
     DreamCoderRLTrainer,
@@ -138,6 +140,25 @@ def test_an_adapter_is_compared_with_what_it_was(make_trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])
+@pytest.mark.parametrize("trainer", [ESPOTrainer, DiffusionGDPOTrainer])
+def test_f7_the_gradient_of_a_sequences_term_depends_on_the_reference(
+    make_trainer: Any, trainer: Any, kind: str
+) -> None:
+    built = make_trainer(trainer=trainer, config=trainer.config_class, beta=0.5, kl_estimator=kind)
+    built.model.train()
+    built.current_gradient_accumulation_steps = 1
+
+    def gradient(moved: float) -> Tensor:
+        current, batch = batch_of_scores()
+        batch["ref_per_token_logps"] = batch["ref_per_token_logps"] + moved
+        loss = built.loss(PolicyScores(current, torch.zeros_like(current)), batch)
+        return torch.autograd.grad(loss, current)[0]
+
+    still = gradient(0.0)
+    assert (gradient(0.3) - still).norm() > 0.05 * still.norm()
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
 def test_sequences_compare_with_the_old_policy(make_trainer: Any, kind: str) -> None:
     trainer = make_trainer(trainer=ESPOTrainer, config=ESPOConfig, beta=0.5, kl_estimator=kind, kl_target="old")
     assert trainer.ref_model is None
@@ -182,6 +203,10 @@ def test_views_and_weighted_tokens_compare_with_the_old_policy(
         ),
         (DiffuGRPOConfig, {"kl_estimator": "k1"}, "kl_estimator='k1' is not allowed here.*use_bias_correction_kl=True"),
         (ESPOConfig, {"kl_estimator": "k1", "kl_target": "old"}, "does not depend on the old policy.*choose k2 or k3"),
+        # F7: of whole sequences and views, too.
+        (ESPOConfig, {"kl_estimator": "k1"}, "kl_estimator='k1' .*not depend on the reference policy.*choose k2 or k3"),
+        (DiffusionGDPOConfig, {"kl_estimator": "k1", "beta": 0.1}, "not depend on the reference policy.*k2 or k3"),
+        (BGPOConfig, {"kl_estimator": "k1", "beta": 0.1}, "not depend on the reference policy.*choose k2 or k3"),
         (
             DiffuGRPOConfig,
             {"kl_estimator": "k2", "use_bias_correction_kl": True},

@@ -7,6 +7,7 @@ with the trainers.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.views import Rows, Views
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import build, spec_of
+from tests.conformance.losses import Verdict
 
 SCORE_TOLERANCE = 2e-6  # the references round log-probabilities to float32
 LOSS_TOLERANCE = 2e-5
@@ -95,7 +97,7 @@ def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type
         model,
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": ["t5 t6"]}),
+        train_dataset=Dataset.from_dict({"prompt": ["t5 t6"], "solution": ["t7 t8"]}),
         processing_class=tokenizer(case, model.config.vocab_size),
     )
     built.estimator = Recorded(views, built.estimator)
@@ -106,21 +108,24 @@ def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type
     return built
 
 
-def batch_of(case: Case, **scores: Any) -> dict[str, Tensor]:
+def batch_of(case: Case, advantages: Tensor | None = None, **scores: Any) -> dict[str, Tensor]:
     """The recorded micro-batch in the trainer's form.
 
     Args:
         case: the case.
+        advantages: of its rows, `[B]`; None: the recorded ones.
         scores: `old` and `ref`, per token and iteration `[B, n, L]`; None and missing ones are left out.
     """
     prompts, completions = ids_of(case)
     mask = mask_of(case)
+    if advantages is None:
+        advantages = torch.tensor(case.inputs["advantages"])
     batch = {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": completions,
         "completion_mask": mask,
-        "advantages": torch.tensor(case.inputs["advantages"], dtype=torch.float64),
+        "advantages": advantages.double(),
         "num_items_in_batch": mask.sum(),
         "canvas_ids": completions,
         "canvas_valid": mask.bool(),
@@ -150,6 +155,55 @@ def compare_gradients(recorded: dict[str, Any], model: LlamaForCausalLM, mask_to
             table, is_mask, row, count = entry.groups()
             found = tables[table][mask_token_id if is_mask else int(row)][: int(count)]
             torch.testing.assert_close(found.double(), torch.tensor(value).double(), rtol=0, atol=near)
+
+
+def packed(case: Case) -> Rows:
+    """Rows of a reference that drops padding before the forward: nothing sees it, and positions count without it."""
+    prompts, completions = ids_of(case)
+    valid = mask_of(case).bool()
+    mask = case.inputs.get("prompt_mask")
+    prompt_mask = torch.ones_like(prompts) if mask is None else torch.tensor(mask)
+    return Rows(prompts, prompt_mask, completions, valid, torch.arange(len(prompts)), seen=valid)
+
+
+def of_rows(batch: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """A batch that is scored as `rows` say."""
+    seen = rows.valid if rows.seen is None else rows.seen
+    return {**batch, "prompt_mask": rows.prompt_mask.long(), "canvas_valid": rows.valid, "canvas_seen": seen}
+
+
+def check_outputs(case: Case, known: set[str]) -> None:
+    """Refuses cases that record something that nothing here computes."""
+    unknown = set(case.outputs) - known
+    assert case.outputs and not unknown, f"nothing known computes {', '.join(sorted(unknown))}"
+
+
+def compare(name: str, found: Any, recorded: Any, tolerance: float = SCORE_TOLERANCE) -> None:
+    """Numbers against recorded ones of the same shape; large ones may differ by their rounding to float32."""
+    found, recorded = (torch.as_tensor(value).detach().double() for value in (found, recorded))
+    torch.testing.assert_close(found, recorded, rtol=1e-6, atol=tolerance, msg=lambda text: f"{name}: {text}")
+
+
+def compare_loss(case: Case, loss: Tensor, model: LlamaForCausalLM) -> None:
+    """A loss with its graph, and its gradients, against what is recorded of them."""
+    model.zero_grad()
+    loss.backward()
+    recorded = case.outputs["loss"]
+    assert loss.item() == pytest.approx(recorded, abs=LOSS_TOLERANCE * max(1.0, abs(recorded)))
+    if "grad" in case.outputs:
+        compare_gradients(case.outputs["grad"], model, spec_of(case).mask_token_id)
+
+
+def verdict(case: Case, loss: Callable[[], Tensor], literal: Callable[[], Tensor], model: Any, *rules: str) -> Verdict:
+    """Equal where the library's loss is the recorded one; else what the reference does on purpose must be, exactly."""
+    try:
+        compare_loss(case, loss(), model)
+    except AssertionError:
+        if not rules:
+            raise
+        compare_loss(case, literal(), model)
+        return Verdict(equal=False, rules=frozenset(rules))
+    return Verdict(equal=True)
 
 
 def compare_metrics(recorded: dict[str, float], logged: dict[str, list[float]]) -> None:

@@ -386,7 +386,7 @@ def test_the_instruction_says_what_is_wanted():
 
 
 def test_the_example_prints_json(capsys: pytest.CaptureFixture[str]):
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "schema_decoding.py"))
+    example = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "schema_decoding.py"))
     example["main"](["--steps", "4"])
     lines = capsys.readouterr().out.splitlines()
     written = [line.split("forwards: ")[1] for line in lines if "written, in 4 forwards: " in line]
