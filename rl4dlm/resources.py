@@ -1,4 +1,4 @@
-"""Finds the folders that ship beside the library: trainers/, rewards/ and configs/.
+"""Finds the folders that ship beside the library: trainers/, rewards/ and configs/, and the demo checkpoint.
 
 Owns where they are, in a checkout (also `pip install -e .`) and in an installed wheel. What lies in them is read
 elsewhere.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDERS = ("trainers", "rewards", "configs")
+DEMO_CHECKPOINT = "examples/demo_checkpoint"
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -36,3 +37,14 @@ def find(folder: str) -> Path:
         f"rl4dlm's {folder}/ is neither in the installed package ({bundled}) nor in a checkout "
         f"({checkout / folder}); reinstall rl4dlm from a complete wheel or checkout"
     )
+
+
+def model_folder(path: str) -> str:
+    """A model's path as given, or where the demo checkpoint that ships with rl4dlm lies, if that is what it names.
+
+    So `examples/demo_checkpoint`, as the tiny configurations have it, works from any folder.
+    """
+    if path != DEMO_CHECKPOINT or Path(path).exists():
+        return path
+    places = (_PACKAGE / "_bundled" / path, _PACKAGE.parent / path)
+    return next((str(place) for place in places if (place / "config.json").is_file()), path)

@@ -52,3 +52,12 @@ def test_other_folders_are_refused_with_the_allowed_ones(folder):
         resources.find(folder)
     assert repr(folder) in str(error.value)
     assert all(name in str(error.value) for name in resources.FOLDERS)
+
+
+def test_p4_the_demo_checkpoint_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = Path(resources.model_folder("examples/demo_checkpoint"))
+    assert (found / "model.safetensors").is_file()
+    assert resources.model_folder("owner/model") == "owner/model"
+    (tmp_path / "examples" / "demo_checkpoint").mkdir(parents=True)
+    assert resources.model_folder("examples/demo_checkpoint") == "examples/demo_checkpoint"  # the user's own

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rl4dlm import DMPOTrainer
+from rl4dlm.cli.errors import start
 from rl4dlm.cli.script import run
 
 
@@ -18,4 +19,4 @@ def main(argv: Sequence[str] | None = None) -> DMPOTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

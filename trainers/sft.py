@@ -22,6 +22,7 @@ from rl4dlm.cli.arguments import (
     parse,
     with_completions,
 )
+from rl4dlm.cli.errors import start
 from rl4dlm.sft.adapt import adapt_causal_lm
 
 
@@ -59,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    trainer.create_model_card()
     trainer.end()
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -6,16 +6,20 @@ Owns their command-line settings and the checks that can be made before a model 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser
+from datasets import Dataset, IterableDataset, load_dataset
+from trl import ModelConfig
 
+from rl4dlm import resources
 from rl4dlm._optional import require
+from rl4dlm.cli.flags import GroupedParser
+from rl4dlm.plugins import did_you_mean
 from rl4dlm.tasks import load_task
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -26,17 +30,25 @@ class DataArguments:
     """Where a script takes its data from: one of the library's tasks, or a dataset.
 
     Args:
-        task: name of a task. task_args: its options, a mapping in YAML or JSON on the command line.
+        task: name of a task, `path/to/file.py:Class` or `module:Class`.
+        task_args: its options, a mapping in YAML or JSON on the command line.
         dataset_name: hub id, folder, or a .json, .jsonl, .csv or .parquet file; instead of a task.
         dataset_config: of a hub dataset.
         dataset_train_split: split to train on.
-        dataset_test_split: split to evaluate on, where `eval_strategy` asks for it.
+        dataset_test_split: split to evaluate on, where `eval_strategy` asks for it. None: of a task `"validation"`, so
+            that a checkpoint is not chosen by what it is measured on later; of a dataset `"test"`.
+        dataset_test_file: a file of those kinds to evaluate on, instead of a split of `dataset_name`.
+        dataset_streaming: read what is trained on while training, not before. What is evaluated on has a length.
 
     Raises:
-        ValueError: neither or both of `task` and `dataset_name`, or `task_args` that are no mapping.
+        ValueError: neither or both of `task` and `dataset_name`, settings of one with the other, or `task_args` that
+            are no mapping.
     """
 
-    task: str | None = field(default=None, metadata={"help": "Name of the task whose prompts to train on."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "Task to train on: a name, path/to/file.py:Class or module:Class."},
+    )
     task_args: dict | str | None = field(
         default=None, metadata={"help": "Options of the task, as a mapping (JSON on the command line)."}
     )
@@ -45,8 +57,18 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for it."}
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on, where eval_strategy asks for it. Default: validation of a task, test of a "
+            "dataset."
+        },
+    )
+    dataset_test_file: str | None = field(
+        default=None, metadata={"help": "File to evaluate on, instead of a split of dataset_name."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the training data of dataset_name while training, not before."}
     )
 
     def __post_init__(self) -> None:
@@ -58,6 +80,18 @@ class DataArguments:
             raise ValueError(f"task_args={self.task_args!r} is given without a task; set task or drop task_args")
         if self.task is not None and self.dataset_config is not None:
             raise ValueError(f"dataset_config={self.dataset_config!r} belongs to dataset_name, but task={self.task!r}")
+        if self.task is not None and (self.dataset_test_file is not None or self.dataset_streaming):
+            given = (
+                "dataset_streaming=True" if self.dataset_streaming else f"dataset_test_file={self.dataset_test_file!r}"
+            )
+            raise ValueError(f"{given} belongs to dataset_name, but task={self.task!r}")
+        if self.dataset_test_file is not None and self.dataset_test_split is not None:
+            raise ValueError(
+                f"dataset_test_file={self.dataset_test_file!r} and dataset_test_split={self.dataset_test_split!r}: "
+                "name either a file or a split to evaluate on"
+            )
+        if self.dataset_test_split is None and self.dataset_test_file is None:
+            self.dataset_test_split = "test" if self.task is None else "validation"
         self.task_args = mapping("task_args", self.task_args)
 
 
@@ -67,6 +101,8 @@ class RewardArguments(DataArguments):
 
     Args:
         reward_funcs: names of reward plugins, `path/to/file.py:function` or `module:function`.
+        reward_model_name_or_path: a reward model with one output, as TRL takes it, beside these or instead of them;
+            `reward_weights` has its weight last.
     """
 
     reward_funcs: list[str] = field(
@@ -74,10 +110,16 @@ class RewardArguments(DataArguments):
         metadata={"help": "Rewards: names of plugins, path/to/file.py:function or module:function."},
     )
 
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model, a folder or hub id; beside reward_funcs or instead of them."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.reward_funcs:
-            raise ValueError("reward_funcs is empty; name at least one reward function")
+        if not self.reward_funcs and self.reward_model_name_or_path is None:
+            raise ValueError(
+                "reward_funcs is empty; name at least one reward function, or set reward_model_name_or_path"
+            )
 
 
 @dataclass
@@ -139,7 +181,18 @@ class AdaptationArguments:
 
 def parse(argv: Sequence[str] | None, *dataclass_types: type) -> tuple[Any, ...]:
     """Settings from flags over a `--config` YAML file over defaults. Raises ValueError for what no dataclass knows."""
-    return TrlParser(dataclass_types).parse_args_and_config(argv)
+    parser = GroupedParser(dataclass_types, allow_abbrev=False)
+    words = sys.argv[1:] if argv is None else list(argv)
+    *found, unknown_in_file, unknown = parser.parse_args_and_config(
+        words, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    for source, strings in (("the configuration file", unknown_in_file), ("the command line", unknown)):
+        names = [word.partition("=")[0] for word in strings if word.startswith("--")] or strings
+        if names:
+            known = [option for action in parser._actions for option in action.option_strings]
+            offered = "".join(did_you_mean(name, known) for name in names[:1])
+            raise ValueError(f"no setting is called {', '.join(names)}, in {source}{offered}")
+    return tuple(found)
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
@@ -156,27 +209,39 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def load_splits(arguments: DataArguments, *, evaluating: bool) -> tuple[Dataset, Dataset | None]:
-    """The training split and, if `evaluating`, the test split. Raises ValueError for an unknown task or split."""
+def load_splits(arguments: DataArguments, *, evaluating: bool) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """The training split and, if `evaluating`, what to evaluate on. Raises ValueError for an unknown task or split."""
+    split = arguments.dataset_test_split
     if arguments.task is not None:
+        assert split is not None
         task = load_task(arguments.task, **mapping("task_args", arguments.task_args))
-        read = task.dataset
-    else:
-        assert arguments.dataset_name is not None
-        read = _reader(arguments.dataset_name, arguments.dataset_config)
-    return read(arguments.dataset_train_split), read(arguments.dataset_test_split) if evaluating else None
+        if evaluating and split not in task.splits:
+            raise ValueError(
+                f"dataset_test_split={split!r}: task {task.name!r} has no such split to evaluate on while training; "
+                f"its splits: {', '.join(task.splits)}"
+            )
+        return task.dataset(arguments.dataset_train_split), task.dataset(split) if evaluating else None
+    assert arguments.dataset_name is not None
+    read = _reader("dataset_name", arguments.dataset_name, arguments.dataset_config)
+    held_out = None
+    if evaluating and arguments.dataset_test_file is not None:
+        held_out = _reader("dataset_test_file", arguments.dataset_test_file, None)("train")
+    elif evaluating:
+        held_out = read(split)
+    return read(arguments.dataset_train_split, streaming=arguments.dataset_streaming), held_out
 
 
-def with_completions(dataset: Dataset, column: str | None) -> Dataset:
+def with_completions(dataset: Any, column: str | None) -> Any:
     """Examples as TRL's SFT reads them, `prompt` and `completion`, from a dataset whose answers are in `column`.
 
     Answers to chat messages become the assistant's message. Raises ValueError if a column is missing.
     """
     if column is None:
         return dataset
-    missing = [name for name in ("prompt", column) if name not in dataset.column_names]
+    columns = dataset.column_names or sorted(next(iter(dataset), {}))
+    missing = [name for name in ("prompt", column) if name not in columns]
     if missing:
-        raise ValueError(f"the dataset has no column {missing[0]!r}; its columns are {dataset.column_names}")
+        raise ValueError(f"the dataset has no column {missing[0]!r}; its columns are {columns}")
 
     def example(row: dict[str, Any]) -> dict[str, Any]:
         prompt, answer = row["prompt"], row[column]
@@ -184,6 +249,8 @@ def with_completions(dataset: Dataset, column: str | None) -> Dataset:
             answer = [{"role": "assistant", "content": answer}]
         return {"prompt": prompt, "completion": answer}
 
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(example, remove_columns=[name for name in columns if name != "prompt"])
     return Dataset.from_list([example(row) for row in dataset])
 
 
@@ -198,7 +265,7 @@ def model_options(training: Any, model: ModelConfig) -> dict[str, Any]:
 
 
 def check_settings(training: Any, model: ModelConfig) -> None:
-    """Checks what can be checked before data and weights are read.
+    """Checks what can be checked before data and weights are read, and finds the demo checkpoint where it is named.
 
     Raises:
         ValueError: no model is named.
@@ -206,6 +273,7 @@ def check_settings(training: Any, model: ModelConfig) -> None:
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set; name a model folder, an adapter folder or a hub id")
+    model.model_name_or_path = resources.model_folder(model.model_name_or_path)
     if model.load_in_4bit or model.load_in_8bit:
         setting = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
         if find_spec("bitsandbytes") is None:
@@ -217,18 +285,23 @@ def check_settings(training: Any, model: ModelConfig) -> None:
         require("deepspeed", extra="deepspeed", purpose="deepspeed")
 
 
-def _reader(name: str, config: str | None) -> Any:
+def _reader(setting: str, name: str, config: str | None) -> Callable[..., Any]:
     path = Path(name).expanduser()
     if path.suffix not in FILE_FORMATS:
-        return lambda split: load_dataset(name, config, split=split)
+        if setting != "dataset_name":
+            raise ValueError(f"{setting}={name!r} is no file that can be read; those end in {', '.join(FILE_FORMATS)}")
+        return lambda split, streaming=False: load_dataset(name, config, split=split, streaming=streaming)
     if not path.is_file():
-        raise FileNotFoundError(f"dataset_name={name!r}: there is no such file")
+        raise FileNotFoundError(f"{setting}={name!r}: there is no such file")
     if config is not None:
         raise ValueError(f"dataset_config={config!r} has no meaning for the file {name!r}; leave it out")
 
-    def read(split: str) -> Dataset:
+    def read(split: str, streaming: bool = False) -> Any:
         if split != "train":
-            raise ValueError(f"the file {name!r} has one split, 'train', and split {split!r} was asked for")
-        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+            raise ValueError(
+                f"the file {name!r} has one split, 'train', and split {split!r} was asked for; evaluate on a file of "
+                "its own with dataset_test_file"
+            )
+        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming)
 
     return read

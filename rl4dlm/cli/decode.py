@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rl4dlm import resources
 from rl4dlm.cli.decoding import add_decoding_flags, count, decoding_settings, device_of, named_tasks, numbers, seconds
 
 
@@ -37,6 +38,7 @@ def decode(arguments: argparse.Namespace) -> int:
 
     from rl4dlm.cli.arguments import mapping
     from rl4dlm.models.loading import check_tokenizer, load_denoiser, load_tokenizer
+    from rl4dlm.models.taught import warn_of_canvas
     from rl4dlm.rollout.decoding import DecodingConfig
     from rl4dlm.rollout.engine import RolloutEngine
     from rl4dlm.tasks.prompts import encode_prompt
@@ -56,10 +58,12 @@ def decode(arguments: argparse.Namespace) -> int:
 
     console, quiet = Console(), Console(stderr=True)
     with quiet.status(f"loading {arguments.model}"):
-        tokenizer = load_tokenizer(arguments.model)
-        model = load_denoiser(arguments.model, dtype=arguments.dtype, device=device).eval()
+        path = resources.model_folder(arguments.model)
+        tokenizer = load_tokenizer(path)
+        model = load_denoiser(path, dtype=arguments.dtype, device=device).eval()
     engine = RolloutEngine(model, max_batch_rows=arguments.batch_rows)
     check_tokenizer(tokenizer, engine.spec)
+    warn_of_canvas(model, config.canvas_length)
     ids = [encode_prompt(tokenizer, prompt, chat_template_kwargs=template) for prompt in prompts]
     view = LiveView(
         tokenizer,

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl4dlm import resources
 from rl4dlm.cli.decoding import add_decoding_flags, count, decoding_settings, device_of, listed, named_tasks, numbers
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     with console.status(f"loading {arguments.model}"):
-        tokenizer = load_tokenizer(arguments.model)
-        model = load_denoiser(arguments.model, dtype=arguments.dtype, device=device).eval()
+        path = resources.model_folder(arguments.model)
+        tokenizer = load_tokenizer(path)
+        model = load_denoiser(path, dtype=arguments.dtype, device=device).eval()
     results: list[EvaluationResult] = []
     for task in tasks:
         result = evaluate(

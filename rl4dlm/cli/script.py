@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -66,7 +66,9 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     guidance = () if guided else (GuidanceArguments,)
     script, training, model, *given = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig, *guidance)
     check_settings(training, model)
-    rewards = load_rewards(script.reward_funcs)
+    rewards: list[Any] = [*load_rewards(script.reward_funcs)]
+    if script.reward_model_name_or_path is not None:
+        rewards.append(script.reward_model_name_or_path)
     train_dataset, eval_dataset = load_splits(script, evaluating=training.eval_strategy != "no")
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     training.model_init_kwargs = model_options(training, model)
@@ -83,5 +85,6 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    trainer.create_model_card()
     trainer.end()
     return trainer

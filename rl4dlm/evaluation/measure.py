@@ -16,6 +16,7 @@ from rl4dlm.evaluation.intervals import wilson_interval
 from rl4dlm.evaluation.results import EvaluationResult, Measurement
 from rl4dlm.models.loading import check_tokenizer
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.models.taught import warn_of_canvas
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
@@ -83,6 +84,7 @@ def evaluate(
     measurements = {}
     for label, config in decodings.items():
         logger.info("%s: %d prompts, decoding %s", task.name, len(rows), label)
+        warn_of_canvas(model, config.canvas_length)
         start = time.perf_counter()
         rollout = engine.generate(prompts, config, num_generations=num_samples, seed=seed)
         seconds = time.perf_counter() - start

@@ -29,6 +29,7 @@ from rl4dlm.models.families import FAMILIES, find_family
 from rl4dlm.models.family import RECORD, Family, HubConfig
 from rl4dlm.models.forms import FORMS
 from rl4dlm.models.layout import Layout
+from rl4dlm.models.left_to_right import refuse_generate
 from rl4dlm.models.spec import DiffusionSpec
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def load_denoiser(
         kwargs: passed on to `from_pretrained`.
 
     Returns:
-        A `PreTrainedModel`, or a `PeftModel` (trainable) for an adapter folder.
+        A `PreTrainedModel`, or a `PeftModel` (trainable) for an adapter folder. Its `generate`, which writes left to
+        right, is refused.
 
     Raises:
         ValueError: an unknown architecture; a setting under which no stock class computes the same; missing, extra or
@@ -97,6 +99,7 @@ def load_denoiser(
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()
     tokens.train_end_tokens(model)
+    refuse_generate(model)
     if model.dtype == torch.float64 and experts_of(model):
         model.set_experts_implementation("eager")  # the grouped matrix product has no float64
     if quantization_config is not None:

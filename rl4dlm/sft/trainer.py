@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from rl4dlm.likelihood.scoring import ViewScores, score_views
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.models.taught import record_taught
+from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.sft.data import (
     LEVEL_UNIT,
@@ -54,6 +57,7 @@ from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
 from rl4dlm.training.losses import denoising_cross_entropy
+from rl4dlm.training.model_card import base_name, model_card
 from rl4dlm.training.precision import check_precision, settle_precision
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
@@ -64,6 +68,7 @@ check_contract(
     parameters={
         "__init__": ["model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"],
         "_prepare_dataset": ["dataset", "processing_class", "args"],
+        "create_model_card": ["model_name", "dataset_name", "tags"],
         "_set_signature_columns_if_needed": [],
         "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
         "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
@@ -229,6 +234,7 @@ class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
             )
         self.spec = DiffusionSpec.of(base_model(self.model))
         args.check_model(self.spec)
+        record_taught(base_model(self.model).config, args.eos_padding, args.max_completion_length, args.max_length)
         check_tokenizer(self._tokenizer, self.spec)
         self.data_collator = DenoisingCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -255,6 +261,32 @@ class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
         for column in ("example_id", "noise_level"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Writes README.md into the output folder; see `rl4dlm.training.model_card`."""
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        decoding = DecodingConfig(args.max_completion_length or DecodingConfig.canvas_length)
+        text = model_card(
+            name=self.hub_model_id or model_name or os.path.basename(os.path.abspath(args.output_dir)),
+            path=self.hub_model_id or args.output_dir,
+            base=base_name(base_model(self.model)),
+            algorithm=self._name,
+            paper=self._paper,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())],
+            decoding=decoding.for_model(self.spec),
+            facts={
+                "eos_padding": args.eos_padding,
+                "max_completion_length": args.max_completion_length,
+                "max_length": args.max_length,
+                "learning rate": args.learning_rate,
+            },
+            dataset=dataset_name,
+        )
+        Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

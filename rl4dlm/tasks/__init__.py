@@ -83,7 +83,7 @@ def _entries() -> Iterable[metadata.EntryPoint]:
     return metadata.entry_points(group=ENTRY_POINT_GROUP)
 
 
-def _options(task_class: type[Task]) -> list[str] | None:
+def _options(task_class: Any) -> list[str] | None:
     """Names of what a task can be given; None: anything."""
     if is_dataclass(task_class):
         return [field.name for field in fields(task_class) if field.init]

@@ -9,12 +9,14 @@ import functools
 import inspect
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from rl4dlm.grading import load_reward
 from rl4dlm.tasks.prompts import prompt_problem
 
 logger = logging.getLogger(__name__)
@@ -148,12 +150,29 @@ def check_prompt(ids: Sequence[int], name: str, mask_token_id: int) -> None:
 def checked_rewards(reward_funcs: Any) -> list[Any] | None:
     """Reward functions that refuse to return anything but one finite number or None per completion.
 
-    Reward models and names of reward models are left as they are. TRL alone reads NaN as "not scorable".
+    Names of reward functions are looked up; reward models and their names are left as they are.
+
+    TRL alone reads NaN as "not scorable".
     """
     if reward_funcs is None:
         return None
     listed = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    return [f if isinstance(f, str | nn.Module) or not callable(f) else _checked(f) for f in listed]
+    found = [_named(f) if isinstance(f, str) else f for f in listed]
+    return [f if isinstance(f, str | nn.Module) or not callable(f) else _checked(f) for f in found]
+
+
+def _named(name: str) -> Any:
+    """The reward function of this name, or the name itself where it is that of a reward model: a folder or a hub id.
+
+    Raises ValueError for a name that is neither.
+    """
+    looks_like_plugin = ":" in name or name.endswith(".py") or "/" not in name
+    if os.path.isdir(name) or not looks_like_plugin:
+        return name
+    try:
+        return load_reward(name)
+    except ValueError as error:
+        raise ValueError(f"reward_funcs: {error}; a reward model is named by its folder or OWNER/NAME") from error
 
 
 def _checked(reward: Callable[..., Any]) -> Callable[..., Any]:

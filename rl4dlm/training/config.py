@@ -361,3 +361,11 @@ def set_but_not_supported(config: Any, reasons: dict[str, str], prefixes: tuple[
         if reason and value != default:
             found.append(f"{entry.name}={value!r} is not supported: {reason}")
     return found
+
+
+def refused_settings(config_class: type) -> list[str]:
+    """Names of the settings of TRL's that an RL config refuses, or that its algorithm's loss does not read."""
+    if not issubclass(config_class, DiffusionPolicyConfig):
+        return []
+    names = [entry.name for entry in fields(config_class)]
+    return [name for name in names if name in _NOT_SUPPORTED or name.startswith("vllm_")]

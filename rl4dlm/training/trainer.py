@@ -12,6 +12,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.models.taught import warn_of_canvas
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.schedules import registry
@@ -45,6 +47,7 @@ from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.metrics import rollout_metrics
+from rl4dlm.training.model_card import base_name, model_card
 from rl4dlm.training.scores import rows_of
 from rl4dlm.training.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 
@@ -58,6 +61,7 @@ check_contract(
         ],
         "_tokenize_prompts": ["prompts"],
         "_get_train_sampler": ["dataset"],
+        "create_model_card": ["model_name", "dataset_name", "tags"],
         "_log_metric": ["name", "value"],
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
@@ -154,6 +158,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
         base = base_model(self.model)
         self.spec = DiffusionSpec.of(base)
         self.decoding = args.decoding(self.spec)
+        warn_of_canvas(base, self.decoding.canvas_length)
         self.estimator = self.build_estimator()
         if self.estimator.noise != self.spec.noise:
             raise ValueError(
@@ -337,6 +342,26 @@ class DiffusionPolicyTrainer(BatchTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         with swapped(self.args, "seed", seed):
             return super()._get_train_sampler(dataset)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Writes README.md into the output folder; see `rl4dlm.training.model_card`."""
+        if not self.is_world_process_zero():
+            return
+        text = model_card(
+            name=self.hub_model_id or model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
+            path=self.hub_model_id or self.args.output_dir,
+            base=base_name(base_model(self.model)),
+            algorithm=self._name,
+            paper=self._paper,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())],
+            decoding=self.decoding,
+            rewards=list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
+            facts={"completions per prompt": self.num_generations, "learning rate": self.args.learning_rate},
+            dataset=dataset_name,
+        )
+        Path(self.args.output_dir, "README.md").write_text(text, encoding="utf-8")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' evaluation loop; numbers its rows from zero."""

@@ -13,6 +13,7 @@ from rl4dlm import DiffuGRPOConfig, DiffuGRPOTrainer, DiffusionSFTConfig, Diffus
 from rl4dlm.evaluation import encode_prompt
 from rl4dlm.models.tiny import tiny_tokenizer
 from rl4dlm.tasks import available_tasks, load_task
+from rl4dlm.tasks.prompts import MATH_STYLES
 from rl4dlm.training.checks import RESERVED_COLUMNS
 from tests.training.steps import SMALL_RUN
 
@@ -29,7 +30,7 @@ def every_row(folder: Path) -> list[tuple[str, Any]]:
     (folder / "math.json").write_text(json.dumps([{"problem": "1+2?", "solution": r"\boxed{3}", "answer": "3"}]))
     found: list[tuple[str, Any]] = []
     for name in available_tasks():
-        for style in ("d1", "spg"):
+        for style in MATH_STYLES:
             options: dict[str, Any] = {} if name == "few_clue_sudoku" else {"style": style}
             if name in ("gsm8k", "math"):
                 file = folder / f"{name}.json"
