@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rl4dlm.grading.text import answer_or_text, completion_texts, parse_number, score_rows, total
+from rl4dlm.grading.text import answer_or_text, completion_texts, parse_number, read_number, score_rows, total
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _SOFT = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
@@ -64,7 +64,7 @@ def integer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
 def correctness(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str | None] | None = None, **columns: Any
 ) -> list[float | None]:
-    """2 if the answer is numerically equal to the column `answer`; `None` where that is no number."""
+    """2 if the answer is numerically equal to the column `answer`, else 0; `None` where the column is no number."""
     return score_rows("gsm8k:correctness", _correctness, completions, {"answer": answer})
 
 
@@ -149,4 +149,4 @@ def _matching(pattern: str, texts: list[str], flags: int = 0) -> list[float | No
 
 def _correctness(text: str, gold: str) -> float | None:
     number = parse_number(str(gold))
-    return None if number is None else 2.0 * (parse_number(answer_or_text(text)) == number)
+    return None if number is None else 2.0 * (read_number(text) == number)

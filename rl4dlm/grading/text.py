@@ -138,6 +138,21 @@ def parse_number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", ""))
 
 
+def read_number(completion: str) -> Fraction | None:
+    r"""The number that a completion answers with; `None` without one.
+
+    Read are what follows the last `<answer>`, or the whole text without one; in it the last `\boxed{}`; and of that the
+    number it is, or the only number in it. Of several numbers none is chosen, since a list of guesses is no answer.
+    """
+    text = answer_or_text(completion)
+    boxed = last_boxed(text)
+    text = text if boxed is None else boxed
+    number = parse_number(text.strip().removeprefix("$").removesuffix("$"))
+    if number is not None:
+        return number
+    return last_number(text) if len(_NUMBER_INSIDE.findall(text)) == 1 else None
+
+
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, `None` without one."""
     numbers = _NUMBER_INSIDE.findall(text)
