@@ -47,12 +47,12 @@ def tag_count(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
 
 def soft_format(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """0.5 if the completion begins with the two tagged parts in order, whatever the line breaks."""
-    return _matching(_SOFT, [text.lstrip() for text in completion_texts(completions)], re.DOTALL)
+    return [0.5 if _soft(text.lstrip()) else 0.0 for text in completion_texts(completions)]
 
 
 def strict_format(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """0.5 if the completion is exactly the two tagged parts, each tag on a line of its own; white space may follow."""
-    return _matching(_STRICT + r"\s*\Z", completion_texts(completions), re.DOTALL)
+    return [0.5 if _strict(text.rstrip()) else 0.0 for text in completion_texts(completions)]
 
 
 def integer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -119,6 +119,19 @@ def correctness_compat(
 def negative_length(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """Minus the number of characters: d1's check that a trainer can learn anything at all."""
     return [-float(len(text)) for text in completion_texts(completions)]
+
+
+def _soft(text: str) -> bool:
+    # The first place where the parts meet leaves most text for what must follow, so that no other need be tried.
+    meeting = re.compile(r"</reasoning>\s*<answer>").search(text, len("<reasoning>"))
+    return text.startswith("<reasoning>") and meeting is not None and text.find("</answer>", meeting.end()) >= 0
+
+
+def _strict(text: str) -> bool:
+    opened, meeting, closed = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>"
+    met = text.find(meeting, len(opened))
+    ends = text.endswith(closed) and len(text) - len(closed) >= met + len(meeting)
+    return text.startswith(opened) and met >= 0 and ends
 
 
 def _tag_count(text: str) -> float:

@@ -119,7 +119,7 @@ def last_boxed(text: str) -> str | None:
         if box["token"]:
             content = box["token"]
         elif box.end() - 1 in closing:
-            content = text[box.end() : closing[box.end() - 1]].strip()
+            content = text[box.end() : closing[box.end() - 1]].strip() or content  # an empty box is only talked about
     return content
 
 

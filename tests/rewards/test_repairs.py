@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -45,3 +46,18 @@ def test_r2_large_rewards_are_refused_by_name(value: float) -> None:
     (reward,) = checked_rewards([mine]) or []
     with pytest.raises(ValueError, match="mine"):
         reward(prompts=[""], completions=[""])
+
+
+def test_a3_an_empty_box_is_no_answer() -> None:
+    reward: Any = load_reward("math:correctness")
+    text = r"<reasoning>we put it in \boxed{}</reasoning><answer>8</answer>"
+    assert reward(prompts=[""], completions=[text], answer=["8"]) == [2.0]
+
+
+@pytest.mark.parametrize("name", ["gsm8k:soft_format", "gsm8k:strict_format"])
+def test_a8_formats_are_read_in_linear_time(name: str) -> None:
+    reward: Any = load_reward(name)
+    text = "<reasoning>\n" + "x\n</reasoning>\n<answer>\n" * 40_000
+    started = time.perf_counter()
+    assert reward(prompts=[""], completions=[text]) == [0.0]
+    assert time.perf_counter() - started < 2
