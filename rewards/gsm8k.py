@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rl4dlm.grading.text import answer_or_text, completion_texts, parse_number, score_rows, total
+from rl4dlm.grading.text import answer_or_text, completion_texts, parse_number, read_number, score_rows, total
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _SOFT = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
@@ -47,12 +47,12 @@ def tag_count(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
 
 def soft_format(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """0.5 if the completion begins with the two tagged parts in order, whatever the line breaks."""
-    return _matching(_SOFT, [text.lstrip() for text in completion_texts(completions)], re.DOTALL)
+    return [0.5 if _soft(text.lstrip()) else 0.0 for text in completion_texts(completions)]
 
 
 def strict_format(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """0.5 if the completion is exactly the two tagged parts, each tag on a line of its own; white space may follow."""
-    return _matching(_STRICT + r"\s*\Z", completion_texts(completions), re.DOTALL)
+    return [0.5 if _strict(text.rstrip()) else 0.0 for text in completion_texts(completions)]
 
 
 def integer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -64,7 +64,7 @@ def integer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
 def correctness(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str | None] | None = None, **columns: Any
 ) -> list[float | None]:
-    """2 if the answer is numerically equal to the column `answer`; `None` where that is no number."""
+    """2 if the answer is numerically equal to the column `answer`, else 0; `None` where the column is no number."""
     return score_rows("gsm8k:correctness", _correctness, completions, {"answer": answer})
 
 
@@ -121,6 +121,19 @@ def negative_length(prompts: Sequence[Any], completions: Sequence[Any], **column
     return [-float(len(text)) for text in completion_texts(completions)]
 
 
+def _soft(text: str) -> bool:
+    # The first place where the parts meet leaves most text for what must follow, so that no other need be tried.
+    meeting = re.compile(r"</reasoning>\s*<answer>").search(text, len("<reasoning>"))
+    return text.startswith("<reasoning>") and meeting is not None and text.find("</answer>", meeting.end()) >= 0
+
+
+def _strict(text: str) -> bool:
+    opened, meeting, closed = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>"
+    met = text.find(meeting, len(opened))
+    ends = text.endswith(closed) and len(text) - len(closed) >= met + len(meeting)
+    return text.startswith(opened) and met >= 0 and ends
+
+
 def _tag_count(text: str) -> float:
     lines = [line.strip() for line in text.splitlines()]
     after = text.rstrip().rpartition("</answer>")
@@ -149,4 +162,4 @@ def _matching(pattern: str, texts: list[str], flags: int = 0) -> list[float | No
 
 def _correctness(text: str, gold: str) -> float | None:
     number = parse_number(str(gold))
-    return None if number is None else 2.0 * (parse_number(answer_or_text(text)) == number)
+    return None if number is None else 2.0 * (read_number(text) == number)

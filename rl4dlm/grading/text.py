@@ -119,7 +119,7 @@ def last_boxed(text: str) -> str | None:
         if box["token"]:
             content = box["token"]
         elif box.end() - 1 in closing:
-            content = text[box.end() : closing[box.end() - 1]].strip()
+            content = text[box.end() : closing[box.end() - 1]].strip() or content  # an empty box is only talked about
     return content
 
 
@@ -136,6 +136,21 @@ def parse_number(text: str) -> Fraction | None:
     if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text) or not any(char.isdigit() for char in text):
         return None
     return Fraction(text.replace(",", ""))
+
+
+def read_number(completion: str) -> Fraction | None:
+    r"""The number that a completion answers with; `None` without one.
+
+    Read are what follows the last `<answer>`, or the whole text without one; in it the last `\boxed{}`; and of that the
+    number it is, or the only number in it. Of several numbers none is chosen, since a list of guesses is no answer.
+    """
+    text = answer_or_text(completion)
+    boxed = last_boxed(text)
+    text = text if boxed is None else boxed
+    number = parse_number(text.strip().removeprefix("$").removesuffix("$"))
+    if number is not None:
+        return number
+    return last_number(text) if len(_NUMBER_INSIDE.findall(text)) == 1 else None
 
 
 def last_number(text: str) -> Fraction | None:

@@ -26,7 +26,11 @@ _DEFAULT_SIZE = {"train": 10_000, "validation": 256, "test": 256}
 _OPERATION = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 # How a model may write an operator; d1's evaluation reads the first three so.
-_SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "$": ""}
+_SPELLINGS = {
+    r"\left": "", r"\right": "", r"\(": "", r"\)": "", r"\[": "", r"\]": "", "⋅": "*", "∙": "*", "∗": "*", "✕": "*",
+    "∕": "/", "⁄": "/", "–": "-", "﹣": "-", "－": "-", "＋": "+", r"\,": "", r"\!": "", r"\;": "", r"\ ": "",
+    r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "$": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

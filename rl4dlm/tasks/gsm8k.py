@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rl4dlm.grading.text import answer_or_text, hash_answer, last_boxed, last_number, parse_number
+from rl4dlm.grading.text import hash_answer, last_boxed, last_number, parse_number, read_number
 from rl4dlm.tasks import prompts
 from rl4dlm.tasks.base import Row, Task, check_size, check_style
 from rl4dlm.tasks.files import Paths, files_by_split, read_hub, read_rows
@@ -65,14 +65,12 @@ class GSM8K(Task):
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether the answer is numerically equal to the reference; `None` if the row has none.
 
-        Read are what follows the last `<answer>`, or the whole text without one; in it the last `\\boxed{}` if there is
-        one; and of that the number it is, or else its last number.
+        The answer is what `read_number` reads; of prose without `<answer>` and box the last number counts.
         """
         gold = parse_number(row.get("answer") or "")
         if gold is None:
             return None
-        text = answer_or_text(completion)
-        boxed = last_boxed(text)
-        text = text if boxed is None else boxed
-        number = parse_number(text)
-        return (last_number(text) if number is None else number) == gold
+        number = read_number(completion)
+        if number is None and "<answer>" not in completion and last_boxed(completion) is None:
+            number = last_number(completion)
+        return number == gold

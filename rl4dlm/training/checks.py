@@ -10,6 +10,7 @@ import inspect
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from rl4dlm.tasks.prompts import prompt_problem
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_PASS = 1000
+LARGEST_REWARD = 1e6  # beyond it sums and squares of float32 rewards lose what tells completions apart
 
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL hands to reward functions under these names; a column would collide with it, or never arrive."""
@@ -148,17 +150,18 @@ def check_prompt(ids: Sequence[int], name: str, mask_token_id: int) -> None:
 
 
 def checked_rewards(reward_funcs: Any) -> list[Any] | None:
-    """Reward functions that refuse to return anything but one finite number or None per completion.
+    """Reward functions that refuse to return anything but one number of at most 1e6 in size, or None, per completion.
 
-    Names of reward functions are looked up; reward models and their names are left as they are.
-
-    TRL alone reads NaN as "not scorable".
+    TRL files metrics and completions under a function's `__name__`, so each gets one that no other has. Names of reward
+    functions are looked up; reward models and their names are left as they are. TRL alone reads NaN as "not scorable".
     """
     if reward_funcs is None:
         return None
     listed = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     found = [_named(f) if isinstance(f, str) else f for f in listed]
-    return [f if isinstance(f, str | nn.Module) or not callable(f) else _checked(f) for f in found]
+    wrapped = [not isinstance(f, str | nn.Module) and callable(f) for f in found]
+    names = iter(_distinct([f for f, own in zip(found, wrapped, strict=True) if own]))
+    return [_checked(f, next(names)) if own else f for f, own in zip(found, wrapped, strict=True)]
 
 
 def _named(name: str) -> Any:
@@ -175,13 +178,45 @@ def _named(name: str) -> Any:
         raise ValueError(f"reward_funcs: {error}; a reward model is named by its folder or OWNER/NAME") from error
 
 
-def _checked(reward: Callable[..., Any]) -> Callable[..., Any]:
-    plain = reward.func if isinstance(reward, functools.partial) else reward
-    name = getattr(plain, "__name__", None) or type(plain).__name__
+def _distinct(rewards: Sequence[Any]) -> list[str]:
+    """A name for each function: its own, with its module where several share it, numbered where that is not enough."""
+    plain = [_plain(reward) for reward in rewards]
+    names = [getattr(f, "__name__", None) or type(f).__name__ for f in plain]
+    names = ["lambda" if name == "<lambda>" else name for name in names]
+    shared = {name for name in names if names.count(name) > 1}
+    for row, name in enumerate(names):
+        module = str(getattr(plain[row], "__module__", None) or "").rpartition(".")[2]
+        module = re.sub(r"^rl4dlm_reward_(.+)_[0-9a-f]{8}$", r"\1", module)  # a plugin file's module
+        if name in shared and module and module != "__main__":
+            names[row] = f"{module}:{name}"
+    seen = set(names)
+    taken: set[str] = set()
+    for row, name in enumerate(names):
+        candidate, number = name, 1
+        while candidate in taken or (number > 1 and candidate in seen):
+            number += 1
+            candidate = f"{name}_{number}"
+        names[row] = candidate
+        taken.add(candidate)
+    return names
+
+
+def _plain(reward: Any) -> Any:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward
+
+
+def _checked(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     def check(rewards: Any, expected: int) -> list[float | None]:
         try:
             values = [None if r is None else float(r) for r in rewards]
+        except OverflowError:
+            raise ValueError(
+                f"reward function {name!r} returned an integer beyond every float; a reward is at most "
+                f"{LARGEST_REWARD:g} in size"
+            ) from None
         except (TypeError, ValueError):
             raise ValueError(
                 f"reward function {name!r} returned {type(rewards).__name__} {str(rewards)[:80]!r}; it must return a "
@@ -194,6 +229,12 @@ def _checked(reward: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 f"reward function {name!r} returned {values[bad]} for completion {bad}; rewards are finite, or None "
                 "for a completion that cannot be scored"
+            )
+        large = next((i for i, v in enumerate(values) if v is not None and abs(v) > LARGEST_REWARD), None)
+        if large is not None:
+            raise ValueError(
+                f"reward function {name!r} returned {values[large]} for completion {large}; rewards are computed with "
+                f"in float32 and are at most {LARGEST_REWARD:g} in size"
             )
         return values
 

@@ -1,0 +1,63 @@
+"""Faults of rewards found in use: the ids are those of the repair list."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+
+from rl4dlm.grading import load_reward
+from rl4dlm.training.checks import checked_rewards
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("$18$", 2.0), ("18 dollars", 2.0), (r"$\\boxed{18}$", 2.0), ("The answer is 18.", 2.0), ("17 or 18", 0.0),
+     ("1 8", 0.0), ("100-82", 0.0)],
+)  # fmt: skip
+def test_a4_gsm8k_reads_answers_as_the_checker_does(answer: str, right: float) -> None:
+    answer = answer.replace("\\\\", "\\")
+    reward: Any = load_reward("gsm8k:correctness")
+    assert reward(prompts=[""], completions=[f"<answer>{answer}</answer>"], answer=["18"]) == [right]
+
+
+def test_a7_countdown_reads_spellings_of_operators_and_brackets() -> None:
+    reward: Any = load_reward("countdown")
+    texts = ["4⋅6⋅8", r"\(4*6*8\)", r"\left(4*6\right)*8", "4+6+8"]
+    rows = [f"<answer>{text}</answer>" for text in texts]
+    scores = reward(prompts=[""] * 4, completions=rows, numbers=[[4, 6, 8]] * 4, target=[192] * 4)
+    assert scores == [1.0, 1.0, 1.0, 0.1]
+
+
+def test_a6_names_of_rewards_are_distinct() -> None:
+    first, second = (lambda completions, **_: [0.0]), (lambda completions, **_: [1.0])
+    named = [load_reward("gsm8k:correctness"), load_reward("math:correctness"), first, second, partial(first)]
+    names = [f.__name__ for f in checked_rewards(named) or []]
+    assert len(set(names)) == 5 and names[:2] == ["gsm8k:correctness", "math:correctness"]
+
+
+@pytest.mark.parametrize("value", [1e300, 3e38, -3e38, 10**400, 1.1e6])
+def test_r2_large_rewards_are_refused_by_name(value: float) -> None:
+    def mine(completions: list[str], **_: Any) -> list[float]:
+        return [value]
+
+    (reward,) = checked_rewards([mine]) or []
+    with pytest.raises(ValueError, match="mine"):
+        reward(prompts=[""], completions=[""])
+
+
+def test_a3_an_empty_box_is_no_answer() -> None:
+    reward: Any = load_reward("math:correctness")
+    text = r"<reasoning>we put it in \boxed{}</reasoning><answer>8</answer>"
+    assert reward(prompts=[""], completions=[text], answer=["8"]) == [2.0]
+
+
+@pytest.mark.parametrize("name", ["gsm8k:soft_format", "gsm8k:strict_format"])
+def test_a8_formats_are_read_in_linear_time(name: str) -> None:
+    reward: Any = load_reward(name)
+    text = "<reasoning>\n" + "x\n</reasoning>\n<answer>\n" * 40_000
+    started = time.perf_counter()
+    assert reward(prompts=[""], completions=[text]) == [0.0]
+    assert time.perf_counter() - started < 2
