@@ -1,7 +1,7 @@
 """The rollout engine: prompts to rollouts under a schedule and a cache policy.
 
 `RolloutEngine` owns what goes in and what comes out: it checks a call, shares rows out over batches and collects what
-they record. It knows nothing about tokenization, rewards or training; the loops over steps are in `batch.py` and, for
+they record. It knows nothing about tokenization, rewards or training; the loops over steps are in `step.py` and, for
 models whose noise is random tokens, in `uniform.py`.
 """
 
@@ -17,14 +17,15 @@ from tqdm.auto import tqdm
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.batch import Batch, Choices, Progress
 from rl4dlm.rollout.caches import build_cache
 from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record
 from rl4dlm.rollout.rollout import Rollout, valid_mask
+from rl4dlm.rollout.rows import Choices, Progress
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
+from rl4dlm.rollout.step import Batch
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
 
 PROGRESS_DELAY = 5.0
@@ -109,6 +110,7 @@ class RolloutEngine:
         """
         if num_generations < 1:
             raise ValueError(f"num_generations={num_generations} is not allowed; it must be 1 or larger")
+        _check_no_text(prompts)
         rows = [list(map(int, prompt)) for prompt in prompts for _ in range(num_generations)]
         ids = list(range(len(rows))) if row_ids is None else [int(i) for i in row_ids]
         self._check(prompts, rows, ids, hints, choices, config)
@@ -314,6 +316,16 @@ class RolloutEngine:
                         f"choices[{row}] allows {sorted(tokens)[:8]} at offset {offset}; it takes at least one token "
                         f"that can be drawn, and ids 0..{vocabulary - 1}"
                     )
+
+
+def _check_no_text(prompts: Any) -> None:
+    """Raises ValueError for prompts that are text where token ids are needed."""
+    for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
+        if isinstance(prompt, str) or any(isinstance(token, str) for token in prompt):
+            name = "prompts" if isinstance(prompts, str) else f"prompts[{i}]"
+            raise ValueError(
+                f"{name}={prompt!r} is text; the engine takes lists of token ids, such as tokenizer.encode(text) gives"
+            )
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.rollout import EventKind, Events, Trace
+from rl4dlm.rollout.rollout import EventKind, Events, StopReason, Trace
 
-STOP_REASONS = ("complete", "eos", "step_cap", "constraint_dead_end")
+STOP_REASONS = (StopReason.COMPLETE, StopReason.EOS, StopReason.STEP_CAP, StopReason.CONSTRAINT_DEAD_END)
 COMPLETE, EOS, STEP_CAP, DEAD_END = range(len(STOP_REASONS))
 
 
@@ -118,6 +118,6 @@ class Record:
             length=self.length if resizes else None,
         )
 
-    def stop_reasons(self) -> list[str]:
-        """In words."""
+    def stop_reasons(self) -> list[StopReason]:
+        """One per row."""
         return [STOP_REASONS[code] for code in self.reason.tolist()]

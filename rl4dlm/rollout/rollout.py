@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class StopReason(StrEnum):
+    """Why a row ended. Members are strings, and equal to their values."""
+
+    COMPLETE = "complete"
+    """Every slot is written."""
+    EOS = "eos"
+    """Stopped early: the valid part is written."""
+    MAX_STEPS = "max_steps"
+    """Every slot is written, but a canvas of random tokens was still changing or unsure."""
+    STEP_CAP = "step_cap"
+    """The schedule did not come to an end, so that the engine wrote the rest at once."""
+    CONSTRAINT_DEAD_END = "constraint_dead_end"
+    """Nothing that the constraint admits was among the candidates."""
 
 
 class EventKind(IntEnum):
@@ -116,10 +131,7 @@ class Rollout:
         trace: how the canvas was written.
         nfe: long `[N]`, forwards each row took part in; guidance counts two.
         extra_forwards: long `[N]`, forwards of other models that a schedule asks for advice.
-        stop_reason: per row `"complete"` (every slot is written), `"eos"` (stopped early, the valid part is),
-            `"max_steps"` (every slot is written, but a canvas of random tokens was still changing or unsure),
-            `"step_cap"` (the schedule did not come to an end, so that the engine wrote the rest at once) or
-            `"constraint_dead_end"` (nothing that the constraint admits was among the candidates).
+        stop_reason: per row, see `StopReason`.
         row_ids: what keyed each row's randomness.
         schedule: name of the schedule. cache: name of the cache policy.
         exact: whether every logit was that of a full forward of the tokens in the trace; False for caches that
@@ -134,7 +146,7 @@ class Rollout:
     hinted: Tensor
     trace: Trace
     nfe: Tensor
-    stop_reason: list[str]
+    stop_reason: list[StopReason]
     row_ids: list[int]
     schedule: str
     cache: str

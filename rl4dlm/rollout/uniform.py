@@ -25,7 +25,7 @@ from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import lowest_argmax
 from rl4dlm.rollout.noise import NoiseSource
 from rl4dlm.rollout.record import EOS, Record
-from rl4dlm.rollout.rollout import Refinement, Trace
+from rl4dlm.rollout.rollout import Refinement, StopReason, Trace
 from rl4dlm.rollout.schedules.parts import CanvasSchedule
 
 
@@ -56,9 +56,10 @@ class CanvasRecord(Record):
         states = Refinement(self.tokens[:, :made].clone(), self.accepted[:, :made].clone())
         return Trace(self.commit_step, self.raw_log_prob, None, self.steps, states)
 
-    def stop_reasons(self) -> list[str]:
+    def stop_reasons(self) -> list[StopReason]:
         unsettled = self.unsettled.tolist()
-        return ["max_steps" if r == "complete" and unsettled[i] else r for i, r in enumerate(super().stop_reasons())]
+        complete, late = StopReason.COMPLETE, StopReason.MAX_STEPS
+        return [late if r is complete and unsettled[i] else r for i, r in enumerate(super().stop_reasons())]
 
 
 class _Read(NamedTuple):

@@ -146,7 +146,7 @@ class BlockLog:
         self.rows: dict[int, list[tuple[int, int, int]]] = {}
 
     def __call__(self, progress: Any) -> None:
-        """Takes the engine's report on a step (`rl4dlm.rollout.batch.Progress`)."""
+        """Takes the engine's report on a step (`rl4dlm.rollout.rows.Progress`)."""
         columns = (progress.slots, progress.step, progress.start, progress.stop)
         for row, steps, start, stop in zip(*(column.tolist() for column in columns), strict=True):
             known = self.rows.setdefault(row, [])

@@ -153,7 +153,7 @@ class LiveView:
         self._live.stop()
 
     def __call__(self, progress: Any) -> None:
-        """Takes the engine's report on a step (`rl4dlm.rollout.batch.Progress`)."""
+        """Takes the engine's report on a step (`rl4dlm.rollout.rows.Progress`)."""
         self.blocks(progress)
         if not self.console.is_terminal:
             return

@@ -152,3 +152,11 @@ def test_a_head_that_scoring_cannot_reproduce_is_refused():
 def _scaled(output: Any) -> Any:
     output.logits = 2 * output.logits
     return output
+
+
+@pytest.mark.parametrize(
+    ("prompts", "name"), [(["What is 1+2?"], r"prompts\[0\]"), ("12", "prompts="), ([[1], ["2", "3"]], r"prompts\[1\]")]
+)
+def test_p6_text_prompts_are_named_as_text(prompts: Any, name: str):
+    with pytest.raises(ValueError, match=f"{name}.*is text; the engine takes lists of token ids"):
+        RolloutEngine(denoiser()).generate(prompts, DecodingConfig(canvas_length=4))

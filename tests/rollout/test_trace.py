@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
-from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.rollout import Rollout, StopReason
 from rl4dlm.rollout.schedules.parts import even_counts
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, denoiser, row_logits, sampling_distribution
 
@@ -143,3 +144,10 @@ def test_a_rollout_says_how_it_came_about():
     said = (rollout.schedule, rollout.cache, rollout.exact, rollout.seed, rollout.weight_version, rollout.mask_token_id)
     assert said == ("random", "prefix", False, 23, 17, MASK)
     assert engine.generate(PROMPTS, DecodingConfig(canvas_length=4)).exact
+
+
+def test_reasons_of_stopping_are_an_enumeration_of_plain_strings():
+    _, rollout = decoded("greedy")
+    assert all(isinstance(reason, StopReason) for reason in rollout.stop_reason)
+    assert rollout.stop_reason == ["complete"] * len(rollout)
+    assert json.loads(json.dumps(rollout.stop_reason)) == ["complete"] * len(rollout)

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from rl4dlm.rollout.batch import Progress
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.rows import Progress
 from rl4dlm.tracking.replay import OPEN, Slot, make_replay
 from rl4dlm.tracking.terminal import Frame, LiveView, canvas_text, draw, replay_frames, write_svg
 from tests.rollout.denoisers import PROMPTS, denoiser

@@ -15,10 +15,10 @@ import torch
 
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.tiny import tiny_llada
-from rl4dlm.rollout.batch import Progress
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import EventKind, Rollout
+from rl4dlm.rollout.rows import Progress
 from rl4dlm.rollout.schedules.learn2pd import TokenFilter, save_filter
 from rl4dlm.rollout.schedules.parts import Schedule
 from tests.models.float64 import exactly_float64

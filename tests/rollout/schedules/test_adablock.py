@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.batch import Progress
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.rows import Progress
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, assert_same_rows, denoiser, row_logits
 from tests.rollout.table_model import TableModel
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rl4dlm.rollout.batch import Progress
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.rows import Progress
 from rl4dlm.rollout.schedules.ctrldiff import FEATURES, LearnedSizes, UniformSizes
 from tests.rollout.chi_square import chi_square
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, assert_same_rows, denoiser, row_logits
