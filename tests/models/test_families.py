@@ -15,9 +15,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
+from rl4dlm.cli.convert import add_convert_parser
 from rl4dlm.models import checkpoint
 from rl4dlm.models.adapters import check_adapter, quantized_share
-from rl4dlm.models.convert import add_convert_parser, convert
+from rl4dlm.models.convert import convert
 from rl4dlm.models.families import FAMILIES
 from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -237,7 +238,7 @@ def test_conversion_from_the_command_line(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_command_line_is_read_without_torch():
-    code = "import sys, rl4dlm.models.convert; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, rl4dlm.cli.convert; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
