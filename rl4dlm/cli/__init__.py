@@ -1,5 +1,5 @@
 """The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `decode` shows it at work, `convert`
-changes its form, `env` says what is installed.
+changes its form, `merge` puts an adapter into its base, `env` says what is installed.
 
 Owns arguments, messages and tables. Heavy libraries are imported by the command that needs them, so `--help` is quick.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import rl4dlm
 from rl4dlm import resources
 from rl4dlm.cli.convert import add_convert_parser
+from rl4dlm.cli.merge import add_merge_parser
 
 if TYPE_CHECKING:
     from rl4dlm.evaluation import EvaluationResult
@@ -411,6 +412,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--svg-steps", metavar="LIST", help="steps that it shows, with commas between them (default: halfway)")
 
     add_convert_parser(commands)
+    add_merge_parser(commands)
 
     described = "Print versions, devices, optional packages and folders."
     command = commands.add_parser("env", help=described, description=described)

@@ -102,7 +102,8 @@ def _family_of(model: Any, base: Any) -> Family:
     """The family whose published form a model has. Raises ValueError where there is none or it cannot be written."""
     if model is not base:
         raise ValueError(
-            "form='hub' writes whole models, and this is an adapter; merge it first: `model = model.merge_and_unload()`"
+            "form='hub' writes whole models, and this is an adapter; merge it first: "
+            "`model = model.merge_and_unload()`, or `rl4dlm merge`"
         )
     if getattr(base, "is_quantized", False):
         raise ValueError("form='hub' writes the published dtypes, and this model is quantized; load it unquantized")
