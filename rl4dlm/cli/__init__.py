@@ -1,5 +1,5 @@
 """The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `decode` shows it at work, `convert`
-changes its form, `env` says what is installed.
+changes its form, `merge` puts an adapter into its base, `env` says what is installed.
 
 Owns the way from arguments to a command and what becomes of its errors; each command has a file of its own. Heavy
 libraries are imported by the command that needs them, so `--help` is quick.
@@ -16,6 +16,7 @@ from rl4dlm.cli.convert import add_convert_parser
 from rl4dlm.cli.decode import add_decode_parser
 from rl4dlm.cli.env import add_env_parser
 from rl4dlm.cli.eval import add_eval_parser
+from rl4dlm.cli.merge import add_merge_parser
 from rl4dlm.cli.train import add_train_parser, launch_command, train
 
 __all__ = ["BAD_INPUT", "launch_command", "main", "train"]
@@ -46,7 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rl4dlm {rl4dlm.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_train_parser, add_eval_parser, add_decode_parser, add_convert_parser, add_env_parser):
+    for add in (
+        add_train_parser,
+        add_eval_parser,
+        add_decode_parser,
+        add_convert_parser,
+        add_merge_parser,
+        add_env_parser,
+    ):
         add(commands)
     return parser
 

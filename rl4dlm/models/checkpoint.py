@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,18 +77,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.stated: dict[str, str] = {}
-        if (folder / INDEX).is_file():
-            self.stated = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(self.stated.values())) or [SINGLE]
-        for name in files:
-            if not (folder / name).is_file():
-                because = f"{INDEX} names it" if self.stated else "weights are read from safetensors files only"
-                raise FileNotFoundError(f"{folder / name} is missing ({because}); download the checkpoint again")
+        self.stated = stated_files(folder)
         self.tensors: dict[str, Stored] = {}
         self._files = ExitStack()
-        for name in files:
-            pointer = self._files.enter_context(safe_open(folder / name, framework="pt"))
+        for name in checked_files(folder, self.stated):
+            pointer = self._files.enter_context(opened(folder / name))
             for key in pointer.keys():  # noqa: SIM118  (not a dictionary)
                 part = pointer.get_slice(key)
                 dtype = _DTYPES.get(part.get_dtype())
@@ -168,6 +161,81 @@ class Checkpoint:
         return {
             name: LazyTensor(tuple(found), tuple(shapes[name]), found[0].source.dtype) for name, found in pieces.items()
         }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ValueError, naming the file, for anything else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also text in another encoding
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def stated_files(folder: Path) -> dict[str, str]:
+    """Tensor -> file as the index of a folder says; empty without an index.
+
+    Raises ValueError for an index that has no `weight_map`, or one that points out of the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    stated = read_json(index).get("weight_map")
+    if not isinstance(stated, dict) or not all(isinstance(name, str) for name in stated.values()):
+        raise ValueError(f"{index}: `weight_map` must say for each tensor in which file it is")
+    for tensor, name in stated.items():
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"{index}: `weight_map` says that {tensor} is in {name!r}, which is outside of the folder; a "
+                "checkpoint reads its own files only"
+            )
+    return stated
+
+
+def checked_files(folder: Path, stated: Mapping[str, str]) -> list[str]:
+    """Names of the safetensors files of a folder. Raises FileNotFoundError, naming it, when one is missing."""
+    files = sorted(set(stated.values())) or [SINGLE]
+    for name in files:
+        if (folder / name).is_file():
+            continue
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if stated:
+            remedy = f"({INDEX} names it); download the checkpoint again"
+        elif pickles:
+            remedy = (
+                f"(weights are read from safetensors files only, and {pickles[0]} is a pickle, which can run code). "
+                "Convert a file that you trust: `safetensors.torch.save_file(torch.load(file, weights_only=True), ...)`"
+            )
+        else:
+            remedy = "(weights are read from safetensors files only); download the checkpoint again"
+        raise FileNotFoundError(f"{folder / name} is missing {remedy}")
+    return files
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file to read from. Raises ValueError, naming it, for one that is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or was cut short ({error}); copy or download it again, {file.stat().st_size} bytes are "
+            "there"
+        ) from error
+
+
+def unfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinite values; what is sharded, quantized or on no device passes."""
+    bounds, names = [], []
+    for name, tensor in tensors:
+        value = tensor.detach()
+        if value.dtype in _DTYPES.values() and value.numel() and not value.is_meta:
+            low, high = value.aminmax()  # both are NaN where one element is
+            bounds.append(torch.isfinite(low) & torch.isfinite(high))
+            names.append(name)
+    return [name for name, finite in zip(names, bounds, strict=True) if not bool(finite)]
 
 
 def write_checkpoint(

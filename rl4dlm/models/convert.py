@@ -1,4 +1,4 @@
-"""Converts a checkpoint from one form into the other, with its tokenizer.
+"""Converts a checkpoint from one form into the other, and merges an adapter into its base, with the tokenizer.
 
 Owns which files travel along. Reading and writing models is `loading.py`'s.
 """
@@ -56,3 +56,36 @@ def convert(
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.suffix != ".safetensors" and file.name not in _WRITTEN:
                 shutil.copyfile(file, Path(target) / file.name)
+
+
+def merge(
+    adapter: str | os.PathLike[str], target: str | os.PathLike[str], form: str = "rl4dlm", *, dtype: str = "auto"
+) -> None:
+    """Writes the whole model that an adapter and its base make, with the tokenizer.
+
+    Args:
+        adapter: a PEFT adapter folder; it names its base.
+        target: the new folder.
+        form: `"rl4dlm"`, or `"hub"` for the published form of the base's family, without the family's own code.
+        dtype: in which base and adapter are added; `"auto"`: the base's own. Written as it is in our form.
+
+    Raises:
+        ValueError: `adapter` is no adapter, or the target is the adapter; else as `load_denoiser` and `save_denoiser`.
+        FileNotFoundError: there is no such folder, or its base is not there.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is not allowed; choose one of {', '.join(FORMS)}")
+    folder = local_folder(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} has no adapter_config.json, so there is nothing to merge")
+    if Path(target).resolve() == folder.resolve():
+        raise ValueError(f"target={os.fspath(target)!r} is the adapter; name another folder")
+    model = load_denoiser(adapter, dtype=dtype)
+    base_name = model.get_base_model().name_or_path
+    if Path(target).resolve() == Path(base_name).resolve():
+        raise ValueError(f"target={os.fspath(target)!r} is the adapter's base; name another folder")
+    tokenizer: Any = None
+    places = (folder, local_folder(base_name))
+    if any((place / name).is_file() for place in places for name in ("tokenizer_config.json", "tokenizer.json")):
+        tokenizer = load_tokenizer(adapter)
+    save_denoiser(model.merge_and_unload(), target, tokenizer, form=form)

@@ -1,19 +1,14 @@
-"""Loads and saves denoisers: our form, the published form of every family, and PEFT adapters.
+"""Loads denoisers: our form, the published form of every family, and PEFT adapters; and their tokenizers.
 
-Owns the way between disk and a plain `PreTrainedModel`, and never runs remote code. Our form is a stock class with
-`config.diffusion`; a published form is what a family of `families/` describes. Training code and decoding live
-elsewhere.
+Owns the way from disk to a plain `PreTrainedModel`, and never runs remote code. Our form is a stock class with
+`config.diffusion`; a published form is what a family of `families/` describes. Writing is `saving.py`'s, training code
+and decoding live elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +19,22 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rl4dlm.models import tokens
 from rl4dlm.models.adapters import experts_of, quantized_share
-from rl4dlm.models.checkpoint import Checkpoint, LazyTensor, dtype_name, listed, write_checkpoint
+from rl4dlm.models.checkpoint import (
+    Checkpoint,
+    LazyTensor,
+    checked_files,
+    dtype_name,
+    listed,
+    opened,
+    read_json,
+    stated_files,
+    unfinite,
+)
 from rl4dlm.models.families import FAMILIES, find_family
-from rl4dlm.models.family import RECORD, Family, HubConfig
-from rl4dlm.models.forms import FORMS
-from rl4dlm.models.layout import Layout
+from rl4dlm.models.family import RECORD, Family, HubConfig, said
 from rl4dlm.models.left_to_right import refuse_generate
-from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.models.saving import save_denoiser as save_denoiser
+from rl4dlm.models.spec import DiffusionSpec, lacks_mask_token
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +74,10 @@ def load_denoiser(
 
     Raises:
         ValueError: an unknown architecture; a setting under which no stock class computes the same; missing, extra or
-            misshapen tensors; ids or a block length that contradict the checkpoint; remote code. The message names the
-            file and the key.
-        FileNotFoundError: `path` looks like a local path and is not there, or a file of the checkpoint is missing.
+            misshapen tensors; weights that are NaN or infinite; damaged files; ids or a block length that contradict
+            the checkpoint; remote code. The message names the file and the key.
+        FileNotFoundError: there is no such folder or hub model, an adapter's base included, or a file of the checkpoint
+            is missing.
     """
     path = os.fspath(path)
     if kwargs.pop("trust_remote_code", None):
@@ -94,8 +99,10 @@ def load_denoiser(
     else:
         model = _load_own(hub, folder, given, options)
     # The name a trainer, a reference model and an adapter ask for again; the cache folder of a download is not it.
-    model.config._name_or_path = model.name_or_path = path
+    # A folder keeps its name wherever it is asked for from, since an adapter's files name its base by it.
+    model.config._name_or_path = model.name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
     model.__dict__.pop("_weight_conversions", None)  # else saving would undo how this folder happened to be read
+    check_finite(model, path)
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()
     tokens.train_end_tokens(model)
@@ -114,43 +121,6 @@ def load_denoiser(
     return model if device is None else model.to(device)
 
 
-def save_denoiser(
-    model: Any,
-    path: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    form: str = "rl4dlm",
-) -> None:
-    """Writes a model (or the adapter of a `PeftModel`) and its spec, and the tokenizer if given.
-
-    Args:
-        model: with a spec.
-        path: of the folder; it appears under its name only when complete.
-        tokenizer: saved beside the model.
-        form: `"rl4dlm"`: a stock folder, from which `AutoModelForCausalLM.from_pretrained` gives bit-identical logits.
-            `"hub"`: the tensors, dtypes and `config.json` of the published form. The family's own `.py` files are not
-            written; whoever loads the folder with them copies them from the original repository.
-
-    Raises:
-        ValueError: a model without a spec; for `"hub"`, one without a family, an adapter or quantized weights.
-        FileExistsError: `path` is a file, or a non-empty folder that does not hold a model.
-    """
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is not allowed; choose one of {', '.join(FORMS)}")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not _lacks_mask_token(base.config):
-        DiffusionSpec.of(base)
-    if form == "hub":
-        family = _family_of(model, base)
-    with _replaced(Path(path)) as folder:
-        if form == "hub":
-            _write_published(family, base, folder)
-        else:
-            model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
-
 def load_tokenizer(
     path: str | os.PathLike[str], revision: str | None = None, *, mask_token_id: int | None = None
 ) -> PreTrainedTokenizerBase:
@@ -167,14 +137,16 @@ def load_tokenizer(
     """
     folder = local_folder(path, revision)
     adapter = folder / "adapter_config.json"
-    model = local_folder(_base_of(adapter)) if adapter.is_file() else folder
+    model = _base_folder(adapter) if adapter.is_file() else folder
     hub = _read_config(model)
     given = {"mask_token_id": mask_token_id}
     family = find_family(hub) if hub.get("diffusion") is None else None
     stated = _own_spec(hub, given) if family is None else _published_spec(family, hub, model, given)
     spec = DiffusionSpec.from_dict(stated)
     own = adapter.is_file() and (folder / "tokenizer_config.json").is_file()
-    tokenizer = tokens.load_tokenizer(folder if own else model, family, spec.mask_token_id)
+    # A folder in our form remembers its family: its tokenizer files may have been copied from the published one.
+    known = family or FAMILIES.get((hub.get(RECORD) or {}).get("family", ""))
+    tokenizer = tokens.load_tokenizer(folder if own else model, known, spec.mask_token_id)
     check_tokenizer(tokenizer, spec)
     return tokenizer
 
@@ -204,24 +176,55 @@ def check_tokenizer(tokenizer: Any, spec: DiffusionSpec) -> None:
 def local_folder(path: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """The local folder of a path or hub id; a hub id is downloaded or taken from the cache.
 
-    Raises FileNotFoundError for what looks like a local path and is not there. `options` are `snapshot_download`'s.
+    Raises FileNotFoundError, naming it, for what is neither. A name with one slash is a local path where the folder
+    before the slash exists, unless a revision says that the hub is meant. `options` are `snapshot_download`'s.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
         return Path(path)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"there is no model folder {path!r}")
-    return Path(snapshot_download(path, revision=revision, allow_patterns=list(_DOWNLOADED), **options))
+    where = f"looked in {os.getcwd()}"
+    parent = os.path.dirname(path)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
+        raise FileNotFoundError(f"there is no model folder {path!r} ({where})")
+    if parent and os.path.isdir(parent) and revision is None:
+        raise FileNotFoundError(
+            f"there is no model folder {path!r}, although there is a folder {parent!r} ({where}). If the hub's model "
+            "of this name is meant, pass revision='main'"
+        )
+    patterns = [*_DOWNLOADED, *options.pop("more_files", ())]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, **options))
+    except Exception as error:  # the hub's errors have several types, and some name neither the model nor the hub
+        raise FileNotFoundError(
+            f"there is no model {path!r}: it is no folder ({where}), and the hub did not give it "
+            f"({type(error).__name__}: {said(error)[:300]})"
+        ) from error
+
+
+def check_finite(model: Any, path: str) -> None:
+    """Raises ValueError, naming them, when weights are NaN or infinite."""
+    names = unfinite(model.named_parameters())
+    if names:
+        raise ValueError(
+            f"{path}: {listed(names)} NaN or infinite somewhere, so nothing that the model says would mean anything; "
+            "take an earlier checkpoint, or download it again"
+        )
 
 
 def _read_config(folder: Path) -> HubConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {folder} holds no model")
+    return HubConfig(read_json(file), str(file))
+
+
+def _stock_config(folder: Path) -> PreTrainedConfig:
+    """As transformers reads it. Raises ValueError, naming the file, where that fails."""
     try:
-        return HubConfig(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of several types, and without the file
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {said(error)}") from error
+    return config
 
 
 def _own_spec(hub: HubConfig, given: dict[str, int | None]) -> dict[str, Any]:
@@ -248,9 +251,9 @@ def _load_own(hub: HubConfig, folder: Path, given: dict[str, int | None], option
     native = next((f for f in FAMILIES.values() if f.native and hub.get("model_type") in f.model_types), None)
     if native is None and hub.get("is_causal", True):
         raise ValueError(f"{folder}: config.json must say `is_causal: false`; as it is, attention would be causal")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = _stock_config(folder)
     config.diffusion = spec
-    if not _lacks_mask_token(config):
+    if not lacks_mask_token(config):
         tokens.check_spec(hub.path, spec)
     rows = config.get_text_config().vocab_size
     if spec.get("mask_token_id") is not None and spec["mask_token_id"] >= rows:
@@ -266,7 +269,7 @@ def _load_published(
     family: Family, hub: HubConfig, folder: Path, given: dict[str, int | None], options: dict[str, Any]
 ) -> Any:
     spec = _published_spec(family, hub, folder, given)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if family.native else family.stock_config(hub)
+    config = _stock_config(folder) if family.native else family.stock_config(hub)
     config.diffusion = spec
     text = config.get_text_config()
     record: dict[str, Any] = {"family": family.name, "config": dict(hub)}
@@ -275,13 +278,13 @@ def _load_published(
     ]
     generation = folder / "generation_config.json"
     if generation.is_file():
-        record["generation_config"] = json.loads(generation.read_text(encoding="utf-8"))
+        record["generation_config"] = read_json(generation)
     setattr(config, RECORD, record)
     with Checkpoint(folder) as checkpoint:
         record["dtype"], record["dtypes"] = dtype_name(checkpoint.dtype), checkpoint.exceptions()
         if family.native:
             return _load_stock(family.model_class, folder, config, options)
-        shapes, tied = _stock_shapes(family, config)
+        shapes, tied = family.stock_shapes(config)
         layout = family.tensors(shapes)
         optional = [name for name, parts in layout.items() if parts[0].tensor in tied]
         checkpoint.check(layout, shapes, family.stock, optional)
@@ -300,9 +303,15 @@ def _load_published(
 
 def _load_stock(loader: Any, folder: Path, config: PreTrainedConfig, options: dict[str, Any]) -> Any:
     """A folder that transformers reads by itself, which would initialise what is missing and skip what is extra."""
-    model, report = loader.from_pretrained(
-        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    if any(folder.glob("*.safetensors*")) or (not any(folder.glob("*.bin*")) and "gguf_file" not in options):
+        for name in checked_files(folder, stated_files(folder)):
+            opened(folder / name)
+    try:
+        model, report = loader.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except KeyError as error:  # for example a rope type, of which transformers says no more than its name
+        raise ValueError(f"{folder / 'config.json'}: {error} is nothing that {config.model_type!r} knows") from error
     problems = {
         "missing": sorted(report["missing_keys"]),
         "not in the model that config.json describes": sorted(report["unexpected_keys"]),
@@ -316,12 +325,6 @@ def _load_stock(loader: Any, folder: Path, config: PreTrainedConfig, options: di
     return model
 
 
-def _lacks_mask_token(config: PreTrainedConfig) -> bool:
-    """Whether it was loaded from files that state no mask token: it can be run and saved, and no more."""
-    spec = getattr(config, "diffusion", None) or {}
-    return "mask_token_id" in spec and spec["mask_token_id"] is None and spec.get("noise", "mask") == "mask"
-
-
 def _readable(state: dict[str, LazyTensor]) -> dict[str, Any]:
     """Under ZeRO-3 transformers wants tensors, with values on the first process only; else they are read one by one."""
     if not is_deepspeed_zero3_enabled():
@@ -330,108 +333,35 @@ def _readable(state: dict[str, LazyTensor]) -> dict[str, Any]:
     return {n: t[...] if first else torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in state.items()}
 
 
-def _stock_shapes(family: Family, config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Shapes of the stock model's tensors, and the names of those that are tied to others."""
-    with torch.device("meta"):
-        model = family.model_class(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    tied = set(model._tied_weights_keys or ()) if config.get_text_config().tie_word_embeddings else set()
-    return shapes, tied
-
-
 def _load_adapter(folder: Path, adapter: Path, device: Any, options: dict[str, Any]) -> Any:
     from peft import PeftModel
 
-    model = load_denoiser(_base_of(adapter), device=device, **options)
-    return PeftModel.from_pretrained(model, os.fspath(folder), is_trainable=True)
+    base = load_denoiser(_base_folder(adapter, named=True), device=device, **options)
+    model = PeftModel.from_pretrained(base, os.fspath(folder), is_trainable=True)
+    for settings in model.peft_config.values():  # what it is saved with again
+        settings.base_model_name_or_path = base.name_or_path
+    check_finite(model, os.fspath(folder))
+    return model
 
 
-def _base_of(adapter: Path) -> str:
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+def _base_folder(adapter: Path, named: bool = False) -> Any:
+    """The folder of an adapter's base, or with `named` its name where it is a hub id.
+
+    Older adapters name their base from where they were trained: it is looked for from here, then from every folder
+    above the adapter.
+    """
+    base = read_json(adapter).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter} names no base_model_name_or_path, so its base model is not known")
-    return str(base)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _family_of(model: Any, base: Any) -> Family:
-    """The family whose published form a model has. Raises ValueError where there is none or it cannot be written."""
-    if model is not base:
-        raise ValueError(
-            "form='hub' writes whole models, and this is an adapter; merge it first: `model = model.merge_and_unload()`"
-        )
-    if getattr(base, "is_quantized", False):
-        raise ValueError("form='hub' writes the published dtypes, and this model is quantized; load it unquantized")
-    name = (getattr(base.config, RECORD, None) or {}).get("family")
-    if name not in FAMILIES:
-        raise ValueError(
-            f"form='hub' needs to know the family, and `config.{RECORD}` names {name!r}; set it to {{'family': ...}} "
-            f"with one of {', '.join(FAMILIES)}, or use form='rl4dlm'"
-        )
-    if any(hasattr(p, "ds_id") or p.is_meta or p.numel() == 0 for p in base.parameters()):
-        raise ValueError("form='hub' needs all weights in one process; save the sharded model first and convert it")
-    return FAMILIES[name]
-
-
-def _write_published(family: Family, model: Any, folder: Path) -> None:
-    record = getattr(model.config, RECORD)
-    usual = getattr(torch, record.get("dtype") or dtype_name(model.dtype))
-    unusual = {name: getattr(torch, other) for other, names in record.get("dtypes", {}).items() for name in names}
-    if family.native:
-        model.save_pretrained(folder, state_dict=_cast(model.state_dict(), usual, unusual))
-        file = folder / "config.json"
-        stock = json.loads(file.read_text(encoding="utf-8"))
-        ours = {"diffusion", RECORD}
-        _write_json(file, record.get("config") or {key: value for key, value in stock.items() if key not in ours})
-    else:
-        tensors = model.state_dict()
-        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        tied = _stock_shapes(family, model.config)[1]
-        stored = record.get("tied_stored", ())
-        layout: Layout = {
-            name: parts
-            for name, parts in family.tensors(shapes).items()
-            if parts[0].tensor not in tied or name in stored
-        }
-        write_checkpoint(folder, layout, tensors, {name: unusual.get(name, usual) for name in layout})
-        _write_json(folder / "config.json", family.hub_config(model.config))
-    if record.get("generation_config") is not None:
-        _write_json(folder / "generation_config.json", record["generation_config"])
-
-
-def _cast(tensors: dict[str, torch.Tensor], usual: torch.dtype, unusual: dict[str, torch.dtype]) -> dict[str, Any]:
-    """The tensors in other dtypes; what shared memory shares it again, so that it is written once."""
-    found: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        found.setdefault((tensor.data_ptr(), unusual.get(name, usual)), tensor.to(unusual.get(name, usual)))
-    return {name: found[tensor.data_ptr(), unusual.get(name, usual)] for name, tensor in tensors.items()}
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replaced(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` when everything has been written."""
-    is_model = any((target / name).exists() for name in ("config.json", "adapter_config.json"))
-    if target.exists() and not is_model and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and holds no model; it will not be overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    base = str(base)
+    for start in (Path(), *adapter.absolute().parents):
+        if os.path.isdir(os.path.join(start, base)):
+            return os.path.abspath(os.path.join(start, base)) if named else Path(start, base)
     try:
-        folder.chmod(0o755)
-        yield folder
-        for file in folder.iterdir():  # safetensors makes files that only their owner can read
-            file.chmod(0o644)
-        if target.exists():
-            retired = folder.with_name(folder.name + ".old")
-            os.replace(target, retired)
-            os.replace(folder, target)
-            shutil.rmtree(retired)
-        else:
-            os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        found = local_folder(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{adapter}: `base_model_name_or_path` is {base!r}, the model that the adapter was trained on, and it is "
+            f"not there: {error}. Put it there, or correct the entry"
+        ) from error
+    return base if named else found

@@ -29,6 +29,7 @@ from rl4dlm.models.attention import (
     two_copies,
 )
 from rl4dlm.models.canvas import canvas_states, denoises_canvases
+from rl4dlm.models.checkpoint import listed, unfinite
 from rl4dlm.models.spec import DiffusionSpec
 
 CHUNK_ELEMENTS = 2**26
@@ -350,6 +351,14 @@ def check_head(model: Any) -> None:
     actual = _logits(model, model.base_model(**inputs).last_hidden_state[0])
     model.train(was_training)
     expected = expected.to(actual.dtype)
+    if not bool(expected.isfinite().all()):
+        names = unfinite(model.named_parameters())
+        raise ValueError(
+            f"{listed(names)} NaN or infinite somewhere; take weights from before that"
+            if names
+            else f"the logits of {type(model).__name__} are NaN or infinite although its weights are finite; in "
+            f"{model.dtype} they may overflow: load it in float32 or bfloat16"
+        )
     tolerance = 1e-5 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
     error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
     if not error <= tolerance:

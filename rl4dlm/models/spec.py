@@ -90,3 +90,9 @@ class DiffusionSpec:
                 "eos_token_ids=...).to_dict()`."
             )
         return cls.from_dict(values)
+
+
+def lacks_mask_token(config: Any) -> bool:
+    """Whether a configuration comes from files that state no mask token: the model can be run and saved, no more."""
+    spec = getattr(config, "diffusion", None) or {}
+    return "mask_token_id" in spec and spec["mask_token_id"] is None and spec.get("noise", "mask") == "mask"

@@ -5,7 +5,6 @@ Owns where ids come from and what happens when files disagree or say nothing. Wh
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rl4dlm.models.family import Family, HubConfig
+from rl4dlm.models.checkpoint import read_json
+from rl4dlm.models.family import Family, HubConfig, said
 from rl4dlm.models.spec import DiffusionSpec
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class FolderTokens:
     def files(self) -> dict[str, Any]:
         """The files that are there, by name."""
         found = (name for name in TOKENIZER_FILES if (self.folder / name).is_file())
-        return {name: json.loads((self.folder / name).read_text(encoding="utf-8")) for name in found}
+        return {name: read_json(self.folder / name) for name in found}
 
     @cached_property
     def ids(self) -> dict[str, tuple[int, str]]:
@@ -119,28 +119,40 @@ def check_spec(path: str, spec: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_tokenizer(folder: Path, family: Family | None, mask_token_id: int | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, family: Family | None, mask_token_id: int | None, given: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, with its mask token in place and padding on the left; never remote code.
 
     Args:
         folder: a checkpoint, published or ours.
         family: of a published one.
         mask_token_id: of the spec; None for a model without.
+        given: further options of `from_pretrained`.
 
     Raises:
-        ValueError: the tokenizer has no such token, or names another one as mask token.
+        ValueError: it cannot be read or needs remote code; the tokenizer has no such token, or names another one as
+            mask token.
     """
     stated = FolderTokens(folder).files.get("tokenizer_config.json", {})
-    own = "AutoTokenizer" in (stated.get("auto_map") or {})
-    if own and (family is None or family.tokenizer is None):
+    stock: Any = AutoTokenizer
+    if "AutoTokenizer" in (stated.get("auto_map") or {}):
+        # The files are those of a class that transformers has: the named one, or the one it was copied from.
+        names = (stated.get("tokenizer_class"), family.tokenizer if family else None)
+        stock = next((found for name in names if (found := _stock_class(name)) is not None), None)
+    if stock is None:
         raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: `auto_map` asks for remote code, which is not run; pass a tokenizer "
-            "that transformers knows"
+            f"{folder / 'tokenizer_config.json'}: `auto_map` asks for remote code, which is not run, and "
+            f"`tokenizer_class` {stated.get('tokenizer_class')!r} is none of transformers'; pass a tokenizer that "
+            "transformers knows"
         )
-    if own and family and family.tokenizer:
-        tokenizer = getattr(transformers, family.tokenizer).from_pretrained(folder, padding_side="left")
-    else:  # left open, transformers would ask on the terminal whether to run the code that config.json names
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    # Left open, transformers would ask on the terminal whether to run the code that config.json names.
+    options = {"trust_remote_code": False} if stock is AutoTokenizer else {}
+    try:
+        tokenizer = stock.from_pretrained(folder, padding_side="left", **options, **({} if given is None else given))
+    except Exception as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {said(error)}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # else saving would name remote code that the new folder does not need
     if mask_token_id is not None and tokenizer.mask_token_id is None:
         text = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < len(tokenizer) else None
         if text is None:
@@ -185,22 +197,30 @@ def _mask_token_id(family: Family, hub: HubConfig, tokens: FolderTokens, rows: i
         return given
     if distinct:
         return distinct[0]
-    default = family.mask_token_id
-    if tokens.files and not (default is not None and any(index == default for index, _ in tokens.ids.values())):
+    if tokens.files:
         raise ValueError(
             f"{tokens.folder}: no mask token. config.json has no `mask_token_id`, and the tokenizer files have no "
             f"`mask_token` and no token {family.mask_token!r}. Add `mask_token_id` to config.json, or pass "
             "mask_token_id=... when loading"
         )
-    if default is not None and default < rows:
-        log.info("%s states no mask token; taking %s, id %d", tokens.folder, family.mask_token, default)
+    default = family.mask_token_id
+    if default is not None and rows in family.rows:
+        log.warning(
+            "%s states no mask token and has no tokenizer; taking that of %s, %s with id %d, since its embedding has "
+            "the published %d rows. Pass mask_token_id=... if it is another one",
+            tokens.folder,
+            family.covers,
+            family.mask_token,
+            default,
+            rows,
+        )
         return default
     log.warning(
-        "%s states no mask token, and the published one (id %s) is not in its vocabulary of %d: the model can be run, "
-        "but not decode or be trained until mask_token_id=... is passed when loading",
+        "%s states no mask token, and its vocabulary of %d is not that of %s: the model can be run, but not decode or "
+        "be trained until mask_token_id=... is passed when loading",
         tokens.folder,
-        default,
         rows,
+        family.covers,
     )
     return None
 
@@ -251,14 +271,20 @@ def _end_ids(family: Family, hub: HubConfig, tokens: FolderTokens, rows: int) ->
         if not 0 <= value < rows:
             raise ValueError(f"{hub.path}: `eos_token_id` is {value}, but the embedding has {rows} rows; correct it")
     ids += [found[0] for text in family.end_tokens if (found := tokens.find(text)) is not None]
-    if not tokens.files and not ids:
+    if not tokens.files and not ids and rows in family.rows:
         ids = [index for index in family.end_tokens.values() if index < rows]
     return list(dict.fromkeys(ids))
 
 
 def _generation(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def _stock_class(name: Any) -> Any:
+    """The tokenizer class of transformers with a name, or None."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase) else None
 
 
 def _text(entry: Any) -> str:

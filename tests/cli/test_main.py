@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from rl4dlm import (
@@ -111,6 +112,26 @@ def test_convert_there_and_back(tmp_path, capsys):
     written = load_denoiser(tmp_path / "again").state_dict()
     assert all(torch.equal(value, written[name]) for name, value in model.state_dict().items())
     assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["SDARForCausalLM"]
+
+
+def test_m8_merge_writes_the_model_that_an_adapter_makes(tmp_path, capsys):
+    base, adapter, target = (str(tmp_path / name) for name in ("base", "adapter", "merged"))
+    save_denoiser(tiny_llada(initializer_range=0.4), base, tiny_tokenizer())
+    model = get_peft_model(load_denoiser(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    save_denoiser(model, adapter)
+    ids = torch.tensor([[9, 2, 10, 2]])
+    for form in ("rl4dlm", "hub"):
+        assert main(["merge", adapter, target, "--form", form]) == 0
+        assert capsys.readouterr().out == f"written to {target}\n"
+        merged = load_denoiser(target)
+        assert type(merged) is type(load_denoiser(base)) and load_tokenizer(target).mask_token_id == 2
+        torch.testing.assert_close(merged(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
+    for source, place, said in (
+        (base, target, "nothing to merge"),
+        (adapter, adapter, "is the adapter;"),
+        (adapter, base, "is the adapter's base"),
+    ):
+        assert main(["merge", source, place]) == 2 and said in capsys.readouterr().err
 
 
 def test_convert_names_bad_input(model_folder, tmp_path, capsys):

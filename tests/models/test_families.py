@@ -238,7 +238,7 @@ def test_conversion_from_the_command_line(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_command_line_is_read_without_torch():
-    code = "import sys, rl4dlm.models.convert; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, rl4dlm.cli.convert; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

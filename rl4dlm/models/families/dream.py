@@ -16,6 +16,7 @@ DREAM = Family(
     model_types=("Dream", "dream"),
     keys=same_names(*COMMON, "max_window_layers"),
     needed=(*SIZES, "num_key_value_heads", "intermediate_size", "rms_norm_eps"),
+    rows=(151936, 152064),
     fixed={
         "attention_bias": (True, None),
         "block_size": (None,),  # Dream models for blocks are another family, without the shift

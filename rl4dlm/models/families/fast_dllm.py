@@ -16,6 +16,8 @@ FAST_DLLM = Family(
     model_types=("Fast_dLLM_Qwen",),
     keys=same_names(*COMMON, "max_window_layers"),
     needed=(*SIZES, "num_key_value_heads", "intermediate_size", "rms_norm_eps"),
+    inert=("complementary_mask", "conplemenrary_mask"),  # of the training; the second as it is published
+    rows=(151936, 152064),
     fixed={"use_sliding_window": (False,)},
     template={
         "architectures": ["Fast_dLLM_QwenForCausalLM"],

@@ -74,6 +74,18 @@ LLADA = Family(
         "pad_token_id": "pad_token_id",
     },
     needed=("d_model", "mlp_hidden_size", "n_layers", "n_heads", "max_sequence_length", "rms_norm_eps"),
+    inert=(
+        "alibi_bias_max",  # without alibi
+        "embedding_size",
+        "init_cutoff_factor",
+        "init_device",
+        "init_fn",
+        "multi_query_attention",
+        "precision",
+        "rms_norm_eps",
+        "vocab_size",
+    ),
+    rows=(126464,),
     fixed={
         "activation_type": ("silu",),
         "alibi": (False,),
@@ -89,6 +101,7 @@ LLADA = Family(
         "layer_norm_with_affine": (True,),
         "residual_dropout": (0.0,),
         "rope": (True,),
+        "rope_scaling": (None,),
         "scale_logits": (False,),
     },
     template={

@@ -99,6 +99,16 @@ LLADA2 = Family(
         "topk_group",
         "first_k_dense_replace",
     ),
+    inert=(
+        "max_window_layers",
+        "moe_router_enable_shared_expert",  # the shared experts have their own number
+        "mtp_loss_scaling_factor",
+        "num_nextn_predict_layers",
+        "partial_rotary_factor",
+        "rotary_dim",
+        "seq_aux",
+    ),
+    rows=(157184,),
     fixed={
         "embedding_dropout": (0.0,),
         "moe_router_enable_expert_bias": (True,),

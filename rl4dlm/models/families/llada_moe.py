@@ -77,6 +77,8 @@ LLADA_MOE = Family(
         "num_experts_per_tok",
         "expert_intermediate_size",
     ),
+    inert=("moe_layer_freq", "norm_topk_prob"),
+    rows=(157184,),
     fixed={
         "clip_qkv": (None,),
         "moe_router_enable_expert_bias": (False, None),

@@ -19,6 +19,15 @@ _COMMON_FACTS: dict[str, Any] = {
     "block_length": 4,
     "block_key": "block_size",
     "grid_origin": "position_zero",
+    "rows": (151936,),
+    "inert": (  # how the published code trains
+        "debug",
+        "ep_size",
+        "fuse_cross_entropy",
+        "micro_forward",
+        "skip_checkpoint",
+        "use_deepep",
+    ),
 }
 _TEMPLATE = {"rope_scaling": None, "sliding_window": None, "use_cache": False, "use_sliding_window": False}
 _NEEDED = (*SIZES, "num_key_value_heads", "rms_norm_eps")
