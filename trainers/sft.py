@@ -22,6 +22,7 @@ from rl4dlm.cli.arguments import (
     parse,
     with_completions,
 )
+from rl4dlm.cli.script import finish
 from rl4dlm.sft.adapt import adapt_causal_lm
 
 
@@ -57,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    trainer.end()
+    finish(trainer)
     return trainer
 
 

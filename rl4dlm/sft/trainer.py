@@ -48,6 +48,7 @@ from rl4dlm.sft.data import (
     prompt_length,
 )
 from rl4dlm.sft.settings import AdaptationSettings
+from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.losses import denoising_cross_entropy
@@ -151,7 +152,7 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         self.check_adaptation(self.noise_floor)
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(CheckpointingTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:
