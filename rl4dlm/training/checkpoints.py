@@ -161,7 +161,11 @@ class CheckpointingTrainer(Trainer):
             push(str(final))
 
     def _put_in_place(self, folder: Path, final: Path) -> None:
-        write_manifest(folder, global_step=self.state.global_step, world_size=self.accelerator.num_processes)
+        try:
+            write_manifest(folder, global_step=self.state.global_step, world_size=self.accelerator.num_processes)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         replaced = folder.with_name(f"replaced-{final.name}")
         if final.exists():  # an earlier run's: damaged, or from before training was resumed
             os.replace(final, replaced)
