@@ -23,6 +23,7 @@ from rl4dlm.cli.arguments import (
     with_completions,
 )
 from rl4dlm.cli.errors import start
+from rl4dlm.cli.script import finish
 from rl4dlm.sft.adapt import adapt_causal_lm
 
 
@@ -58,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    trainer.create_model_card()
-    trainer.end()
+    finish(trainer)
     return trainer
 
 

@@ -13,6 +13,7 @@ from rl4dlm.grading import load_rewards
 from rl4dlm.models.loading import load_tokenizer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
+from rl4dlm.training.preemption import PREEMPTED
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 
 GUIDANCE = ("inpainting",)
@@ -61,6 +62,9 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
 
     Returns:
         The trainer, after training and saving.
+
+    Raises:
+        SystemExit: a signal has ended training after a complete checkpoint; the status is `PREEMPTED`.
     """
     guided = issubclass(trainer_class.config_class, InpaintingSettings)
     guidance = () if guided else (GuidanceArguments,)
@@ -83,8 +87,19 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    trainer.create_model_card()
-    trainer.end()
+    finish(trainer)
     return trainer
+
+
+def finish(trainer: Any) -> None:
+    """Trains, goes on where `resume_from_checkpoint` says, and saves the model.
+
+    A run that a signal has stopped has a checkpoint, and no model of its own: it ends with `SystemExit(PREEMPTED)`.
+    """
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if not trainer.preempted:
+        trainer.save_model(trainer.args.output_dir)
+        trainer.create_model_card()
+    trainer.end()
+    if trainer.preempted:
+        raise SystemExit(PREEMPTED)

@@ -1,4 +1,4 @@
-"""`rl4dlm train`: a script of trainers/, started by `accelerate launch`."""
+"""`rl4dlm train`: a script of trainers/, by itself for one process, else started by `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 from rl4dlm import resources
 
@@ -35,7 +37,7 @@ def add_train_parser(commands: Any) -> None:
 
 
 def train(arguments: Sequence[str]) -> NoReturn:
-    """Replaces this process by `accelerate launch` with a script of trainers/.
+    """Replaces this process by a script of trainers/, or for several processes by `accelerate launch` with it.
 
     Args:
         arguments: a trainer's name, then `[accelerate options] -- [trainer flags]`, or trainer flags alone.
@@ -48,7 +50,7 @@ def train(arguments: Sequence[str]) -> NoReturn:
 
 
 def launch_command(arguments: Sequence[str]) -> list[str]:
-    """The command that `train` becomes."""
+    """The command that `train` becomes: for one process the script itself, so that signals reach the trainer."""
     folder = resources.find("trainers")
     names = sorted(path.stem for path in folder.glob("*.py"))
     name, *rest = arguments or [""]
@@ -66,7 +68,49 @@ def launch_command(arguments: Sequence[str]) -> list[str]:
             f"rl4dlm train {name} {misplaced[0]} ... -- --config ..."
         )
     launcher, flags = _shipped(launcher, "--config_file"), _shipped(flags, "--config")
-    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(folder / f"{name}.py"), *flags]
+    script = [str(folder / f"{name}.py"), *flags]
+    if _is_one_process(launcher):
+        return [sys.executable, *script]
+    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, *script]
+
+
+def _is_one_process(launcher: list[str]) -> bool:
+    """Whether options of accelerate ask for one process and nothing else; without any, whether there is one device."""
+    if launcher in (["--num_processes", "1"], ["--num_processes=1"]):
+        return True
+    if len(launcher) == 2 and launcher[0] == "--config_file":
+        return _asks_for_one_process(Path(launcher[1]))
+    if launcher:
+        return False
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "accelerate"
+    for default in ("default_config.yaml", "default_config.yml", "default_config.json"):
+        if (cache / default).is_file():
+            return _asks_for_one_process(cache / default)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return "," not in visible
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) <= 1  # without importing torch
+
+
+def _asks_for_one_process(config: Path) -> bool:
+    """Whether a configuration of accelerate says nothing but "one process"."""
+    try:
+        found = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError):
+        return False  # accelerate says what is wrong with it
+    if not isinstance(found, dict) or found.get("num_processes") != 1:
+        return False
+    idle = {
+        "num_processes": (1,),
+        "compute_environment": ("LOCAL_MACHINE",),
+        "distributed_type": ("NO", False),
+        "num_machines": (1,),
+        "machine_rank": (0,),
+        "mixed_precision": ("no", False),
+        "main_training_function": ("main",),
+        "rdzv_backend": ("static",),
+    }
+    return all(value in idle.get(name, (False, None)) for name, value in found.items())
 
 
 def _shipped(arguments: Sequence[str], flag: str) -> list[str]:

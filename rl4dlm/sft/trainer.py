@@ -53,6 +53,7 @@ from rl4dlm.sft.data import (
     until_end,
 )
 from rl4dlm.sft.settings import AdaptationSettings
+from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
@@ -170,7 +171,7 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
         self.check_adaptation(self.noise_floor)
 
 
-class DiffusionSFTTrainer(GuardedTrainer, SFTTrainer):
+class DiffusionSFTTrainer(GuardedTrainer, CheckpointingTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:

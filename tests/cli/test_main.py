@@ -154,18 +154,45 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 SCRIPT = str(resources.find("trainers") / "diffu_grpo.py")
 
 
+ONE = str(resources.find("configs") / "accelerate/one_process.yaml")
+TWO = str(resources.find("configs") / "accelerate/multi_gpu.yaml")
+
+
+@pytest.fixture
+def one_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("given", "becomes"),
     [
         (["diffu_grpo"], [SCRIPT]),
         (["diffu_grpo", "--config", "a.yaml", "--seed", "1"], [SCRIPT, "--config", "a.yaml", "--seed", "1"]),
-        (["diffu_grpo", "--num_processes", "2", "--", "--seed", "1"], ["--num_processes", "2", SCRIPT, "--seed", "1"]),
-        (["diffu_grpo", "--cpu", "--"], ["--cpu", SCRIPT]),
+        (["diffu_grpo", "--num_processes", "1", "--", "--seed", "1"], [SCRIPT, "--seed", "1"]),
+        (["diffu_grpo", "--config_file", ONE, "--"], [SCRIPT]),
         (["diffu_grpo", "--", "--help"], [SCRIPT, "--help"]),
     ],
 )
-def test_train_is_accelerate_launch(given, becomes):
+def test_r6_train_with_one_process_is_the_script_itself(given, becomes, one_device):
+    assert launch_command(given) == [sys.executable, *becomes]
+
+
+@pytest.mark.parametrize(
+    ("given", "becomes"),
+    [
+        (["diffu_grpo", "--num_processes", "2", "--", "--seed", "1"], ["--num_processes", "2", SCRIPT, "--seed", "1"]),
+        (["diffu_grpo", "--cpu", "--"], ["--cpu", SCRIPT]),
+        (["diffu_grpo", "--config_file", TWO, "--"], ["--config_file", TWO, SCRIPT]),
+    ],
+)
+def test_train_with_more_is_accelerate_launch(given, becomes, one_device):
     assert launch_command(given) == [*LAUNCH, *becomes]
+
+
+def test_train_without_options_uses_all_devices(monkeypatch, one_device):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert launch_command(["diffu_grpo"]) == [*LAUNCH, SCRIPT]
 
 
 def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from rl4dlm import DiffuGRPOTrainer, IGPOTrainer, Inpainting, save_denoiser, tiny_llada, tiny_tokenizer
 from rl4dlm.cli.script import GuidanceArguments, run
+from rl4dlm.training.preemption import PREEMPTED
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -67,3 +68,23 @@ def test_guidance_that_does_not_fit_is_refused(settings: dict[str, object], mess
 def test_an_algorithm_with_hints_of_its_own_takes_no_other_guidance(flags: list[str]) -> None:
     with pytest.raises(ValueError, match="--guidance"):
         run(IGPOTrainer, [*flags, "--guidance", "inpainting"])
+
+
+def test_r6_a_signal_ends_the_script_with_a_checkpoint_and_its_status(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "import os, signal\n"
+        "def right(completions, **_):\n"
+        f"    if not os.path.exists({str(tmp_path / 'asked')!r}):\n"
+        f"        open({str(tmp_path / 'asked')!r}, 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    flags = [*flags, "--max_steps", "3", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(SystemExit) as ended:
+        run(DiffuGRPOTrainer, flags)
+    assert ended.value.code == PREEMPTED == 75
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    trainer = run(DiffuGRPOTrainer, flags)
+    assert trainer._initial_global_step == 1 and trainer.state.global_step == 3 and not trainer.preempted
+    assert (tmp_path / "out" / "model.safetensors").is_file()
