@@ -139,6 +139,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
         self._rewards_per_func: Tensor | None = None
         self._replaced_rows: list[int] = []
         self._eval_rows = 0
+        self._eval_prefix = "eval"
         self._replays = TrainingReplays(args.output_dir, args.log_replays, args.log_total_limit)
         # TRL's beta is that of a reference model, which a KL term to the old policy does without.
         beta = args.beta if args.kl_target == "reference" else 0.0
@@ -366,6 +367,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' evaluation loop; numbers its rows from zero."""
         self._eval_rows = 0
+        self._eval_prefix = str(kwargs.get("metric_key_prefix", "eval"))
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -374,6 +376,12 @@ class DiffusionPolicyTrainer(BatchTrainer):
         What a model wrote is printed with its control characters escaped, and a full disk does not end training.
         """
         self._replays.write()
+        if not self.model.training and self._eval_prefix.startswith("eval_"):
+            # One of several evaluation sets: TRL puts "eval_" before names, whichever set they are of.
+            name = self._eval_prefix.removeprefix("eval_")
+            renamed = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            self._metrics["eval"].update(renamed)
         with self._replays.going_on(), swapped(grpo, "print_prompt_completions_sample", _print_table):
             super().log(logs, start_time)
         self._metrics["train" if self.model.training else "eval"].clear()  # also where the table was not written

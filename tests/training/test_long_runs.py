@@ -101,3 +101,23 @@ def test_r10_the_table_of_completions_is_escaped(
     trainer.train()
     printed = capsys.readouterr().out
     assert "\x1b]52" not in printed and "\x07" not in printed and "\\x1b]52" in printed
+
+
+def test_a12_several_evaluation_sets_have_names_of_their_own(make_trainer: Callable[..., Any]) -> None:
+    sets = {"easy": few(4), "hard": Dataset.from_dict({"prompt": ["zzzz"] * 4})}
+    trainer = make_trainer(
+        max_steps=2,
+        eval_dataset=sets,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_hard_reward",
+        greater_is_better=True,
+    )
+    trainer.train()
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"eval_easy_reward", "eval_hard_reward", "eval_hard_loss"} <= logged
+    assert "eval_reward" not in logged
+    assert trainer.state.best_metric is not None
+    assert trainer.evaluate(few(4))["eval_reward"] is not None, "one set alone keeps its name"
