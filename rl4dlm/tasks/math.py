@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rl4dlm.grading.latex import equivalent
-from rl4dlm.grading.text import answer_or_text, last_boxed
+from rl4dlm.grading.text import answer_or_text, last_answer_block, last_boxed
 from rl4dlm.tasks import prompts
 from rl4dlm.tasks.base import Row, Task, check_size, check_style
 from rl4dlm.tasks.files import Paths, files_by_split, read_hub, read_rows
@@ -81,7 +81,12 @@ class Math(Task):
 
 
 def read_answer(completion: str) -> str:
-    r"""The last `\boxed{}` of a completion; without one, what follows its last `<answer>`; without that, all of it."""
+    r"""The final answer: what the last `<answer>` holds, or the last box in it; without one, the last `\boxed{}` with
+    something in it; without that, all of the completion."""
+    block = last_answer_block(completion)
+    if block is not None and block.strip():
+        boxed = last_boxed(block)
+        return block if boxed is None else boxed
     boxed = last_boxed(completion)
     return answer_or_text(completion) if boxed is None else boxed
 

@@ -49,3 +49,23 @@ def test_latex_is_never_parsed_in_this_process() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+WRONG = [  # A1, A2: what pays for something else than the answer can be exploited
+    ("7", r"7 \text{ or } 8"), ("7", "12=7"), ("7", "3+5=7"), ("7", "x=6=7"), ("2", "1=2"), ("7", r"7\text{ 8}"),
+    ("0.0000003", "0.0000001"), ("3\\times 10^{-8}", "10^{-8}"), ("0", "10^{-9}"), ("(0,1)", r"\{0,1\}"),
+    ("[0,1]", "(0,1)"), ("1,2,3", r"1,2,\dots,3"), ("abc", "cab"), (r"\text{east}", r"\text{seat}"), ("7", "7, 8"),
+]  # fmt: skip
+RIGHT = [  # A1, A3: what must stay, or become, right
+    ("5.4", r"5.4\text{ cents}"), ("7", "x=7"), ("7", "x = 7"), ("8", "3+5=8"), ("70", "70°"), ("12", r"12\text{ cm}^2"),
+    ("9", r"\text{9 minutes}"), (r"\frac{1}{2}", "0.5"), ("y=2x+3", "y=3+2x"), (r"\{0,1\}", r"\{1,0\}"),
+    (r"\sqrt{2}", r"x_1=\sqrt2"),
+]  # fmt: skip
+
+
+def test_a1_a2_what_is_wrong_pays_nothing():
+    assert not any(equivalent(WRONG)), [pair for pair, equal in zip(WRONG, equivalent(WRONG), strict=True) if equal]
+
+
+def test_a1_a3_what_is_right_pays():
+    assert all(equivalent(RIGHT)), [pair for pair, equal in zip(RIGHT, equivalent(RIGHT), strict=True) if not equal]

@@ -43,7 +43,7 @@ def test_check_many_compares_as_mathematics_and_skips_rows_without_answer(path: 
         (r"<answer>\boxed{5}</answer>", "5"),
         ("<answer> 5 </answer>", "5"),
         ("5", "5"),
-        (r"\boxed{4} <answer>5</answer>", "4"),
+        (r"\boxed{4} <answer>5</answer>", "5"),
     ],
 )
 def test_read_answer(completion: str, answer: str) -> None:
