@@ -57,9 +57,9 @@ WRONG = [  # A1, A2: what pays for something else than the answer can be exploit
     ("[0,1]", "(0,1)"), ("1,2,3", r"1,2,\dots,3"), ("abc", "cab"), (r"\text{east}", r"\text{seat}"), ("7", "7, 8"),
 ]  # fmt: skip
 RIGHT = [  # A1, A3: what must stay, or become, right
-    ("5.4", r"5.4\text{ cents}"), ("7", "x=7"), ("7", "x = 7"), ("8", "3+5=8"), ("70", "70°"), ("12", r"12\text{ cm}^2"),
+    ("5.4", r"5.4\text{ cents}"), ("7", "x=7"), ("7", "x = 7"), ("8", "3+5=8"), ("70", "70°"),
     ("9", r"\text{9 minutes}"), (r"\frac{1}{2}", "0.5"), ("y=2x+3", "y=3+2x"), (r"\{0,1\}", r"\{1,0\}"),
-    (r"\sqrt{2}", r"x_1=\sqrt2"),
+    (r"\sqrt{2}", r"x_1=\sqrt2"), ("12", r"12\text{ cm}^2"),
 ]  # fmt: skip
 
 
