@@ -12,6 +12,7 @@ from typing import Any
 
 from rl4dlm.grading.latex import equivalent
 from rl4dlm.grading.math_strings import is_equiv, last_boxed_only_string, remove_boxed
+from rl4dlm.grading.pool import current_settings, usage
 from rl4dlm.grading.text import completion_texts, last_answer_block, last_boxed, require_column, score_rows, total
 from rl4dlm.tasks.math import gold_answer, read_answer
 
@@ -20,7 +21,7 @@ def math(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str | None] | None = None, **columns: Any
 ) -> list[float | None]:
     """`correctness` plus `format_tiers`, at most 3. Needs the column `answer`."""
-    return total(correctness(prompts, completions, answer), format_tiers(prompts, completions))
+    return total(correctness(prompts, completions, answer, **columns), format_tiers(prompts, completions))
 
 
 def correctness(
@@ -30,7 +31,8 @@ def correctness(
     one.
 
     The answer is the last box, else what `<answer>` holds, else everything. It is compared in worker processes, where
-    five seconds are enough for each; an answer that needs longer scores 0.
+    five seconds are enough for each (`rl4dlm.grading.pool.Settings`); an answer that needs longer scores 0. Logs
+    `reward/deadline_rate` and `reward/seconds` where TRL passes `log_metric`.
     """
     golds = require_column("math:correctness", "answer", answer, len(completions))
     pairs = [
@@ -38,7 +40,12 @@ def correctness(
         for gold, text in zip(golds, completion_texts(completions), strict=True)
         if gold
     ]
-    verdicts = iter(equivalent(pairs))
+    before = usage()
+    verdicts = iter(equivalent(pairs, deadline=current_settings().deadline))
+    if "log_metric" in columns:
+        after = usage()
+        columns["log_metric"]("reward/deadline_rate", (after.late - before.late) / max(len(completions), 1))
+        columns["log_metric"]("reward/seconds", after.seconds - before.seconds)
     return [2.0 * next(verdicts) if gold else None for gold in golds]
 
 

@@ -1,6 +1,7 @@
 """The process behind `rl4dlm.grading.pool`: reads items from standard input, writes results to standard output.
 
-Owns the limits that hold a function which misbehaves: memory, a last alarm, and no way to write into the protocol.
+Owns the limits that hold a function which misbehaves: memory, processor time, no file written, no process started, a
+last alarm, and no way to write into the protocol.
 Deadlines are kept by the pool, which kills this process. Run as `python worker.py module:function memory_bytes`.
 
 One line of JSON each way: `{"item": ..., "alarm": seconds}` is answered by `{"value": ...}` or `{"error": "..."}`; the
@@ -12,10 +13,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +47,17 @@ def main() -> None:
     except Exception as error:
         reply(error=_describe(error))
         return
-    _limit_memory(memory_bytes)
+    sys.dont_write_bytecode = True
+    _limit(resource.RLIMIT_AS, memory_bytes)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_NPROC, 0)  # the superuser is not held by this one; the pool kills the whole group
     reply()
     for line in requests:
         request = json.loads(line)
         # If the parent has died, no one is left to keep the deadline.
         signal.setitimer(signal.ITIMER_REAL, request["alarm"])
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + request["alarm"]) + 1)
         try:
             result = {"value": function(request["item"])}
             json.dumps(result)
@@ -63,12 +71,12 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def _limit_memory(size: int) -> None:
+def _limit(kind: int, size: int) -> None:
     try:
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
     except (ValueError, OSError):
-        logging.getLogger(__name__).debug("this system does not limit address space")
+        logging.getLogger(__name__).debug("this system does not limit resource %d", kind)
 
 
 if __name__ == "__main__":

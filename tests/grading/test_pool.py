@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from rl4dlm.grading.pool import Outcome, WorkerPool
+from rl4dlm.grading import pool as pools
+from rl4dlm.grading.pool import Outcome, WorkerPool, configure, current_settings, usage
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the pool is for POSIX systems")
 
@@ -150,3 +152,82 @@ def test_bad_settings() -> None:
 def test_nothing_to_do() -> None:
     with WorkerPool("math:sqrt") as pool:
         assert pool.map([], deadline=60) == []
+
+
+def test_a9_a_batch_of_hanging_answers_ends_within_its_budget_and_is_remembered() -> None:
+    before = usage()
+    with WorkerPool("time:sleep", workers=2) as pool:
+        pool.map([0, 0], deadline=60)
+        started = time.monotonic()
+        outcomes = pool.map([_HANGS + i for i in range(64)], deadline=0.2, budget=1.5)
+        assert time.monotonic() - started < 4
+        assert {outcome.error for outcome in outcomes} == {"deadline", "budget"}
+        started = time.monotonic()
+        assert pool.map([_HANGS] * 20, deadline=0.2) == [Outcome(None, "deadline")] * 20
+        assert time.monotonic() - started < 0.2
+    assert usage().late - before.late == 84 and usage().items - before.items == 86
+
+
+def _replace_program(pool: WorkerPool, path: Path, first: str) -> None:
+    """The worker program, but each of the first two starts does `first`."""
+    path.write_text(
+        "import pathlib, runpy, sys, time, os\n"
+        f"tries = pathlib.Path({str(path.with_suffix('.tries'))!r})\n"
+        "tries.write_text((tries.read_text() if tries.exists() else '') + 'x')\n"
+        f"if len(tries.read_text()) <= 2:\n    {first}\n"
+        f"runpy.run_path({pool._command[2]!r}, run_name='__main__')\n"
+    )
+    pool._command[2] = str(path)
+
+
+@pytest.mark.parametrize("first", ["time.sleep(3600)", "os.kill(os.getpid(), 9)", "print('garbage', flush=True)"])
+def test_a9_a_start_that_fails_is_tried_again(tmp_path: Path, first: str) -> None:
+    with WorkerPool("math:sqrt", workers=1, startup_seconds=5) as pool:
+        _replace_program(pool, tmp_path / "program.py", first)
+        assert pool.map([4, 9], deadline=60) == [Outcome(2.0), Outcome(3.0)]
+
+
+def test_a9_workers_that_never_start_leave_answers_ungraded() -> None:
+    with WorkerPool("math:sqrt") as pool:
+        pool._command[:] = ["/bin/false"]
+        with pytest.warns(RuntimeWarning, match="2 answers are not graded"):
+            outcomes = pool.map([4, 9], deadline=60)
+    assert all(outcome.error and "no worker could be started" in outcome.error for outcome in outcomes)
+
+
+def test_a9_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_configured", {})
+    monkeypatch.setenv("RL4DLM_REWARD_WORKERS", "5")
+    monkeypatch.setenv("RL4DLM_REWARD_DEADLINE", "1.5")
+    assert current_settings()[:2] == (5, 1.5) and WorkerPool("math:sqrt")._limit == 5
+    configure(workers=3)
+    assert current_settings().workers == 3
+    for bad in ({"worker": 1}, {"workers": 0}, {"budget": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            configure(**bad)
+    monkeypatch.setenv("RL4DLM_REWARD_DEADLINE", "soon")
+    with pytest.raises(ValueError, match="RL4DLM_REWARD_DEADLINE='soon'"):
+        current_settings()
+
+
+def test_a10_workers_do_not_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with WorkerPool("os:getenv") as pool:
+        assert pool.map(["HF_TOKEN", "WANDB_API_KEY"], deadline=60) == [Outcome(None)] * 2
+
+
+def test_a10_limits_and_forked_children(tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    with WorkerPool("builtins:eval", workers=1) as pool:
+        (written,) = pool.map([f"open({str(target)!r}, 'w').write('x' * 100000)"], deadline=60)
+        assert written.error is not None and "OSError" in written.error
+        fork = "(lambda pid: pid or __import__('time').sleep(3600))(__import__('os').fork())"
+        (forked,) = pool.map([fork], deadline=60)
+    if forked.value is None:  # not even allowed to
+        assert forked.error is not None and "BlockingIOError" in forked.error
+        return
+    status = Path(f"/proc/{forked.value}/status")
+    end = time.monotonic() + 5
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
