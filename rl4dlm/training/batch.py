@@ -20,6 +20,7 @@ from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import InterveningTrainer
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.metrics import identical_groups
+from rl4dlm.training.rollout_columns import with_rollout
 from rl4dlm.training.scores import ScoringTrainer
 
 check_contract(
@@ -62,7 +63,9 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         """Advantages, or weights, of completions; None: TRL's own."""
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        assert self._current_rollout is not None
+        seen = with_rollout(inputs, self._current_rollout)
+        rewards: Tensor = super()._calculate_rewards(seen, prompts, completions, completion_ids_list)
         if self.intervention is not None and self.model.training:
             rewards = self._intervene(inputs, prompts, completions, rewards)
         self._rewards_per_func = rewards

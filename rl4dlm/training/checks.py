@@ -19,14 +19,23 @@ from torch import nn
 
 from rl4dlm.grading import load_reward
 from rl4dlm.tasks.prompts import prompt_problem
+from rl4dlm.training.rollout_columns import ROLLOUT_COLUMNS
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_PASS = 1000
 LARGEST_REWARD = 1e6  # beyond it sums and squares of float32 rewards lose what tells completions apart
 
-RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""What TRL hands to reward functions under these names; a column would collide with it, or never arrive."""
+RESERVED_COLUMNS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    *ROLLOUT_COLUMNS,
+)
+"""What TRL and the trainer hand to reward functions under these names; such a column would collide, or never arrive."""
 
 
 def check_columns(dataset: Any, name: str, needed: str, reserved: Sequence[str] = ()) -> None:
@@ -238,18 +247,25 @@ def _checked(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
             )
         return values
 
+    names_rollout = "rollout" in inspect.signature(reward).parameters
+
+    def given(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One `rollout` for those that name it, in the place of a column of them."""
+        each = kwargs.pop("rollout", None)
+        return {**kwargs, "rollout": each[0]} if names_rollout and each else kwargs
+
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
 
         @functools.wraps(reward)
         async def checked_async(*args: Any, **kwargs: Any) -> list[float | None]:
-            return check(await reward(*args, **kwargs), len(kwargs["completions"]))
+            return check(await reward(*args, **given(kwargs)), len(kwargs["completions"]))
 
         checked_async.__name__ = name
         return checked_async
 
     @functools.wraps(reward)
     def checked(*args: Any, **kwargs: Any) -> list[float | None]:
-        return check(reward(*args, **kwargs), len(kwargs["completions"]))
+        return check(reward(*args, **given(kwargs)), len(kwargs["completions"]))
 
     checked.__name__ = name
     return checked

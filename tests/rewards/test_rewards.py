@@ -29,6 +29,7 @@ COLUMNS: dict[str, Any] = {
     "target": 5,
     "puzzle": "1040002001022000",
     "solution": "1243342141322314",
+    "nfe": 4,
 }
 
 

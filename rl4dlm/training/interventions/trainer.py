@@ -23,6 +23,7 @@ from rl4dlm.training.checks import check_columns
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Context, Group, Intervention
 from rl4dlm.training.loss_parts import LossParts, resized
+from rl4dlm.training.rollout_columns import with_rollout
 from rl4dlm.training.setup import swapped
 
 check_contract(
@@ -164,7 +165,7 @@ class InterveningTrainer(LossParts, ABC):
         asked = [prompts[row] for row in rows], self._texts(prompts, attempts), attempts.completion_ids
         try:
             with swapped(grpo, "gather", lambda values: values):  # other processes score another number, or none
-                found = super()._calculate_rewards([inputs[row] for row in rows], *asked)
+                found = super()._calculate_rewards(with_rollout([inputs[row] for row in rows], attempts), *asked)
             return found, dict(self._pending_extra_logs)
         finally:
             self._pending_extra_logs, self._pending_metrics = pending, metrics
