@@ -139,6 +139,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
         self._rewards_per_func: Tensor | None = None
         self._replaced_rows: list[int] = []
         self._eval_rows = 0
+        self._eval_prefix = "eval"
         self._replays = TrainingReplays(args.output_dir, args.log_replays, args.log_total_limit)
         # TRL's beta is that of a reference model, which a KL term to the old policy does without.
         beta = args.beta if args.kl_target == "reference" else 0.0
@@ -368,11 +369,23 @@ class DiffusionPolicyTrainer(BatchTrainer):
         self._eval_rows = 0
         return super().evaluation_loop(*args, **kwargs)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Transformers', where each of several evaluation sets logs metrics of its own, e.g. `eval_easy_reward`."""
+        with swapped(self, "_eval_prefix", metric_key_prefix):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, which also writes the table of completions; the replays that it links to are written before.
 
         What a model wrote is printed with its control characters escaped, and a full disk does not end training.
         """
+        if not self.model.training and self._eval_prefix.startswith("eval_"):  # TRL prefixes "eval_" whatever the set
+            of_set, collected = self._eval_prefix.removeprefix("eval_"), self._metrics["eval"]
+            for name in list(collected):
+                collected[f"{of_set}_{name}"] = collected.pop(name)
         self._replays.write()
         with self._replays.going_on(), swapped(grpo, "print_prompt_completions_sample", _print_table):
             super().log(logs, start_time)
