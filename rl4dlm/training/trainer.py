@@ -370,11 +370,23 @@ class DiffusionPolicyTrainer(BatchTrainer):
         self._eval_prefix = str(kwargs.get("metric_key_prefix", "eval"))
         return super().evaluation_loop(*args, **kwargs)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Transformers', where each of several evaluation sets logs metrics of its own, e.g. `eval_easy_reward`."""
+        with swapped(self, "_eval_prefix", metric_key_prefix):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, which also writes the table of completions; the replays that it links to are written before.
 
         What a model wrote is printed with its control characters escaped, and a full disk does not end training.
         """
+        if not self.model.training and self._eval_prefix.startswith("eval_"):  # TRL prefixes "eval_" whatever the set
+            of_set, collected = self._eval_prefix.removeprefix("eval_"), self._metrics["eval"]
+            for name in list(collected):
+                collected[f"{of_set}_{name}"] = collected.pop(name)
         self._replays.write()
         if not self.model.training and self._eval_prefix.startswith("eval_"):
             # One of several evaluation sets: TRL puts "eval_" before names, whichever set they are of.

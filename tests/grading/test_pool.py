@@ -231,3 +231,15 @@ def test_a10_limits_and_forked_children(tmp_path: Path) -> None:
     while status.exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a9_math_reward_logs_time_and_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rl4dlm import load_reward
+
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(pools, "_configured", {"deadline": 3.0})
+    reward = load_reward("math")
+    answers = [r"\boxed{9^{9^{9^9}}}", r"\boxed{4}"]
+    scores = reward(prompts=["", ""], completions=answers, answer=["3", "4"], log_metric=logged.__setitem__)
+    assert scores[1] > scores[0]
+    assert logged["reward/deadline_rate"] == 0.5 and logged["reward/seconds"] > 0
