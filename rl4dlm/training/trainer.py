@@ -367,7 +367,6 @@ class DiffusionPolicyTrainer(BatchTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' evaluation loop; numbers its rows from zero."""
         self._eval_rows = 0
-        self._eval_prefix = str(kwargs.get("metric_key_prefix", "eval"))
         return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(
@@ -388,12 +387,6 @@ class DiffusionPolicyTrainer(BatchTrainer):
             for name in list(collected):
                 collected[f"{of_set}_{name}"] = collected.pop(name)
         self._replays.write()
-        if not self.model.training and self._eval_prefix.startswith("eval_"):
-            # One of several evaluation sets: TRL puts "eval_" before names, whichever set they are of.
-            name = self._eval_prefix.removeprefix("eval_")
-            renamed = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
-            self._metrics["eval"].clear()
-            self._metrics["eval"].update(renamed)
         with self._replays.going_on(), swapped(grpo, "print_prompt_completions_sample", _print_table):
             super().log(logs, start_time)
         self._metrics["train" if self.model.training else "eval"].clear()  # also where the table was not written
