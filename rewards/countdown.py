@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rl4dlm.grading.columns import as_integer, as_integers
 from rl4dlm.grading.expression import ExpressionError, evaluate_like_python
 from rl4dlm.grading.text import last_answer_block, score_rows
-from rl4dlm.tasks.countdown import judge
+from rl4dlm.tasks.countdown import judge, read_answer
 
 FORMAT_SCORE = 0.1
 
@@ -47,11 +48,14 @@ def countdown_compat(
     return score_rows("countdown_compat", _score_compat, completions, {"numbers": numbers, "target": target})
 
 
-def _score(text: str, numbers: Sequence[int], target: int) -> float | None:
-    answer = last_answer_block(text)
+def _score(text: str, numbers: Any, target: Any) -> float | None:
+    given, wanted = as_integers(numbers), as_integer(target)
+    if given is None or wanted is None:
+        return None
+    answer = read_answer(text)
     if answer is None:
         return 0.0
-    judgement = judge(answer, numbers, target)
+    judgement = judge(answer, given, wanted)
     return 1.0 if judgement.solved else FORMAT_SCORE * judgement.numbers_right
 
 

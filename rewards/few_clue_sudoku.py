@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.text import score_rows
 from rl4dlm.tasks import grids
 from rl4dlm.tasks.few_clue_sudoku import solves_text
@@ -28,10 +29,11 @@ def units(
     return score_rows("few_clue_sudoku:units", _units, completions, {"puzzle": puzzle})
 
 
-def _units(text: str, puzzle: str) -> float | None:
+def _units(text: str, puzzle: Any) -> float | None:
+    puzzle = as_text(puzzle, digits=grids.CELLS)
     return grids.share_of_valid_units("".join(text.split()), puzzle) if grids.is_puzzle(puzzle) else None
 
 
-def _score(text: str, puzzle: str) -> float | None:
+def _score(text: str, puzzle: Any) -> float | None:
     solved = solves_text(text, puzzle)
     return None if solved is None else float(solved)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rl4dlm.grading.text import answer_or_text, completion_texts, parse_number, read_number, score_rows, total
+from rl4dlm.tasks.gsm8k import gold_number
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _SOFT = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
@@ -160,6 +161,6 @@ def _matching(pattern: str, texts: list[str], flags: int = 0) -> list[float | No
     return [0.5 if re.match(pattern, text, flags) else 0.0 for text in texts]
 
 
-def _correctness(text: str, gold: str) -> float | None:
-    number = parse_number(str(gold))
+def _correctness(text: str, gold: Any) -> float | None:
+    number = gold_number(gold)
     return None if number is None else 2.0 * (read_number(text) == number)

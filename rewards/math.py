@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.latex import equivalent
 from rl4dlm.grading.math_strings import is_equiv, last_boxed_only_string, remove_boxed
 from rl4dlm.grading.pool import current_settings, usage
@@ -34,11 +35,11 @@ def correctness(
     five seconds are enough for each (`rl4dlm.grading.pool.Settings`); an answer that needs longer scores 0. Logs
     `reward/deadline_rate` and `reward/seconds` where TRL passes `log_metric`.
     """
-    golds = require_column("math:correctness", "answer", answer, len(completions))
+    golds = [as_text(gold) for gold in require_column("math:correctness", "answer", answer, len(completions))]
     pairs = [
         (gold_answer(gold), read_answer(text))
         for gold, text in zip(golds, completion_texts(completions), strict=True)
-        if gold
+        if gold is not None
     ]
     before = usage()
     verdicts = iter(equivalent(pairs, deadline=current_settings().deadline))
@@ -46,7 +47,7 @@ def correctness(
         after = usage()
         columns["log_metric"]("reward/deadline_rate", (after.late - before.late) / max(len(completions), 1))
         columns["log_metric"]("reward/seconds", after.seconds - before.seconds)
-    return [2.0 * next(verdicts) if gold else None for gold in golds]
+    return [None if gold is None else 2.0 * next(verdicts) for gold in golds]
 
 
 def format_tiers(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:

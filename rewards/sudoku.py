@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.text import last_answer_block, score_rows
 from rl4dlm.tasks import grids
 from rl4dlm.tasks.sudoku import cells_right
@@ -43,7 +44,8 @@ def sudoku_compat(
     return score_rows("sudoku_compat", _score_compat, completions, {"puzzle": puzzle, "solution": solution})
 
 
-def _score(text: str, puzzle: str, solution: str) -> float | None:
+def _score(text: str, puzzle: Any, solution: Any) -> float | None:
+    puzzle, solution = (as_text(value, digits=grids.CELLS) or "" for value in (puzzle, solution))
     if not grids.is_puzzle(puzzle) or not grids.is_valid(solution):
         return None
     cells = re.sub(r"[^0-9]", "", last_answer_block(text) or "")
@@ -53,7 +55,8 @@ def _score(text: str, puzzle: str, solution: str) -> float | None:
     return right / empty if empty else 1.0
 
 
-def _score_compat(text: str, puzzle: str, solution: str) -> float | None:
+def _score_compat(text: str, puzzle: Any, solution: Any) -> float | None:
+    puzzle, solution = (as_text(value, digits=grids.CELLS) or "" for value in (puzzle, solution))
     if min(len(puzzle), len(solution)) < grids.CELLS:
         return None
     cells = "".join(char for char in last_answer_block(text) or "" if char.isdigit())

@@ -15,8 +15,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from rl4dlm.grading.columns import as_integer, as_integers
 from rl4dlm.grading.expression import ExpressionError, evaluate
-from rl4dlm.grading.text import answer_or_text, last_boxed
+from rl4dlm.grading.text import answer_blocks, answer_or_text, last_boxed
 from rl4dlm.tasks import prompts
 from rl4dlm.tasks.base import MOST_MISSES, Row, Task, check_size, check_style, tenth
 from rl4dlm.tasks.files import Paths, files_by_split, read_rows
@@ -93,14 +94,13 @@ class Countdown(Task):
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether the answer uses exactly the numbers and reaches the target; `None` without numbers or target.
 
-        The answer is what `<answer>` or, without it, the last `\\boxed{}` holds.
+        The answer is what `read_answer` reads.
         """
-        numbers, target = row.get("numbers"), row.get("target")
+        numbers, target = as_integers(row.get("numbers")), as_integer(row.get("target"))
         if numbers is None or target is None:
             return None
-        if "<answer>" not in completion and last_boxed(completion) is None:
-            return False
-        return judge(answer_or_text(completion), numbers, target).solved
+        answer = read_answer(completion)
+        return answer is not None and judge(answer, numbers, target).solved
 
     def _generate(self, split: str, taken: set[str]) -> list[_Instance]:
         size = self.size or _DEFAULT_SIZE[split]
@@ -195,3 +195,14 @@ def _read(file: Path) -> list[_Instance]:
             ) from error
         instances.append(instance)
     return instances
+
+
+def read_answer(completion: str) -> str | None:
+    r"""The final answer: the last `<answer>...</answer>` with something in it; without one, what follows an `<answer>`
+    that never closes; else the last `\\boxed{}`; `None` without any. Reward and checker read the same."""
+    blocks = [block.strip() for block in answer_blocks(completion) if block.strip()]
+    if blocks:
+        return blocks[-1]
+    if "<answer>" in completion:
+        return answer_or_text(completion)
+    return last_boxed(completion)

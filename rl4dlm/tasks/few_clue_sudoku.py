@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.tasks import grids
 from rl4dlm.tasks.base import MOST_MISSES, Row, Task, check_size, tenth
 
@@ -80,9 +81,10 @@ class FewClueSudoku(Task):
         return solves_text(completion, row.get("puzzle"))
 
 
-def solves_text(completion: str, puzzle: str | None) -> bool | None:
+def solves_text(completion: str, puzzle: Any) -> bool | None:
     """Whether all of a completion, white space aside, is a valid grid that keeps the clues; `None` without a puzzle."""
-    if not isinstance(puzzle, str) or not grids.is_puzzle(puzzle):
+    puzzle = as_text(puzzle, digits=grids.CELLS)
+    if puzzle is None or not grids.is_puzzle(puzzle):
         return None
     return grids.solves("".join(completion.split()), puzzle)
 

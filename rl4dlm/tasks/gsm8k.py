@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.text import hash_answer, last_boxed, last_number, parse_number, read_number
 from rl4dlm.tasks import prompts
 from rl4dlm.tasks.base import Row, Task, check_size, check_style
@@ -51,13 +53,14 @@ class GSM8K(Task):
             source = read_hub(self.hub_id, self.hub_config, split)
         rows = []
         for row in source[: self.size]:
-            answer = hash_answer(row["answer"])
+            solution = as_text(row["answer"]) or ""
+            answer = hash_answer(solution)
             rows.append(
                 {
                     "prompt": prompts.gsm8k(row["question"], style=self.style, evaluation=split != "train"),
                     "question": row["question"],
-                    "answer": row["answer"].strip() if answer is None else answer,
-                    "solution": row["answer"],
+                    "answer": solution.strip() if answer is None else answer,
+                    "solution": solution,
                 }
             )
         return rows
@@ -67,10 +70,19 @@ class GSM8K(Task):
 
         The answer is what `read_number` reads; of prose without `<answer>` and box the last number counts.
         """
-        gold = parse_number(row.get("answer") or "")
+        gold = gold_number(row.get("answer"))
         if gold is None:
             return None
         number = read_number(completion)
         if number is None and "<answer>" not in completion and last_boxed(completion) is None:
             number = last_number(completion)
         return number == gold
+
+
+def gold_number(answer: Any) -> Fraction | None:
+    """The reference number, from the number alone (text or not) or from a solution that ends in `#### number`."""
+    text = as_text(answer)
+    if text is None:
+        return None
+    stated = hash_answer(text)
+    return parse_number(text if stated is None else stated)

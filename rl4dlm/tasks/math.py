@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.latex import equivalent
 from rl4dlm.grading.text import answer_or_text, last_answer_block, last_boxed
 from rl4dlm.tasks import prompts
@@ -59,7 +60,7 @@ class Math(Task):
             {
                 "prompt": prompts.math(row["problem"], style=self.style, evaluation=split != "train"),
                 "problem": row["problem"],
-                "answer": row.get("answer") or last_boxed(row["solution"]),
+                "answer": as_text(row.get("answer")) or last_boxed(row["solution"]),
                 "solution": row["solution"],
             }
             for row in source[: self.size]
@@ -74,10 +75,10 @@ class Math(Task):
         pairs = [
             (gold_answer(row["answer"]), read_answer(completion))
             for completion, row in zip(completions, rows, strict=True)
-            if row.get("answer")
+            if as_text(row.get("answer")) is not None
         ]
         verdicts = iter(equivalent(pairs, deadline=self.deadline))
-        return [next(verdicts) if row.get("answer") else None for row in rows]
+        return [None if as_text(row.get("answer")) is None else next(verdicts) for row in rows]
 
 
 def read_answer(completion: str) -> str:
@@ -91,7 +92,8 @@ def read_answer(completion: str) -> str:
     return answer_or_text(completion) if boxed is None else boxed
 
 
-def gold_answer(answer: str) -> str:
-    """The reference answer, from the answer alone or from a solution that boxes it."""
-    boxed = last_boxed(answer)
-    return answer if boxed is None else boxed
+def gold_answer(answer: Any) -> str:
+    """The reference answer, from the answer alone (text or a number) or from a solution that boxes it."""
+    text = as_text(answer) or ""
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.text import answer_or_text
 from rl4dlm.tasks import grids, prompts
 from rl4dlm.tasks.base import MOST_MISSES, Row, Task, check_size, check_style, share, tenth
@@ -80,8 +81,8 @@ class Sudoku(Task):
 
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether the answer is a valid grid that keeps the clues; `None` without a puzzle."""
-        puzzle = row.get("puzzle")
-        if not isinstance(puzzle, str) or not grids.is_puzzle(puzzle):
+        puzzle = as_text(row.get("puzzle"), digits=grids.CELLS)
+        if puzzle is None or not grids.is_puzzle(puzzle):
             return None
         return grids.solves(read_cells(completion), puzzle)
 

@@ -6,9 +6,11 @@ import time
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rl4dlm.grading import load_reward
+from rl4dlm.tasks import load_task
 from rl4dlm.training.checks import checked_rewards
 
 
@@ -61,3 +63,53 @@ def test_a8_formats_are_read_in_linear_time(name: str) -> None:
     started = time.perf_counter()
     assert reward(prompts=[""], completions=[text]) == [0.0]
     assert time.perf_counter() - started < 2
+
+
+# --- A5: a column says what it says, whatever type its reader gave it -------------------------------------------------
+
+
+@pytest.mark.parametrize("gold", ["18", 18, 18.0, np.int64(18), "3*6=18\n#### 18", " 18 "])
+def test_a5_a_gold_number_of_any_type(gold: Any) -> None:
+    assert load_reward("gsm8k:correctness")(["?"], ["<answer>18</answer>"], answer=[gold]) == [2.0]
+    assert load_task("gsm8k").check("<answer>18</answer>", {"answer": gold}) is True
+    if "#" not in str(gold):
+        assert load_reward("math:correctness")(["?"], [r"\boxed{18}"], answer=[gold]) == [2.0]
+
+
+@pytest.mark.parametrize("gold", [0, 0.0, "0"])
+def test_a5_a_gold_of_zero_is_an_answer(gold: Any) -> None:
+    for name in ("gsm8k:correctness", "math:correctness"):
+        assert load_reward(name)(["?"] * 2, ["<answer>0</answer>", "<answer>1</answer>"], answer=[gold] * 2) == [
+            2.0,
+            0.0,
+        ]
+    assert load_task("math").check("<answer>0</answer>", {"answer": gold}) is True
+
+
+@pytest.mark.parametrize("gold", [None, float("nan"), ""])
+def test_a5_no_gold_cannot_be_scored(gold: Any) -> None:
+    for name in ("gsm8k:correctness", "math:correctness"):
+        assert load_reward(name)(["?"], ["<answer>0</answer>"], answer=[gold]) == [None]
+
+
+@pytest.mark.parametrize("target", [24, "24", 24.0, np.int64(24)])
+@pytest.mark.parametrize("numbers", [[4, 6], "[4, 6]", "4 6", ["4", "6"], np.array([4, 6])])
+def test_a5_countdown_columns_of_any_type(target: Any, numbers: Any) -> None:
+    text = "<answer>4*6</answer>"
+    assert load_reward("countdown")(["?"], [text], numbers=[numbers], target=[target]) == [1.0]
+    assert load_task("countdown").check(text, {"numbers": numbers, "target": target}) is True
+
+
+def test_a5_a_puzzle_that_lost_its_zeros() -> None:
+    puzzle, solution = "0234041221434321", "1234341221434321"
+    shown = "<answer>1234341221434321</answer>"
+    found = load_reward("sudoku")(["?"], [shown], puzzle=[int(puzzle)], solution=[int(solution)])
+    assert found == load_reward("sudoku")(["?"], [shown], puzzle=[puzzle], solution=[solution]) == [1.0]
+    assert load_task("sudoku").check(shown, {"puzzle": int(puzzle)}) is True
+
+
+def test_a7_reward_and_checker_of_countdown_read_the_same() -> None:
+    row = {"numbers": [4, 6, 8], "target": 192}
+    for text in ("<answer>4*6*8</answer> <answer>", "<answer>4*6*8</answer><answer> </answer>", r"so \boxed{4*6*8}"):
+        (paid,) = load_reward("countdown")(["?"], [text], numbers=[row["numbers"]], target=[row["target"]])
+        assert paid == 1.0 and load_task("countdown").check(text, row) is True, text
