@@ -22,9 +22,9 @@ def as_text(value: Any, digits: int = 0) -> str | None:
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return str(int(value)).zfill(digits)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and str(value) not in ("True", "False"):
+        if isinstance(value, numbers.Integral):
+            return str(int(value)).zfill(digits)
         number = float(value)
         return str(int(number)).zfill(digits) if number.is_integer() else repr(number)
     text = str(value)
