@@ -7,6 +7,7 @@ read it when they are imported.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import random
 import sys
@@ -140,3 +141,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("conformance")
         for line in report.lines(not_covered()):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_are_nobody_s() -> None:
+    """A script that a test runs in this process may have quietened the library's log."""
+    logging.getLogger("rl4dlm").setLevel(logging.NOTSET)
