@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conformance import report
 from tests.conformance.cases import Case, folder, load_cases
 from tests.conformance.literals import FAMILIES, family_of, record
-from tests.conformance.verdict import verdict
+from tests.conformance.samplers import Recorded, Run
+from tests.conformance.verdict import difference, verdict
 
 CASES = load_cases()
 MADE_UP = sorted({module.__name__: module for module in FAMILIES.values() if hasattr(module, "made_up")}.items())
@@ -46,6 +49,16 @@ def test_a_wrong_record_is_noticed(case: Case):
         verdict(dataclasses.replace(recorded, nfe=recorded.nfe + 1))
     with pytest.raises(AssertionError):
         verdict(dataclasses.replace(recorded, forwards=recorded.forwards[::-1]))
+
+
+def test_a_count_that_is_not_the_length_of_its_own_list_is_a_difference():
+    """A run that goes on after the record's last state would agree with a count that is one too high."""
+    ids, open_row = torch.tensor([[5, 7]]), torch.tensor([5, 63])
+    case = Case(Path("made_up.json"), "klass_made_up", {}, {}, {}, {}, {})
+    recorded = Recorded(case, ids[:, :1], torch.ones(1, 1).bool(), ids, [open_row[None]], 2)
+    ours = Run(ids, [[open_row, ids[0]]], [2])
+    assert "counts 2 forwards and lists 1" in difference(recorded, ours)
+    assert not difference(dataclasses.replace(recorded, nfe=1), Run(ids, [[open_row]], [1]))
 
 
 @pytest.mark.skipif(not folder().is_dir(), reason="no conformance cases")

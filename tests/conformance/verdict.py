@@ -51,6 +51,8 @@ def difference(recorded: Recorded, ours: Run | None) -> str:
         return f"ids differ: {ours.ids.tolist()}"
     if any(n != recorded.nfe for n in ours.nfe):
         return f"forwards differ: {ours.nfe} and {recorded.nfe}"
+    if recorded.forwards is not None and len(recorded.forwards) != recorded.nfe:
+        return f"the record counts {recorded.nfe} forwards and lists {len(recorded.forwards)}"
     for step, fed in enumerate(recorded.forwards or ()):
         state = torch.stack([row[step] for row in ours.states])[:, -fed.shape[1] :]
         if not torch.equal(state, fed):
