@@ -47,7 +47,8 @@ SIGNATURES = {
     ),
     "RolloutEngine": "model spec max_batch_rows progress",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
-    "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length",
+    "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
+    "confidence entropy",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Views": "hidden weight ids",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",

@@ -35,7 +35,7 @@ from rl4dlm.models.spec import DiffusionSpec
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in elements: 256 MiB in float32."""
 
-Reduction = Callable[[Tensor, slice], tuple[Tensor, ...]]
+Reduction = Callable[..., tuple[Tensor, ...]]
 """Maps logits `[c, V]` of some scored positions, and which slice of all of them they are, to tensors `[c, ...]`."""
 
 
@@ -65,6 +65,7 @@ def attach_scoring(model: Any) -> Any:
     - `score_cfg_scale`: float w; if > 0, classifier-free guidance `u + (w + 1)(c - u)` combines the logits c of the
       first half of the rows with u of the second, and positions and targets are given for the first half only;
     - `score_reduce`: a `Reduction` instead of the default one; `score_targets` is then not needed;
+    - `score_reduce_sees_own`: True hands the reduction, third, the model's own logits: those before guidance;
     - `score_prompt_lengths`: long `[R]`, real tokens before the response; needed where a block grid starts there;
     - `score_clean_ids`: long `[R, T]`, for models that denoise block by block: the finished sequence of which
       `input_ids` is a noisy copy. Each position is then scored given its own block of the noisy copy and the blocks
@@ -158,6 +159,7 @@ def _score(
     score_temperature: float = 1.0,
     score_cfg_scale: float = 0.0,
     score_reduce: Reduction | None = None,
+    score_reduce_sees_own: bool = False,
     score_prompt_lengths: Tensor | None = None,
     score_clean_ids: Tensor | None = None,
     score_next_tokens: Tensor | None = None,
@@ -210,7 +212,9 @@ def _score(
         if score_targets is None:
             raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
         score_reduce = _log_prob_reduction(score_targets[rows, columns])
-    return reduce_hidden(model, picked, guide, score_reduce, score_temperature, score_cfg_scale)
+    return reduce_hidden(
+        model, picked, guide, score_reduce, score_temperature, score_cfg_scale, sees_own=score_reduce_sees_own
+    )
 
 
 def _score_canvases(
@@ -249,17 +253,20 @@ def reduce_hidden(
     score_reduce: Reduction,
     score_temperature: float,
     score_cfg_scale: float,
+    *,
+    sees_own: bool = False,
 ) -> tuple[Tensor, ...]:
     """What the reduction makes of hidden states `[n, D]`, a chunk of them at a time."""
 
     def chunk(start: int, stop: int) -> tuple[Tensor, ...]:
-        logits = _logits(model, picked[start:stop])
+        logits = own = _logits(model, picked[start:stop])
         if guide is not None:
             unconditional = _logits(model, guide[start:stop])
             logits = unconditional + (score_cfg_scale + 1) * (logits - unconditional)
         if score_temperature != 1.0:
             logits = logits / score_temperature
-        return score_reduce(logits, slice(start, stop))
+        part = slice(start, stop)
+        return score_reduce(logits, part, own) if sees_own else score_reduce(logits, part)
 
     size = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
     bounds = [(start, min(start + size, len(picked))) for start in range(0, len(picked), size)] or [(0, 0)]

@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
 
     token: Tensor  # long: the candidate, never the mask token
     confidence: Tensor  # its probability under the untempered softmax over the whole vocabulary
-    raw_log_prob: Tensor  # log-probability under the model's untempered softmax, before any transform
+    raw_log_prob: Tensor  # log-probability under the model's own untempered softmax, before options and guidance
     log_prob: Tensor  # its log-probability under the distribution really drawn from; 0 at temperature 0
     entropy: Tensor  # nats, of the untempered softmax
 
@@ -74,6 +74,7 @@ class Scored:
         banned: bool `[n, V]`, tokens that are not to be drawn there besides the mask token, or None.
         places: which slots they are.
         model_logits: `[n, V]`, before the schedule's transform.
+        own_logits: `[n, V]`, the model's own: before that, options that change logits, and guidance. None: `logits`.
     """
 
     logits: Tensor
@@ -84,11 +85,19 @@ class Scored:
     banned: Tensor | None
     places: Places
     model_logits: Tensor | None = None
+    own_logits: Tensor | None = None
 
     @cached_property
     def log_probs(self) -> Tensor:
         """`[n, V]`, the untempered log-softmax over the whole vocabulary."""
         return self.logits.log_softmax(-1)
+
+    @cached_property
+    def own_log_probs(self) -> Tensor:
+        """`[n, V]`, the model's own untempered log-softmax, before options, guidance and transforms."""
+        if self.own_logits is None or self.own_logits is self.logits:
+            return self.log_probs
+        return self.own_logits.log_softmax(-1)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -126,10 +135,10 @@ class Scored:
             self.sampling.exp(), self.places.row_ids, self.places.steps, self.places.positions
         )
 
-    def drawn(self, raw: Tensor) -> Drawn:
-        """The candidates; `raw` `[n, V]`: the model's own log-probabilities."""
+    def drawn(self) -> Drawn:
+        """The candidates."""
         chosen = self.log_probs.gather(-1, self.token[:, None]).squeeze(-1)
-        own = chosen if raw is self.log_probs else raw.gather(-1, self.token[:, None]).squeeze(-1)
+        own = self.own_log_probs.gather(-1, self.token[:, None]).squeeze(-1)
         log_prob = torch.zeros_like(chosen)
         if self.temperature > 0:
             log_prob = self.sampling.gather(-1, self.token[:, None]).squeeze(-1)

@@ -42,7 +42,7 @@ class Feed(Rows):
                 chosen = places.shadow if name == SHADOW else ~places.shadow
                 values[name][rows[places.rows[chosen]], places.slots[chosen]] = value[chosen]
         drawn = Drawn(**{name: values.pop(name) for name in Drawn._fields})
-        if bool((drawn.raw_log_prob.isnan() & wanted).any()):
+        if bool(((drawn.raw_log_prob + drawn.confidence).isnan() & wanted).any()):
             raise ValueError("the model's logits are not numbers (NaN) at a masked position; decoding cannot go on")
         return Step(
             tokens=self.tokens[:, self.width :].clone(),
@@ -132,6 +132,7 @@ class Feed(Rows):
             score_positions=score,
             score_cfg_scale=self.config.cfg_scale,
             score_reduce=self._reduction(rows, places),
+            score_reduce_sees_own=True,
             **extra,
         )
         self.record.nfe[self.slot[rows[: len(score)]]] += 1 + self.guided
@@ -147,7 +148,7 @@ class Feed(Rows):
         soft = self.schedule.inputs(canvas).to(embeddings.dtype)
         return torch.cat([embeddings[:, : self.width], soft.repeat(copies, 1, 1)], dim=1)
 
-    def _reduction(self, rows: Tensor, at: _Scores) -> Callable[[Tensor, slice], tuple[Tensor, ...]]:
+    def _reduction(self, rows: Tensor, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
         row = rows[at.rows]
@@ -162,7 +163,7 @@ class Feed(Rows):
             embedding=getattr(self.model, "get_input_embeddings", None),
         )
 
-        def reduce(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
+        def reduce(logits: Tensor, part: slice, own: Tensor) -> tuple[Tensor, ...]:
             here = places.at(part)
             logits = self._adjusted(logits, here)
             changed = logits if self.schedule.transform is None else self.schedule.transform(logits, here)
@@ -175,8 +176,9 @@ class Feed(Rows):
                 banned=self._banned(logits, here),
                 places=here,
                 model_logits=logits,
+                own_logits=own,
             )
-            drawn = scored.drawn(scored.log_probs if changed is logits else logits.log_softmax(-1))
+            drawn = scored.drawn()
             read = [reading(scored) for reading in self.reads.values()]
             if self.schedule.shadow:
                 read.append(scored.log_probs.gather(-1, here.held[:, None]).squeeze(-1))

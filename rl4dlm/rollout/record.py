@@ -10,6 +10,9 @@ from torch import Tensor
 
 from rl4dlm.rollout.rollout import EventKind, Events, StopReason, Trace
 
+KEPT = ("raw_log_prob", "log_prob", "confidence", "entropy")
+"""Numbers that are kept of each token, as they were when it was committed for good; names of `Drawn`."""
+
 STOP_REASONS = (StopReason.COMPLETE, StopReason.EOS, StopReason.STEP_CAP, StopReason.CONSTRAINT_DEAD_END)
 COMPLETE, EOS, STEP_CAP, DEAD_END = range(len(STOP_REASONS))
 
@@ -65,6 +68,8 @@ class Record:
     commit_step: Tensor  # [N, L]
     raw_log_prob: Tensor  # [N, L]
     log_prob: Tensor  # [N, L]
+    confidence: Tensor  # [N, L]
+    entropy: Tensor  # [N, L]
     steps: Tensor  # [N]
     nfe: Tensor  # [N]
     extra_forwards: Tensor  # [N]
@@ -88,6 +93,8 @@ class Record:
             commit_step=torch.full(shape, -1, dtype=torch.long, device=device),
             raw_log_prob=torch.zeros(shape, dtype=dtype, device=device),
             log_prob=torch.zeros(shape, dtype=dtype, device=device),
+            confidence=torch.zeros(shape, dtype=dtype, device=device),
+            entropy=torch.zeros(shape, dtype=dtype, device=device),
             steps=per_row(),
             nfe=per_row(),
             extra_forwards=per_row(),
@@ -116,6 +123,8 @@ class Record:
             selection_log_prob=self.log.selection_log_prob(self.raw_log_prob, steps) if draws_positions else None,
             start_length=self.start_length if resizes else None,
             length=self.length if resizes else None,
+            confidence=self.confidence,
+            entropy=self.entropy,
         )
 
     def stop_reasons(self) -> list[StopReason]:

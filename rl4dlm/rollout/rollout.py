@@ -94,7 +94,8 @@ class Trace:
     Args:
         commit_step: long `[N, L]`, the row's own step at which a token was committed for good; -1 where none was drawn:
             a given slot, or one that was still open when the row stopped at its end-of-sequence token.
-        raw_log_prob: float `[N, L]`, log-probability at drawing time, untempered, over the whole vocabulary; 0 at -1.
+        raw_log_prob: float `[N, L]`, log-probability at drawing time under the model's own softmax over the whole
+            vocabulary: untempered, before guidance, penalties and suppressed tokens; 0 at -1.
         log_prob: float `[N, L]`, log-probability of the distribution really drawn from (without the mask token,
             tempered, filtered), or None where nothing was drawn: at temperature 0, or where the most probable tokens of
             the last step are the result.
@@ -106,6 +107,9 @@ class Trace:
             row's last; None where positions follow from the candidates.
         start_length: long `[N]`, slots that a row started with; None: all of the canvas.
         length: long `[N]`, slots that it ended with; None: all of the canvas.
+        confidence: float `[N, L]`, probability of each token when it was committed, under the untempered softmax after
+            guidance and options, which schedules look at; 0 at -1. None where a canvas of random tokens is refined.
+        entropy: float `[N, L]`, of that softmax, in nats. None likewise.
     """
 
     commit_step: Tensor
@@ -117,6 +121,8 @@ class Trace:
     selection_log_prob: Tensor | None = None
     start_length: Tensor | None = None
     length: Tensor | None = None
+    confidence: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 @dataclass
@@ -189,7 +195,16 @@ class Rollout:
             if isinstance(getattr(self, f.name), Tensor)
         }
         mine, others = self.trace, other.trace
-        per_row = ("commit_step", "raw_log_prob", "log_prob", "steps", "start_length", "length")
+        per_row = (
+            "commit_step",
+            "raw_log_prob",
+            "log_prob",
+            "steps",
+            "start_length",
+            "length",
+            "confidence",
+            "entropy",
+        )
         trace: dict[str, Any] = {name: picked(getattr(mine, name), getattr(others, name)) for name in per_row}
         selections = _as_wide(mine.selection_log_prob, others.selection_log_prob, mine.raw_log_prob, len(other))
         events = None

@@ -22,7 +22,7 @@ from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import Reading
 from rl4dlm.rollout.memory import Memory, moved
 from rl4dlm.rollout.noise import NoiseSource
-from rl4dlm.rollout.record import COMPLETE, EOS, Record
+from rl4dlm.rollout.record import COMPLETE, EOS, KEPT, Record
 from rl4dlm.rollout.rollout import EventKind
 from rl4dlm.rollout.schedules.parts import BlockStart, Resize, Schedule
 
@@ -31,7 +31,7 @@ CANDIDATES = "candidates"
 _ROWS = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
     "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "unsettled", "stalled",
-    "staying", "done", "reason", "commit_step", "raw_log_prob", "log_prob",
+    "staying", "done", "reason", "commit_step", *KEPT,
 )  # fmt: skip
 """What is kept per row, first axis R."""
 
@@ -120,8 +120,8 @@ class Rows:
         self.staying, self.done = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
         self.unsettled = torch.full((rows,), -1, device=device)  # first column whose stored keys may still change
         self.commit_step = torch.full((rows, length), -1, device=device)
-        self.raw_log_prob, self.log_prob = (
-            torch.zeros(rows, length, dtype=record.raw_log_prob.dtype, device=device) for _ in range(2)
+        self.raw_log_prob, self.log_prob, self.confidence, self.entropy = (
+            torch.zeros(rows, length, dtype=record.raw_log_prob.dtype, device=device) for _ in KEPT
         )
         self.memory = Memory()
         self.record.start_length[:] = length
@@ -172,7 +172,7 @@ class Rows:
         record.canvas[slots, :width] = torch.where(self.offsets < length[:, None], canvas, unwritten)
         record.hinted[slots] = False
         record.hinted[slots, :width] = self.locked[finished]
-        for name in ("commit_step", "raw_log_prob", "log_prob"):
+        for name in ("commit_step", *KEPT):
             getattr(record, name)[slots, :width] = getattr(self, name)[finished]
         reason = self.reason[finished]
         early = masked.any(-1) | (length < record.start_length[slots])
@@ -220,7 +220,8 @@ class Rows:
         self.locked = moved(self.locked, source, False) | (inserted & given[:, None])
         self.choice = moved(self.choice, source, -1)
         self.commit_step = moved(self.commit_step, source, -1)
-        self.raw_log_prob, self.log_prob = (moved(v, source, 0.0) for v in (self.raw_log_prob, self.log_prob))
+        for name in KEPT:
+            setattr(self, name, moved(getattr(self, name), source, 0.0))
         self.memory.move(source)
         self.tokens = torch.cat([self.tokens[:, : self.width], canvas], dim=1)
         self.keys = torch.cat([self.keys[:, : self.width], slots < length[:, None]], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rl4dlm.rollout.constraints.automata import constrain
 from rl4dlm.rollout.feed import Feed
-from rl4dlm.rollout.record import DEAD_END, STEP_CAP
+from rl4dlm.rollout.record import DEAD_END, KEPT, STEP_CAP
 from rl4dlm.rollout.rollout import EventKind
 from rl4dlm.rollout.schedules.parts import Step, top
 
@@ -89,7 +89,7 @@ class Batch(Feed):
         kept, lost = new & ~remask, remask
         dtype = self.raw_log_prob.dtype
         self.commit_step = torch.where(kept, self.total_step[:, None], self.commit_step).masked_fill(lost, -1)
-        for name in ("raw_log_prob", "log_prob"):
+        for name in KEPT:
             drawn = getattr(step.drawn, name).to(dtype)
             setattr(self, name, torch.where(kept, drawn, getattr(self, name)).masked_fill(lost, 0.0))
         slots = self.slot + self.record.first

@@ -85,7 +85,11 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         batch["drawn"] = (rollout.trace.commit_step >= 0).to(device)
         trace = rollout.trace
         tempered = self.args.score_temperature != 1 and trace.log_prob is not None
-        batch["drawn_log_probs"] = (trace.log_prob if tempered else trace.raw_log_prob).to(device)  # type: ignore[union-attr]
+        recorded = trace.log_prob if tempered else trace.raw_log_prob
+        if self.args.cfg_scale and not tempered and trace.confidence is not None:
+            recorded = trace.confidence.clamp(min=torch.finfo(trace.confidence.dtype).tiny).log()  # scores are guided
+        assert recorded is not None
+        batch["drawn_log_probs"] = recorded.to(device)
         if rollout.trace.length is not None:
             slots = torch.arange(rollout.canvas.shape[1], device=device)
             batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]

@@ -125,7 +125,7 @@ def test_draws_follow_the_filtered_distribution(name: str):
         None,
         Places(rows, zero, zero, rows, zero, noise, Memory()),
     )
-    drawn = scored.drawn(scored.log_probs)
+    drawn = scored.drawn()
     expected = sampling_distribution(
         logits, LIKELY_MASK, settings["temperature"], settings.get("top_p", 1.0), settings.get("top_k", 0)
     )

@@ -365,8 +365,12 @@ def test_a_penalty_moves_the_end_away():
     config = DecodingConfig(canvas_length=4, steps=4, eos_penalty=1.0)
     rollout = RolloutEngine(model).generate([[2]], config)
     assert rollout.canvas.tolist() == [[3] * 4]
-    changed = torch.tensor(logits, dtype=torch.float64) - torch.tensor([0, 1.0, 0, 0, 0, 0])
-    torch.testing.assert_close(rollout.trace.raw_log_prob[0], changed.log_softmax(-1)[3].expand(4))
+    own = torch.tensor(
+        logits, dtype=torch.float64
+    )  # M5: the record is of the model, not of what the penalty made of it
+    torch.testing.assert_close(rollout.trace.raw_log_prob[0], own.log_softmax(-1)[3].expand(4))
+    changed = own - torch.tensor([0, 1.0, 0, 0, 0, 0])
+    torch.testing.assert_close(rollout.trace.confidence[0], changed.softmax(-1)[3].expand(4))
 
 
 def test_looking_for_the_end_at_full_blocks_only():

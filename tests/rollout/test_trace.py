@@ -47,10 +47,15 @@ def test_log_probabilities_are_the_models_on_the_recorded_states(name: str, shif
             if not len(committed):
                 continue
             logits = row_logits(model, prompt, states[row], decoding.cfg_scale)
+            own = row_logits(model, prompt, states[row])
             for offset in committed.tolist():
                 token = int(rollout.canvas[row, offset])
-                raw = logits[offset].log_softmax(-1)[token].item()
+                raw = own[offset].log_softmax(-1)[token].item()  # M5: the model's own, without guidance
                 assert rollout.trace.raw_log_prob[row, offset].item() == pytest.approx(raw, abs=1e-10)
+                guided = logits[offset].softmax(-1)
+                assert rollout.trace.confidence[row, offset].item() == pytest.approx(guided[token].item(), abs=1e-10)
+                entropy = -(guided * guided.log()).sum().item()
+                assert rollout.trace.entropy[row, offset].item() == pytest.approx(entropy, abs=1e-10)
                 if decoding.temperature:
                     drawn = sampling_distribution(
                         logits[offset], MASK, decoding.temperature, decoding.top_p, decoding.top_k

@@ -166,4 +166,4 @@ def test_an_eos_penalty_may_fade_as_the_canvas_fills() -> None:
     )
     torch.testing.assert_close(fading.trace.raw_log_prob[first], constant.trace.raw_log_prob[first])
     assert torch.equal(rollout(eos_penalty_decay=True).canvas, plain.canvas)
-    assert not torch.equal(fading.trace.raw_log_prob, constant.trace.raw_log_prob)
+    assert not torch.equal(fading.trace.confidence, constant.trace.confidence)

@@ -61,8 +61,7 @@ def candidates(scored: Scored) -> Tensor:
     """
     ids = scored.allowed.topk(min(CANDIDATES, scored.allowed.shape[-1])).indices.sort(-1).values
     ids = ids.gather(-1, scored.allowed.gather(-1, ids).argsort(dim=-1, descending=True, stable=True))
-    own = scored.model_logits
-    raw = (scored.log_probs if own is None or own is scored.logits else own.log_softmax(-1)).gather(-1, ids)
+    raw = scored.own_log_probs.gather(-1, ids)
     log_prob = torch.zeros_like(raw)
     if scored.temperature > 0:
         log_prob = (scored.allowed / scored.temperature).log_softmax(-1).gather(-1, ids)

@@ -106,9 +106,13 @@ def _more_drafts(count: int) -> Callable[[Scored], Tensor]:
                 scored.sampling.exp(), at.noise.uniform(f"draft {i + 1}", at.row_ids, at.steps, at.positions)
             )
             drafts[:, i, TOKEN] = token.double()
-            for column, values in ((RAW, scored.log_probs), (LOG_PROB, scored.sampling)):
+            for column, values in (
+                (RAW, scored.own_log_probs),
+                (LOG_PROB, scored.sampling),
+                (CONFIDENCE, scored.log_probs),
+            ):
                 drafts[:, i, column] = values.gather(-1, token[:, None]).squeeze(-1).double()
-        drafts[..., CONFIDENCE] = drafts[..., RAW].exp()
+        drafts[..., CONFIDENCE] = drafts[..., CONFIDENCE].exp()
         return drafts
 
     return reading

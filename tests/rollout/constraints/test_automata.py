@@ -277,7 +277,7 @@ def test_candidates_are_the_best_tokens_that_may_be_drawn(seed: int, temperature
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-3, 4, (3, 20), generator=generator).double()
     banned = torch.rand(3, 20, generator=generator) < 0.5
-    scored = Scored(logits, temperature, 0.5, 3, 19, banned, places=None, model_logits=logits + 1.0 * (logits > 0))
+    scored = Scored(logits, temperature, 0.5, 3, 19, banned, places=None, own_logits=logits + 1.0 * (logits > 0))
     found = candidates(scored)
     assert found.shape == (3, CANDIDATES, 4)
     for row in range(3):
@@ -290,7 +290,7 @@ def test_candidates_are_the_best_tokens_that_may_be_drawn(seed: int, temperature
         drawn_from[[t for t in range(20) if t not in allowed]] = -torch.inf
         for token, raw, log_prob, confidence in found[row, : len(listed)].tolist():
             token = int(token)
-            assert raw == pytest.approx(scored.model_logits[row].log_softmax(-1)[token].item())
+            assert raw == pytest.approx(scored.own_logits[row].log_softmax(-1)[token].item())
             tempered = (drawn_from / temperature).log_softmax(-1)[token].item() if temperature else 0.0
             assert log_prob == pytest.approx(tempered)
             assert confidence == pytest.approx(logits[row].softmax(-1)[token].item())

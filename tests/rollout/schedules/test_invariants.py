@@ -214,7 +214,7 @@ def check_log_probs(run: Run, model: Any) -> None:
     for step, *entry in entries:
         by_step.setdefault(step, []).append(tuple(entry))
     for step, several in by_step.items():
-        log_probs = row_logits(model, run.prompt, torch.tensor(run.states[step]), run.config.cfg_scale).log_softmax(-1)
+        log_probs = row_logits(model, run.prompt, torch.tensor(run.states[step])).log_softmax(-1)
         for offset, token, found in several:
             assert found == pytest.approx(log_probs[offset, token].item(), abs=1e-9)
 
