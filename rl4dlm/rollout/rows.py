@@ -17,7 +17,7 @@ from rl4dlm.models.attention import BLOCK_KINDS, block_starts, position_ids
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy
 from rl4dlm.rollout.caches.store import KeyValueStore
-from rl4dlm.rollout.constraints.automata import Constraint, candidates
+from rl4dlm.rollout.constraints.automata import Constraint, reading_of
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import Reading
 from rl4dlm.rollout.memory import Memory, moved
@@ -129,7 +129,7 @@ class Rows:
         self.guided = config.cfg_scale > 0
         self.reads: dict[str, Reading] = dict(schedule.reads)
         if constraint is not None:
-            self.reads[CANDIDATES] = candidates
+            self.reads[CANDIDATES] = reading_of(constraint)
         self.store: KeyValueStore | None = None
         if cache.uses_store:
             layers = self.model.config.get_text_config().num_hidden_layers

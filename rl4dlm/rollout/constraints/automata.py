@@ -4,7 +4,8 @@ A constraint says of a token that is about to be written whether the canvas coul
 `constrain` applies that to what a schedule wants to write: within a step tokens are checked one after another, best
 score first, each beside those written before it; a token that is not admissible gives way to the most probable one that
 is, a slot without one stays open, and a row that could write nothing at all is a dead end. `Automaton` is the
-constraint for regular languages over tokens, exact for canvases with holes.
+constraint for regular languages over tokens, exact for canvases with holes: there all of the vocabulary is looked at
+(`paths.py`). Of other constraints, which can only be asked token by token, the most probable ones are tried.
 
 Constraints see tokens, not text: build them with the tokenizer that the model uses.
 """
@@ -13,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.drawing import Drawn, Scored
+from rl4dlm.rollout.constraints.paths import Paths, best_of_sets
+from rl4dlm.rollout.drawing import Drawn, Reading, Scored
 from rl4dlm.rollout.schedules.parts import Step
 
 CANDIDATES = 16
-"""How many of a slot's most probable tokens may take the place of one that is not admissible."""
+"""How many of a slot's most probable tokens may take the place of one that is not admissible, where a constraint is not
+an `Automaton`."""
 
 Canvas = Sequence[int | None]
 """Tokens of a row's canvas, None where it is masked."""
@@ -51,6 +55,16 @@ class Candidate(NamedTuple):
     confidence: float
 
 
+def reading_of(constraint: Constraint) -> Reading:
+    """What has to be known of each slot for `constrain`, a reading named `candidates`."""
+    return best_of_sets(constraint) if is_automaton(constraint) else candidates
+
+
+def is_automaton(constraint: Constraint) -> TypeGuard[Automaton]:
+    """Whether a constraint is an automaton whose own rule decides."""
+    return isinstance(constraint, Automaton) and type(constraint).admissible is Automaton.admissible
+
+
 def candidates(scored: Scored) -> Tensor:
     """A reading: the most probable tokens of each slot that may be drawn there, best first, lower ids among equals.
 
@@ -76,7 +90,7 @@ def constrain(step: Step, scores: Tensor, commit: Tensor, constraint: Constraint
     A row that wants to write something writes at least one token, at one of its other open slots if need be.
 
     Args:
-        step: with `candidates` among its readings, under that name.
+        step: with the constraint's reading (`reading_of`) under the name `candidates`.
         scores: `[R, W]`, in whose descending order tokens are checked.
         commit: bool `[R, W]`, eligible slots that are to be written.
 
@@ -90,13 +104,12 @@ def constrain(step: Step, scores: Tensor, commit: Tensor, constraint: Constraint
     for row in commit.any(-1).nonzero().squeeze(-1).tolist():
         by_score = order[row].tolist()
         wanted, eligible = commit[row].tolist(), step.eligible[row].tolist()
-        written = _pass_row(
-            step,
-            row,
-            [slot for slot in by_score if wanted[slot]],
-            [slot for slot in by_score if eligible[slot] and not wanted[slot]],
-            constraint,
-        )
+        slots = [slot for slot in by_score if wanted[slot]]
+        spare = [slot for slot in by_score if eligible[slot] and not wanted[slot]]
+        if is_automaton(constraint):
+            written = _pass_automaton(step, row, slots, spare, constraint)
+        else:
+            written = _pass_row(step, row, slots, spare, constraint)
         dead[row] = not written
         for slot, chosen in written.items():
             passed[row, slot] = True
@@ -114,8 +127,7 @@ def _pass_row(
     Args:
         wanted: slots to write. spare: slots to try if none of them can be. Both by descending score.
     """
-    held = zip(step.tokens[row].tolist(), step.masked[row].tolist(), strict=True)
-    canvas: list[int | None] = [None if masked else token for token, masked in held][: int(step.length[row])]
+    canvas = _canvas(step, row)
     drawn = step.drawn.token[row].tolist()
     written: dict[int, Candidate | None] = {}
 
@@ -136,6 +148,38 @@ def _pass_row(
             break
         write(slot)
     return written
+
+
+def _pass_automaton(
+    step: Step, row: int, wanted: list[int], spare: list[int], automaton: Automaton
+) -> dict[int, Candidate | None]:
+    """`_pass_row` for an automaton, over all tokens: a slot that some path goes through is written."""
+    canvas, seen, drawn = _canvas(step, row), step.seen[row].tolist(), step.drawn.token[row].tolist()
+    best = step.read["candidates"][row].tolist()
+    drawable = [
+        {number for number, entry in enumerate(best[slot]) if entry[0] >= 0} if seen[slot] and token is None else None
+        for slot, token in enumerate(canvas)
+    ]
+    paths = Paths(automaton, canvas, drawable)
+    written: dict[int, Candidate | None] = {}
+    for slot in [*wanted, *spare]:
+        if written and slot in spare:
+            break
+        if paths.admits(slot, drawn[slot]):
+            written[slot] = None
+            paths.write(slot, drawn[slot])
+            continue
+        found = [Candidate(int(best[slot][n][0]), *best[slot][n][1:]) for n in sorted(paths.sets(slot))]
+        if found:
+            chosen = min(found, key=lambda one: (-one.confidence, one.token))
+            written[slot] = chosen
+            paths.write(slot, chosen.token)
+    return written
+
+
+def _canvas(step: Step, row: int) -> list[int | None]:
+    held = zip(step.tokens[row].tolist(), step.masked[row].tolist(), strict=True)
+    return [None if masked else token for token, masked in held][: int(step.length[row])]
 
 
 # --- regular languages ------------------------------------------------------------------------------------------------
@@ -177,6 +221,17 @@ class Automaton:
                 for goal in sorted(follow[state])
             )
         return cls(tuple(edges), frozenset({numbers[start]}), frozenset(numbers[state] for state in accept))
+
+    @cached_property
+    def token_sets(self) -> tuple[Tokens, ...]:
+        """The different sets of tokens on its edges, in order of their first occurrence."""
+        return tuple(dict.fromkeys(tokens for row in self.edges for tokens, _ in row))
+
+    @cached_property
+    def numbered(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """`edges`, with the place in `token_sets` instead of a set."""
+        number = {tokens: n for n, tokens in enumerate(self.token_sets)}
+        return tuple(tuple((number[tokens], goal) for tokens, goal in row) for row in self.edges)
 
     def after(self, states: Iterable[int], token: int | None) -> set[int]:
         """States that a token leads to from any of some states; None stands for every token."""
