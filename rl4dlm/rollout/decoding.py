@@ -46,6 +46,8 @@ class DecodingConfig:
         suppress_token_ids: ids taken out of the model's distribution (their logits become -inf).
         defer_token_ids: ids that may be candidates but are committed only when nothing else can be; for instruction
             models decoding one long block, which otherwise end too early (LLaDA, arXiv 2502.09992, appendix B.4).
+        known_tokens: ids from this one on are never drawn: rows of an embedding that is larger than the tokenizer,
+            which decode to nothing. They stay in the model's distribution. None: all may be.
         schedule_args: further settings of the schedule.
 
     Raises:
@@ -68,6 +70,7 @@ class DecodingConfig:
     suppress_token_ids: tuple[int, ...] = ()
     defer_token_ids: tuple[int, ...] = ()
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
+    known_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
@@ -76,13 +79,15 @@ class DecodingConfig:
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{name}={ids!r} is not allowed; token ids are integers from 0 on")
         required = ("canvas_length", "top_k", "min_new_tokens")
-        for name in (*required, "steps", "block_length"):
+        for name in (*required, "steps", "block_length", "known_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in required):
                 raise ValueError(f"{name}={value!r} is not allowed; it must be an integer")
         for name in ("temperature", "top_p", "cfg_scale", "eos_penalty"):
             if not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number")
+        if self.known_tokens is not None and self.known_tokens < 1:
+            raise ValueError(f"known_tokens={self.known_tokens} is not allowed; it must be 1 or larger, or None")
         if self.canvas_length < 1:
             raise ValueError(f"canvas_length={self.canvas_length} is not allowed; it must be 1 or larger")
         if self.block_length is not None and (self.block_length < 1 or self.canvas_length % self.block_length):
@@ -187,6 +192,12 @@ class DecodingConfig:
         settings = copy.copy(self)
         object.__setattr__(settings, "block_length", spec.block_length)
         settings._check_steps()
+        return settings
+
+    def knowing(self, tokens: int | None) -> DecodingConfig:
+        """These settings with other `known_tokens`; those of a model stay those of that model."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "known_tokens", tokens)
         return settings
 
     def _check_steps(self) -> None:

@@ -211,6 +211,9 @@ class Feed(Rows):
             early = torch.zeros_like(logits, dtype=torch.bool)
             early[:, list(self.spec.eos_token_ids)] = (places.positions < self.config.min_new_tokens)[:, None]
             banned = early if banned is None else banned | early
+        if self.config.known_tokens is not None and self.config.known_tokens < logits.shape[-1]:
+            unknown = torch.arange(logits.shape[-1], device=logits.device) >= self.config.known_tokens
+            banned = unknown.expand_as(logits) if banned is None else banned | unknown
         return banned
 
     def _shadow(self, rows: Tensor) -> _Shadow:

@@ -182,9 +182,13 @@ class CanvasBatch:
             log_probs = flat[part].log_softmax(-1)
             probabilities = log_probs.exp()
             entropy = -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)
-            best = lowest_argmax(raw[part])
+            known = self.config.known_tokens or self.vocabulary
+            best = lowest_argmax(raw[part][:, :known])
             chosen = raw[part].log_softmax(-1).gather(-1, best[:, None]).squeeze(-1)
-            candidate = self.noise.draw(probabilities, *(key[part] for key in keys))
+            drawable = probabilities[:, :known]
+            if known < self.vocabulary:
+                drawable = drawable / drawable.sum(-1, keepdim=True)
+            candidate = self.noise.draw(drawable, *(key[part] for key in keys))
             parts.append(_Read(candidate, best, entropy, chosen))
         read = _Read(*(torch.cat(column).view(len(rows), -1) for column in zip(*parts, strict=True)))
         if bool(read.raw_log_prob.isnan().any()):

@@ -82,6 +82,8 @@ class DiffusionPolicyConfig(GRPOConfig):
         stop_at_eos: stop a row once everything up to its first end-of-sequence token is written.
         eos_penalty: off the logits of end tokens. eos_penalty_decay: fades with the share of the canvas that is open.
         suppress_token_ids: ids that are never drawn. defer_token_ids: ids that are committed last.
+        draw_unknown_tokens: also draw ids behind the tokenizer's, which decode to nothing: rows of an embedding that is
+            larger than the tokenizer.
         schedule_args: settings of the schedule, a mapping in YAML or JSON on the command line.
         rollout_batch_size: rows that each process decodes at a time. None: all of a generation batch.
         scope: which tokens are noised and scored: `"valid"` ones, up to the first end, or the whole `"canvas"`.
@@ -149,6 +151,10 @@ class DiffusionPolicyConfig(GRPOConfig):
         default=False, metadata={"help": "Multiply eos_penalty by the share of the canvas that is still open."}
     )
     suppress_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that are never drawn."})
+    draw_unknown_tokens: bool = field(
+        default=False,
+        metadata={"help": "Let ids be drawn that are behind the tokenizer's and decode to nothing."},
+    )
     defer_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Token ids that are committed only when nothing else can be."}
     )

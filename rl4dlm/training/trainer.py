@@ -181,6 +181,10 @@ class DiffusionPolicyTrainer(BatchTrainer):
             )
         self.eos_token_ids = list(self.spec.eos_token_ids)
         check_tokenizer(self._tokenizer, self.spec)
+        if not args.draw_unknown_tokens:
+            known = 1 + max(self._tokenizer.get_vocab().values())
+            if known < base.config.get_text_config().vocab_size:  # embeddings are often larger than the tokenizer
+                self.decoding = self.decoding.knowing(known)
         if self.aux_loss_enabled:
             raise ValueError("the model adds a router loss, which is not supported; set router_aux_loss_coef=0.0")
         if args.disable_dropout:

@@ -341,6 +341,19 @@ def test_a_suppressed_token_is_out_of_the_distribution(temperature: float):
     torch.testing.assert_close(suppressed.trace.raw_log_prob, own[suppressed.canvas])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_m7_ids_that_the_tokenizer_does_not_know_are_not_drawn(temperature: float):
+    engine = table_engine(constant_table([0.3, 0.1, 5.0, 1.0]))
+    settings = {"canvas_length": 40, "steps": 20, "temperature": temperature, "stop_at_eos": False}
+    assert 2 in engine.generate([[0]], DecodingConfig(**settings)).canvas
+    known = engine.generate([[0]], DecodingConfig(known_tokens=2, **settings))
+    assert set(known.canvas.flatten().tolist()) <= {0, 1}
+    own = torch.tensor([0.3, 0.1, 5.0, 1.0], dtype=known.trace.raw_log_prob.dtype).log_softmax(-1)
+    torch.testing.assert_close(known.trace.raw_log_prob, own[known.canvas])  # they stay in the distribution
+    with pytest.raises(ValueError, match="known_tokens=0 is not allowed"):
+        DecodingConfig(known_tokens=0)
+
+
 def test_a_deferred_token_is_committed_last():
     # Offset 0 wants the end, and is surest of it; the others want token 0.
     def table(tokens: tuple[int, ...]) -> torch.Tensor:

@@ -370,3 +370,13 @@ def test_advantages_below_zero_may_count_less(make_trainer: Any, weight: float) 
 def test_a_negative_weight_of_advantages_is_refused(make_trainer: Any) -> None:
     with pytest.raises(ValueError, match=r"negative_advantage_weight=-1.0 is not allowed"):
         make_trainer(negative_advantage_weight=-1.0)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_m7_ids_behind_the_tokenizers_are_drawn_only_on_request(make_trainer: Any, draws: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    known = 1 + max(tokenizer.get_vocab().values())
+    model = tiny_llada(vocab_size=known + 400)  # most of the vocabulary decodes to nothing
+    trainer = make_trainer(model, max_steps=1, temperature=1.0, draw_unknown_tokens=draws)
+    rollout = trainer.rollout(["1", "2"] * 4)
+    assert bool((rollout.canvas >= known).any()) is draws
