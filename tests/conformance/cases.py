@@ -36,6 +36,9 @@ COVERED = {
     "llada": "LLaDA's sampler and its table of counts",
     "d1": "diffu-GRPO: samplers, log-probabilities, losses, rewards",
     "fastdllm": "confidence threshold, without cache and with prefix cache; the factor rule",
+    "sdar": "SDAR's sampler, on checkpoints of models/",
+    "llada2gen": "LLaDA2.0's sampler, on checkpoints of models/",
+    "llada21gen": "LLaDA2.1's sampler with editing, on checkpoints of models/",
     "wino": "WINO's drafts and checks",
     "klass": "KLASS: confident and stable",
     "saber": "Saber: faster, and back",
@@ -60,7 +63,6 @@ NOT_COVERED = {
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),
         "losses on recorded trajectories, and of methods without a trainer here",
     ),
-    **dict.fromkeys(("sdar", "llada2gen", "llada21gen"), "block models' own samplers, on checkpoints of models/"),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""

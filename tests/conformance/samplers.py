@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.noise import NoiseSource
@@ -134,6 +135,10 @@ class Optional(Protocol):
         """Instead of `Recorded.of`, for records of another form."""
         ...
 
+    def model(self, recorded: Recorded) -> tuple[Any, DiffusionSpec]:
+        """Instead of the tiny model: that of the record, scoring attached, and its spec."""
+        ...
+
     def noise(self, recorded: Recorded) -> NoiseSource | None:
         """What replays the recorded noise; by default there is none."""
         ...
@@ -163,8 +168,9 @@ def run_engine(recorded: Recorded, family: Family) -> Run:
         prompts.append(row[keys].tolist())
     config = family.config(recorded)
     noise = getattr(family, "noise", lambda recorded: None)(recorded)
-    rollout = RolloutEngine(denoiser(recorded.case), spec_of(recorded.case)).generate(prompts, config, noise=noise)
-    assert all(reason == "complete" for reason in rollout.stop_reason)
+    build = getattr(family, "model", lambda recorded: (denoiser(recorded.case), spec_of(recorded.case)))
+    rollout = RolloutEngine(*build(recorded)).generate(prompts, config, noise=noise)
+    assert config.stop_at_eos or all(reason == "complete" for reason in rollout.stop_reason)
     assert rollout.exact == (config.cache == "none")
     return getattr(family, "rows", rows_of)(recorded, rollout)
 
