@@ -24,7 +24,6 @@ from rl4dlm.grading.text import answer_or_text, completion_texts, parse_number, 
 from rl4dlm.tasks.gsm8k import gold_number
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-_SOFT = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
 _STRICT = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>"
 
 
@@ -92,7 +91,7 @@ def tag_count_compat(prompts: Sequence[Any], completions: Sequence[Any], **colum
 
 def soft_format_compat(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """d1's soft format: neither part may contain a line break."""
-    return _matching(_SOFT, completion_texts(completions))
+    return [0.5 if _soft_compat(text) else 0.0 for text in completion_texts(completions)]
 
 
 def strict_format_compat(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -126,6 +125,21 @@ def _soft(text: str) -> bool:
     # The first place where the parts meet leaves most text for what must follow, so that no other need be tried.
     meeting = re.compile(r"</reasoning>\s*<answer>").search(text, len("<reasoning>"))
     return text.startswith("<reasoning>") and meeting is not None and text.find("</answer>", meeting.end()) >= 0
+
+
+def _soft_compat(text: str) -> bool:
+    """Whether `<reasoning>.*?</reasoning>\\s*<answer>.*?</answer>` matches at the start, in linear time."""
+    line, broken, behind = text.partition("\n")
+    if not line.startswith("<reasoning>"):
+        return False
+    meeting = re.compile(r"</reasoning>[^\S\n]*<answer>").search(line, len("<reasoning>"))
+    if meeting is not None and line.find("</answer>", meeting.end()) >= 0:
+        return True
+    # A line break between the parts comes behind the last thing on the line.
+    if not broken or not line[len("<reasoning>") :].rstrip().endswith("</reasoning>"):
+        return False
+    answer = behind.lstrip().partition("\n")[0]
+    return answer.startswith("<answer>") and answer.find("</answer>", len("<answer>")) >= 0
 
 
 def _strict(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import time
 from functools import partial
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl4dlm.grading import load_reward
+from rl4dlm.grading import available_rewards, load_reward
 from rl4dlm.tasks import load_task
 from rl4dlm.training.checks import checked_rewards
 
@@ -113,3 +115,41 @@ def test_a7_reward_and_checker_of_countdown_read_the_same() -> None:
     for text in ("<answer>4*6*8</answer> <answer>", "<answer>4*6*8</answer><answer> </answer>", r"so \boxed{4*6*8}"):
         (paid,) = load_reward("countdown")(["?"], [text], numbers=[row["numbers"]], target=[row["target"]])
         assert paid == 1.0 and load_task("countdown").check(text, row) is True, text
+
+
+# --- A8: linear in the text -------------------------------------------------------------------------------------------
+
+PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "x", "\t", "\r"]
+
+
+def test_a8_the_soft_format_of_d1_is_its_regular_expression() -> None:
+    pattern, rng = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"), random.Random(0)
+    texts = ["<reasoning>" + "".join(rng.choices(PIECES, k=rng.randint(0, 9))) for _ in range(20_000)]
+    expected = [0.5 if pattern.match(text) else 0.0 for text in texts]
+    assert load_reward("gsm8k:soft_format_compat")(["?"] * len(texts), texts) == expected
+    assert 100 < expected.count(0.5) < 19_000
+
+
+UNITS = [
+    "</reasoning><answer>", "<answer>", "</answer>", "</reasoning>\n<answer>\n", r"\boxed{", "{", "(", "1", " ", "\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in available_rewards() if name != "speed"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_a8_every_reader_is_linear(name: str, unit: str) -> None:
+    columns = {
+        "answer": ["5"], "numbers": [[2, 3]], "target": [5], "puzzle": ["1040002001022000"],
+        "solution": ["1243342141322314"],
+    }  # fmt: skip
+    reward = load_reward(name)
+
+    def seconds(length: int) -> float:
+        text = "<reasoning>" + unit * (length // len(unit))
+        started = time.process_time()
+        reward(["?"], [text], **columns)
+        return time.process_time() - started
+
+    seconds(1000)
+    short, long = seconds(50_000), seconds(400_000)
+    assert long < 0.25 or long < 24 * short, (short, long)  # quadratic would be 64 times
