@@ -58,7 +58,7 @@ def test_1000_calls_of_the_engine() -> None:
     config = DecodingConfig(canvas_length=8, steps=4, cache="prefix", temperature=1.0)
     seen = []
     for call in range(1000):
-        engine.generate([[1, 2, 3], [4]], config, num_generations=2, seed=call)
+        engine.generate([[5, 6, 7], [8]], config, num_generations=2, seed=call)
         if call % 100 == 99:
             seen.append((resident(), open_files()))
     flat(seen)
