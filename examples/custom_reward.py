@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             beta=0.0,
             learning_rate=3e-3,
             logging_steps=10,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["digits: "] * 64, "target": [3] * 64}),

@@ -91,7 +91,7 @@ def build_trainer(options: argparse.Namespace, model: Any, tokenizer: Any, curve
         "save_strategy": "no",
         "report_to": "none",
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
     if options.train == "sft":
         sft = DiffusionSFTConfig(

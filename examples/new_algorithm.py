@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = StepwiseConfig(
         **{"output_dir": str(options.output), "max_steps": options.steps, "report_to": "none", "save_strategy": "no"},
         **{"max_completion_length": CELLS, "denoising_steps": 4, "num_generations": 8, "temperature": 1.0},
-        **{"per_device_train_batch_size": 64, "learning_rate": 2e-4, "bf16": False, "gradient_checkpointing": False},
+        **{"per_device_train_batch_size": 64, "learning_rate": 2e-4, "bf16": False, "activation_checkpointing": False},
     )
     rewards, puzzles = load_rewards(["few_clue_sudoku:units"]), demo_task().dataset("train").remove_columns("solution")
     trainer = StepwiseTrainer(model, rewards, args, puzzles, processing_class=tokenizer)

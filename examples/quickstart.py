@@ -29,7 +29,7 @@ from rl4dlm import (
     tiny_tokenizer,
 )
 
-COMMON = {"disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False, "bf16": False}
+COMMON = {"disable_tqdm": True, "save_strategy": "no", "activation_checkpointing": False, "bf16": False}
 
 
 class Show(TrainerCallback):

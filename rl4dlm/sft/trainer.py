@@ -59,7 +59,7 @@ from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
 from rl4dlm.training.losses import denoising_cross_entropy
 from rl4dlm.training.model_card import base_name, model_card
-from rl4dlm.training.precision import check_precision, settle_precision
+from rl4dlm.training.precision import check_precision, settle_checkpointing, settle_precision
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
 EOS_PADDING = ("none", "longest", "max_length", "canvas")
@@ -134,6 +134,7 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
         settle_precision(self)
+        settle_checkpointing(self)
         super().__post_init__()
         check_precision(self)
         if refused:

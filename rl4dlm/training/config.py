@@ -17,7 +17,7 @@ from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_max_skipped_steps
-from rl4dlm.training.precision import check_precision, settle_precision
+from rl4dlm.training.precision import check_precision, settle_checkpointing, settle_precision
 
 OVERLONG_PROMPTS = ("error", "filter")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -210,6 +210,7 @@ class DiffusionPolicyConfig(GRPOConfig):
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED, prefixes=("vllm_",))
         settle_precision(self)
+        settle_checkpointing(self)
         super().__post_init__()
         check_precision(self)
         if refused:

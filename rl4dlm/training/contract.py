@@ -52,7 +52,7 @@ def check_contract(
 
         raise ContractError(
             f"trl {trl.__version__} with transformers {transformers.__version__} lacks what this trainer builds on: "
-            f"{', '.join(missing)}. It was tested with trl 1.16 and transformers 5.23."
+            f"{', '.join(missing)}. It was tested with trl 1.16 and transformers 5.24."
         )
 
 

@@ -153,7 +153,7 @@ def test_splitting_a_batch_into_micro_batches_changes_nothing(
 def unsplit(build_trainer: Any, losses: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Losses and weights of a run whose steps take their whole batch at once, with gradient checkpointing on top."""
     folder = tmp_path_factory.mktemp("unsplit")
-    trainer = build_trainer(folder, max_steps=4, beta=0.04, gradient_checkpointing=True)
+    trainer = build_trainer(folder, max_steps=4, beta=0.04, activation_checkpointing=True)
     trainer.train()
     return losses(trainer), {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 

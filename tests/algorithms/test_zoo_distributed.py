@@ -43,7 +43,7 @@ def test_two_processes_equal_one(two: dict[str, Any], tmp_path: Path, name: str,
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], dict[str, Any]]:
     """Runs that score one view after another, in this process; adapters without checkpoints in their layers."""
-    plain = {"gradient_checkpointing": False, "one_view": True}
+    plain = {"activation_checkpointing": False, "one_view": True}
     return {
         (name, adapter): run(name, tmp_path_factory.mktemp("alone"), 1, adapter, **plain, **ONE_VIEW[name])
         for name in ONE_VIEW

@@ -83,7 +83,7 @@ def run(name: str, folder: Path, world_size: int, adapter: bool, model: Any = No
 def run_one_view(name: str, folder: Path, world_size: int, adapter: bool = False, **changes: Any) -> dict[str, Any]:
     """A run whose views are scored one after another; an adapter's with layers that are checkpointed re-entrantly."""
     if adapter:
-        changes |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        changes |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
         changes |= {"ddp_find_unused_parameters": False}  # with which DDP refuses re-entrant layers, views or not
     return run(name, folder, world_size, adapter, one_view=True, **ONE_VIEW[name], **changes)
 

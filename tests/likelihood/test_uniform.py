@@ -226,7 +226,7 @@ def trainer_of(folder: Path, peft: Any = None, kind: type = Recording, **changes
         "per_device_train_batch_size": 8,
         "num_iterations": 2,
         **SMALL_RUN,
-        "gradient_checkpointing": True,
+        "activation_checkpointing": True,
         "learning_rate": 0.05,
         "model_init_kwargs": {"dtype": "float32"},
         **changes,

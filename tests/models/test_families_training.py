@@ -66,7 +66,7 @@ def test_a_step_of_diffu_grpo(name: str, peft: bool, folder: Path, tmp_path: Pat
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"},
     )
-    assert args.gradient_checkpointing
+    assert args.activation_checkpointing
     prompts = Dataset.from_dict({"prompt": ["abc1", "de2", "fghi34", "j"]})
     settings = LoraConfig(r=2, target_modules=r".*self_attn\.(q|v)_proj") if peft else None
     trainer = DiffuGRPOTrainer(str(folder), reward, args, prompts, peft_config=settings)

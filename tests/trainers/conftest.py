@@ -38,7 +38,7 @@ def model_folder(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = {"max_steps": 2, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False, "logging_steps": 1}
+SMALL = {"max_steps": 2, "bf16": False, "disable_tqdm": True, "activation_checkpointing": False, "logging_steps": 1}
 
 
 @pytest.fixture

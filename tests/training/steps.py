@@ -24,7 +24,7 @@ SMALL_RUN = {
     "bf16": False,
     "use_cpu": True,
     "disable_tqdm": True,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
 }
 """Settings of a run of any trainer that is quick, quiet and kept nowhere."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from rl4dlm import DiffuGRPOConfig, DiffusionSFTConfig
 from rl4dlm.tracking import training
 from rl4dlm.tracking.printable import printable_entries
 
@@ -121,3 +123,21 @@ def test_a12_several_evaluation_sets_have_names_of_their_own(make_trainer: Calla
     assert "eval_reward" not in logged
     assert trainer.state.best_metric is not None
     assert trainer.evaluate(few(4))["eval_reward"] is not None, "one set alone keeps its name"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),  # TRL's default
+        ({"activation_checkpointing": False}, False),
+        ({"activation_checkpointing": True}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"gradient_checkpointing": True}, True),
+    ],
+)
+@pytest.mark.parametrize("config", [DiffuGRPOConfig, DiffusionSFTConfig])
+def test_p7_checkpointing_by_either_name_without_a_warning(config: Any, given: Any, expected: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        made = config(output_dir="unused", use_cpu=True, **given)
+    assert made.activation_checkpointing is expected and made.gradient_checkpointing is expected

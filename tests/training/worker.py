@@ -46,7 +46,7 @@ def runs(world_size: int) -> dict[str, dict[str, Any]]:
     return {
         "full": {**common, "log_completions": True, "log_replays": 3},
         "accumulated": {**common, "per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2},
-        "adapter": {**common, "adapter": True, "gradient_checkpointing": True},
+        "adapter": {**common, "adapter": True, "activation_checkpointing": True},
         "evaluated": {
             **common,
             "max_steps": 2,
