@@ -44,6 +44,7 @@ check_contract(
         "_get_output_dir": ["trial"],
         "_init_training_state": ["max_steps"],
         "_push_from_checkpoint": ["checkpoint_folder"],
+        "_run_epoch": [],
         "_save_checkpoint": ["model", "trial"],
     },
 )
@@ -212,6 +213,14 @@ class CheckpointingTrainer(Trainer):
         saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
         whole = int(saved.epoch or 0)
         return whole, round(((saved.epoch or 0) - whole) * saved.max_steps * self.args.gradient_accumulation_steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was killed behind its last checkpoint has nothing left to do; transformers trains a step before it
+        # looks at how many there are.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
 
 class ResumableGRPOTrainer(CheckpointingTrainer, GRPOTrainer):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerState
 
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
@@ -245,3 +246,22 @@ def test_r8_and_r3_hold_for_examples_too(losses: Any, tmp_path: Path, streamed: 
         again = build(tmp_path / "again")
         again.train(resume_from_checkpoint=True)
         assert losses(again) == losses(unbroken), step
+
+
+def test_r3_a_run_killed_behind_its_last_checkpoint_has_nothing_left_to_do(
+    finished: Any, build_trainer: Any, losses: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "run/checkpoint-4")
+    trainer = build_trainer(tmp_path / "run", **SAVING)
+    trainer.train(resume_from_checkpoint="latest")
+    assert trainer.state.global_step == 4 and losses(trainer) == finished[1]
+    saved = load_file(finished[0] / "checkpoint-4" / "model.safetensors")
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(trained[name].cpu(), value) for name, value in saved.items())
+
+
+def test_r3_a_finished_run_goes_on_with_more_steps(finished: Any, build_trainer: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "run/checkpoint-4")
+    trainer = build_trainer(tmp_path / "run", **{**SAVING, "max_steps": 6})
+    trainer.train(resume_from_checkpoint="latest")
+    assert trainer.state.global_step == 6
