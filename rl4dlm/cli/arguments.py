@@ -220,7 +220,8 @@ def load_splits(arguments: DataArguments, *, evaluating: bool) -> tuple[Dataset 
                 f"dataset_test_split={split!r}: task {task.name!r} has no such split to evaluate on while training; "
                 f"its splits: {', '.join(task.splits)}"
             )
-        return task.dataset(arguments.dataset_train_split), task.dataset(split) if evaluating else None
+        measured_on = task.dataset(split) if evaluating else None  # first: what it lacks is said before more is read
+        return task.dataset(arguments.dataset_train_split), measured_on
     assert arguments.dataset_name is not None
     read = _reader("dataset_name", arguments.dataset_name, arguments.dataset_config)
     held_out = None

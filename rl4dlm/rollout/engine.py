@@ -187,6 +187,7 @@ class RolloutEngine:
             seed=seed,
             mask_token_id=self.spec.mask_token_id,
             weight_version=self.weight_version,
+            decoding=config,
         )
 
     def _check(

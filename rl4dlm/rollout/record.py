@@ -70,6 +70,7 @@ class Record:
     log_prob: Tensor  # [N, L]
     confidence: Tensor  # [N, L]
     entropy: Tensor  # [N, L]
+    block_stop: Tensor  # [N, L]
     steps: Tensor  # [N]
     nfe: Tensor  # [N]
     extra_forwards: Tensor  # [N]
@@ -95,6 +96,7 @@ class Record:
             log_prob=torch.zeros(shape, dtype=dtype, device=device),
             confidence=torch.zeros(shape, dtype=dtype, device=device),
             entropy=torch.zeros(shape, dtype=dtype, device=device),
+            block_stop=torch.full(shape, -1, dtype=torch.long, device=device),
             steps=per_row(),
             nfe=per_row(),
             extra_forwards=per_row(),
@@ -125,6 +127,7 @@ class Record:
             length=self.length if resizes else None,
             confidence=self.confidence,
             entropy=self.entropy,
+            block_stop=self.block_stop,
         )
 
     def stop_reasons(self) -> list[StopReason]:

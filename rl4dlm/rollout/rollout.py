@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rl4dlm.rollout.decoding import DecodingConfig
 
 
 class StopReason(StrEnum):
@@ -110,6 +113,8 @@ class Trace:
         confidence: float `[N, L]`, probability of each token when it was committed, under the untempered softmax after
             guidance and options, which schedules look at; 0 at -1. None where a canvas of random tokens is refined.
         entropy: float `[N, L]`, of that softmax, in nats. None likewise.
+        block_stop: long `[N, L]`, end of the block that was active when each token was committed, a canvas offset, so
+            that blocks that are not on a grid can be told; -1 at -1. None likewise.
     """
 
     commit_step: Tensor
@@ -123,6 +128,7 @@ class Trace:
     length: Tensor | None = None
     confidence: Tensor | None = None
     entropy: Tensor | None = None
+    block_stop: Tensor | None = None
 
 
 @dataclass
@@ -144,6 +150,7 @@ class Rollout:
             approximate and for schedules that feed something else than tokens.
         seed: of the run. weight_version: the engine's, as set by its owner.
         mask_token_id: of the model; None if it has none.
+        decoding: the `DecodingConfig` that it was decoded with, its blocks those of the model.
     """
 
     prompt_ids: list[list[int]]
@@ -161,6 +168,7 @@ class Rollout:
     mask_token_id: int | None
     extra_forwards: Tensor
     weight_version: int | None = None
+    decoding: DecodingConfig | None = None
 
     def __len__(self) -> int:
         return len(self.canvas)
@@ -204,6 +212,7 @@ class Rollout:
             "length",
             "confidence",
             "entropy",
+            "block_stop",
         )
         trace: dict[str, Any] = {name: picked(getattr(mine, name), getattr(others, name)) for name in per_row}
         selections = _as_wide(mine.selection_log_prob, others.selection_log_prob, mine.raw_log_prob, len(other))

@@ -31,7 +31,7 @@ CANDIDATES = "candidates"
 _ROWS = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
     "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "unsettled", "stalled",
-    "staying", "done", "reason", "commit_step", *KEPT,
+    "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
 )  # fmt: skip
 """What is kept per row, first axis R."""
 
@@ -120,6 +120,7 @@ class Rows:
         self.staying, self.done = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
         self.unsettled = torch.full((rows,), -1, device=device)  # first column whose stored keys may still change
         self.commit_step = torch.full((rows, length), -1, device=device)
+        self.block_stop = torch.full((rows, length), -1, device=device)
         self.raw_log_prob, self.log_prob, self.confidence, self.entropy = (
             torch.zeros(rows, length, dtype=record.raw_log_prob.dtype, device=device) for _ in KEPT
         )
@@ -172,7 +173,7 @@ class Rows:
         record.canvas[slots, :width] = torch.where(self.offsets < length[:, None], canvas, unwritten)
         record.hinted[slots] = False
         record.hinted[slots, :width] = self.locked[finished]
-        for name in ("commit_step", *KEPT):
+        for name in ("commit_step", "block_stop", *KEPT):
             getattr(record, name)[slots, :width] = getattr(self, name)[finished]
         reason = self.reason[finished]
         early = masked.any(-1) | (length < record.start_length[slots])
@@ -220,6 +221,7 @@ class Rows:
         self.locked = moved(self.locked, source, False) | (inserted & given[:, None])
         self.choice = moved(self.choice, source, -1)
         self.commit_step = moved(self.commit_step, source, -1)
+        self.block_stop = moved(self.block_stop, source, -1)
         for name in KEPT:
             setattr(self, name, moved(getattr(self, name), source, 0.0))
         self.memory.move(source)

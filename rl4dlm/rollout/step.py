@@ -89,6 +89,7 @@ class Batch(Feed):
         kept, lost = new & ~remask, remask
         dtype = self.raw_log_prob.dtype
         self.commit_step = torch.where(kept, self.total_step[:, None], self.commit_step).masked_fill(lost, -1)
+        self.block_stop = torch.where(kept, self.stop[:, None], self.block_stop).masked_fill(lost, -1)
         for name in KEPT:
             drawn = getattr(step.drawn, name).to(dtype)
             setattr(self, name, torch.where(kept, drawn, getattr(self, name)).masked_fill(lost, 0.0))

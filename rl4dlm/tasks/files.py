@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,32 @@ def read_hub(hub_id: str, config: str | None, split: str) -> list[dict[str, Any]
 
     configs = [config] if config else get_dataset_config_names(hub_id)
     return [row for name in configs for row in load_dataset(hub_id, name, split=split)]
+
+
+def check_held_out(size: Any) -> None:
+    """Raises ValueError for a `validation_size` that is no whole number from 0 on."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"validation_size={size!r} is not allowed; it must be a whole number, 0 (none) or larger")
+
+
+def with_validation(
+    task: str, read: Callable[[str], list[dict[str, Any]]], split: str, files: Collection[str], size: int
+) -> list[dict[str, Any]]:
+    """The rows of a split, where the validation split is the end of the training split unless it has a file.
+
+    Raises ValueError where the validation split is neither, or the training split has not so many rows.
+    """
+    if split == "test" or "validation" in files or (split == "train" and not size):
+        return read(split)
+    if not size:
+        raise ValueError(
+            f"task {task!r} has no split 'validation' of its own; set validation_size to hold out rows of its training "
+            "split, name a file for it in path, or evaluate on another split"
+        )
+    rows = read("train")
+    if len(rows) <= size:
+        raise ValueError(f"validation_size={size} leaves nothing of the {len(rows)} rows of the training split")
+    return rows[-size:] if split == "validation" else rows[:-size]
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

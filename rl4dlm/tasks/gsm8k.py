@@ -14,7 +14,7 @@ from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.text import hash_answer, last_boxed, last_number, parse_number, read_number
 from rl4dlm.tasks import prompts
 from rl4dlm.tasks.base import Row, Task, check_size, check_style
-from rl4dlm.tasks.files import Paths, files_by_split, read_hub, read_rows
+from rl4dlm.tasks.files import Paths, check_held_out, files_by_split, read_hub, read_rows, with_validation
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,37 @@ class GSM8K(Task):
         size: at most this many rows, from the beginning.
         path: a CSV, JSON, JSONL or parquet file with columns `question` and `answer` for the test split, or a mapping
             from splits to files. Splits without a file come from the hub.
+        validation_size: rows at the end of the training split that are the validation split instead, where `path` names
+            no file for it. The papers train on all of them, with 0, and choose checkpoints on test data.
         hub_id: dataset on the hub with the same columns.
         hub_config: its configuration.
     """
 
     name: ClassVar[str] = "gsm8k"
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
 
     style: str = "d1"
     size: int | None = None
     path: Paths = None
     hub_id: str = "openai/gsm8k"
     hub_config: str | None = "main"
+    validation_size: int = 0
 
     def __post_init__(self) -> None:
         check_style(self.style, prompts.MATH_STYLES)
         check_size(self.size)
         files_by_split(self.path, self.splits)
+        check_held_out(self.validation_size)
 
     def _rows(self, split: str) -> list[Row]:
         files = files_by_split(self.path, self.splits)
-        if split in files:
-            source = read_rows(files[split], "question", "answer")
-        else:
-            source = read_hub(self.hub_id, self.hub_config, split)
+
+        def read(split: str) -> list[Row]:
+            if split in files:
+                return read_rows(files[split], "question", "answer")
+            return read_hub(self.hub_id, self.hub_config, split)
+
+        source = with_validation(self.name, read, split, files, self.validation_size)
         rows = []
         for row in source[: self.size]:
             solution = as_text(row["answer"]) or ""

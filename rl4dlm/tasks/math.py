@@ -15,7 +15,7 @@ from rl4dlm.grading.latex import equivalent
 from rl4dlm.grading.text import answer_or_text, last_answer_block, last_boxed
 from rl4dlm.tasks import prompts
 from rl4dlm.tasks.base import Row, Task, check_size, check_style
-from rl4dlm.tasks.files import Paths, files_by_split, read_hub, read_rows
+from rl4dlm.tasks.files import Paths, check_held_out, files_by_split, read_hub, read_rows, with_validation
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,15 @@ class Math(Task):
         path: a CSV, JSON, JSONL or parquet file with columns `problem` and `solution` for the test split, or a mapping
             from splits to files. A column `answer` comes before the last box of the solution. Splits without a file
             come from the hub.
+        validation_size: rows at the end of the training split that are the validation split instead, where `path` names
+            no file for it. The papers train on all of them, with 0, and choose checkpoints on test data.
         hub_id: dataset on the hub for training, all its configurations; d1 trained on "ankner/math-500".
         test_hub_id: dataset on the hub for test.
         deadline: seconds that comparing one answer may take; one that takes longer is wrong.
     """
 
     name: ClassVar[str] = "math"
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
 
     style: str = "d1"
     size: int | None = None
@@ -42,20 +44,25 @@ class Math(Task):
     hub_id: str = "EleutherAI/hendrycks_math"
     test_hub_id: str = "HuggingFaceH4/MATH-500"
     deadline: float = 5.0
+    validation_size: int = 0
 
     def __post_init__(self) -> None:
         check_style(self.style, prompts.MATH_STYLES)
         check_size(self.size)
         files_by_split(self.path, self.splits)
+        check_held_out(self.validation_size)
         if not 0 < self.deadline < float("inf"):
             raise ValueError(f"deadline={self.deadline} seconds; it must be positive and finite")
 
     def _rows(self, split: str) -> list[Row]:
         files = files_by_split(self.path, self.splits)
-        if split in files:
-            source = read_rows(files[split], "problem", "solution")
-        else:
-            source = read_hub(self.test_hub_id if split == "test" else self.hub_id, None, split)
+
+        def read(split: str) -> list[Row]:
+            if split in files:
+                return read_rows(files[split], "problem", "solution")
+            return read_hub(self.test_hub_id if split == "test" else self.hub_id, None, split)
+
+        source = with_validation(self.name, read, split, files, self.validation_size)
         return [
             {
                 "prompt": prompts.math(row["problem"], style=self.style, evaluation=split != "train"),

@@ -44,7 +44,7 @@ def test_p5_a_checkpoint_is_not_chosen_on_test_data() -> None:
     asked = DataArguments(task="countdown", task_args={"size": 2}, dataset_test_split="test")
     assert load_splits(asked, evaluating=True)[1]["prompt"] == task.dataset("test")["prompt"]  # type: ignore[index]
     assert DataArguments(dataset_name="x").dataset_test_split == "test"
-    with pytest.raises(ValueError, match="dataset_test_split='validation': task 'gsm8k' has no such split"):
+    with pytest.raises(ValueError, match="'gsm8k' has no split 'validation' of its own; set validation_size"):
         load_splits(DataArguments(task="gsm8k"), evaluating=True)
 
 

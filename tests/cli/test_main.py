@@ -125,7 +125,7 @@ def test_m8_merge_writes_the_model_that_an_adapter_makes(tmp_path, capsys):
         assert capsys.readouterr().out == f"written to {target}\n"
         merged = load_denoiser(target)
         assert type(merged) is type(load_denoiser(base)) and load_tokenizer(target).mask_token_id == 2
-        torch.testing.assert_close(merged(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(merged(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=0, atol=2e-4)
     for source, place, said in (
         (base, target, "nothing to merge"),
         (adapter, adapter, "is the adapter;"),

@@ -151,6 +151,18 @@ def test_a_rollout_says_how_it_came_about():
     assert engine.generate(PROMPTS, DecodingConfig(canvas_length=4)).exact
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_m5_the_record_has_the_block_of_each_token_and_the_settings(name: str):
+    decoding, rollout = decoded(name)
+    size = decoding.block_length or decoding.canvas_length
+    assert rollout.decoding == decoding
+    slots = torch.arange(rollout.canvas.shape[1])
+    expected = ((slots // size + 1) * size).clamp(max=decoding.canvas_length).expand_as(rollout.canvas)
+    written = rollout.trace.commit_step >= 0
+    assert torch.equal(rollout.trace.block_stop[written], expected[written])
+    assert bool((rollout.trace.block_stop[~written] == -1).all())
+
+
 def test_reasons_of_stopping_are_an_enumeration_of_plain_strings():
     _, rollout = decoded("greedy")
     assert all(isinstance(reason, StopReason) for reason in rollout.stop_reason)

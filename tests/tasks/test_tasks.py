@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -62,8 +63,23 @@ def test_malformed_file_is_an_error_that_names_it(tmp_path: Path, content: str) 
 def test_unknown_split_lists_the_splits() -> None:
     with pytest.raises(ValueError, match="'dev'; its splits: train, validation, test"):
         load_task("countdown").dataset("dev")
-    with pytest.raises(ValueError, match="'validation'; its splits: train, test"):
+    with pytest.raises(ValueError, match="'gsm8k' has no split 'validation' of its own; set validation_size"):
         load_task("gsm8k").rows("validation")
+
+
+@pytest.mark.parametrize(("name", "columns"), [("gsm8k", ("question", "answer")), ("math", ("problem", "solution"))])
+def test_p5_validation_rows_are_held_out_of_training(tmp_path: Path, name: str, columns: tuple[str, str]) -> None:
+    rows = [dict(zip(columns, (f"{i}?", rf"\\boxed{{{i}}} #### {i}"), strict=True)) for i in range(10)]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(rows))
+    task = load_task(name, path={"train": path}, validation_size=3)
+    asked = {split: [row[columns[0]] for row in task.rows(split)] for split in ("train", "validation")}
+    assert asked == {"train": [f"{i}?" for i in range(7)], "validation": ["7?", "8?", "9?"]}
+    assert len(load_task(name, path={"train": path}).rows("train")) == 10
+    with pytest.raises(ValueError, match="validation_size=10 leaves nothing"):
+        load_task(name, path={"train": path}, validation_size=10).rows("train")
+    with pytest.raises(ValueError, match="validation_size=-1 is not allowed"):
+        load_task(name, validation_size=-1)
 
 
 def test_metric_over_nothing_is_nan() -> None:
