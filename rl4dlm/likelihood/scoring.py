@@ -44,6 +44,7 @@ def score_views(
     prompt_lengths: Tensor | None = None,
     next_tokens: Tensor | None = None,
     one_view: bool = False,
+    unseen: Tensor | None = None,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
 
@@ -64,6 +65,7 @@ def score_views(
             for attention `context_causal`, where the clean copy is causal. The first column cannot be.
         one_view: score the views one after another inside the wrapped forward, each computed again in the backward
             pass: the memory of one view instead of K, for the time of one more forward. Numbers are the same.
+        unseen: bool `[B, T, T]`, tokens that do not see each other besides; for full attention.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -93,7 +95,8 @@ def score_views(
     def forward(rows: slice) -> ViewScores:
         batch = ids[rows], attention_mask[rows], views[rows], prompt_lengths[rows]
         following = None if next_tokens is None else next_tokens[rows]
-        return _forward(model, spec, *batch, temperature, cfg_scale, following, one_view)
+        hidden_pairs = None if unseen is None else unseen[rows]
+        return _forward(model, spec, *batch, temperature, cfg_scale, following, one_view, hidden_pairs)
 
     if rows_per_forward is None or rows_per_forward >= len(ids):
         return forward(slice(None))
@@ -119,6 +122,7 @@ def _forward(
     cfg_scale: float,
     next_tokens: Tensor | None,
     one_view: bool,
+    unseen: Tensor | None,
 ) -> ViewScores:
     batch, num_views, length = views.hidden.shape
     canvas = views.weight.shape[2]
@@ -141,6 +145,8 @@ def _forward(
         extra["score_next_tokens"] = next_tokens.new_zeros(batch, num_views, length)
         extra["score_next_tokens"][:, 0] = next_tokens
         extra["score_next_tokens"] = extra["score_next_tokens"].flatten(0, 1)
+    if unseen is not None:
+        extra["score_unseen"] = unseen.repeat_interleave(num_views, dim=0).repeat(copies, 1, 1)
     if one_view and num_views > 1:  # rows are b * K + k, so that every K-th row is a view of each sequence
         extra["score_in_turn"] = num_views
     scores = model(

@@ -76,10 +76,11 @@ class Sight(NamedTuple):
     horizons: Tensor  # long [R, Q], of queries
     blocks: Tensor | None = None  # long [R, S], start of a noisy token's block, NOWHERE for clean ones; then Q = S
     hidden: Tensor | None = None  # long [R, Q], the one key that a query does not see, by its index; -1 for none
+    unseen: Tensor | None = None  # bool [R, Q, S], keys that a query does not see besides
 
     def at(self, queries: Tensor, keys: Tensor | None = None) -> Sight:
         """For some columns (long `[R, q]`) as queries only, and if given for some (long `[R, s]`) as keys only."""
-        assert self.blocks is None and self.hidden is None
+        assert self.blocks is None and self.hidden is None and self.unseen is None
         places = self.places if keys is None else self.places.gather(-1, keys)
         return Sight(places, self.horizons.gather(-1, queries))
 
@@ -210,6 +211,8 @@ def _rule(keys: Tensor, sight: Sight | None) -> Callable[[Tensor, Tensor, Tensor
             seen = seen | (noisy & (sight.blocks[row, key] == sight.blocks[row, query]))
         if sight.hidden is not None:
             seen = seen & (sight.hidden[row, query] != key)
+        if sight.unseen is not None:
+            seen = seen & ~sight.unseen[row, query, key]
         return real & seen
 
     return visible

@@ -74,6 +74,8 @@ def attach_scoring(model: Any) -> Any:
       causal: tokens also scored given those before them in the clean copy, as a causal model does and whatever the
       shift. Their entries come behind those of `score_positions`. The first column has no predecessor.
 
+    - `score_unseen`: bool `[R, T, T]`, for full attention: pairs of a query and a key that are hidden from each other
+      besides;
     - `score_in_turn`: int K; the rows are scored in K forwards of every K-th row each, one after the other, and each is
       computed again in the backward pass, so that activations of one forward at a time are in memory. It is still one
       call of the wrapped model before one backward pass. Not together with `score_next_tokens`.
@@ -163,6 +165,7 @@ def _score(
     score_prompt_lengths: Tensor | None = None,
     score_clean_ids: Tensor | None = None,
     score_next_tokens: Tensor | None = None,
+    score_unseen: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     rows, columns = score_positions.nonzero(as_tuple=True)
@@ -199,6 +202,13 @@ def _score(
         keys = torch.cat([keys[:, first:], keys], dim=1)
     elif keys is not None:
         sight = one_copy(spec, position_ids, score_prompt_lengths)
+    if score_unseen is not None:
+        if sight is not None or keys is None:
+            raise ValueError(
+                "score_unseen has a meaning for attention full and a 2-D attention_mask only; here attention="
+                f"{spec.attention!r}"
+            )
+        sight = Sight(torch.zeros_like(input_ids), torch.ones_like(input_ids), unseen=score_unseen)
     if keys is not None:
         attention_mask = build_mask(keys, input_ids.shape[1], model.config._attn_implementation, model.dtype, sight)
     if kwargs.get("inputs_embeds") is None:

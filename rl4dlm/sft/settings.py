@@ -16,6 +16,7 @@ from typing import Any
 from rl4dlm.likelihood.complementary import check_context
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.sft.annealing import check_annealing
 
 LOSS_WEIGHTS = ("1/t", "none", "cart")
 NOISE_LEVELS = ("row", "block")
@@ -43,6 +44,8 @@ class AdaptationSettings:
         block_length_schedule: pairs [step, block length]: from that optimizer step on, attention blocks have that
             length; the first step is 0. JSON on the command line. The model's `config.diffusion` follows, so that a
             checkpoint says what it was trained with last. None: the model's own.
+        attention_annealing_steps: optimizer steps in which attention opens up from causal to full, for a model that was
+            autoregressive (DiffuLLaMA, arXiv 2410.17891); see `rl4dlm.sft.annealing`. 0: full from the start.
         ar_loss_weight: weight of the next-token loss of the clean copy, added to the loss; it needs attention
             `context_causal`, whose clean copy is causal (NBDiff). 0: off.
     """
@@ -71,6 +74,9 @@ class AdaptationSettings:
         default=None,
         metadata={"help": "Pairs [step, block length] in JSON: length of the attention blocks from that step on."},
     )
+    attention_annealing_steps: int = field(
+        default=0, metadata={"help": "Steps in which attention opens up from causal to full. 0: full from the start."}
+    )
     ar_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the next-token loss on the clean copy (context_causal attention)."}
     )
@@ -81,6 +87,7 @@ class AdaptationSettings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {', '.join(allowed)}")
         check_context("cart_p", self.cart_p)
+        check_annealing(self.attention_annealing_steps)
         if self.loss_weight != "cart" and self.cart_p != CART_P:
             raise ValueError(
                 f"cart_p={self.cart_p} has no effect with loss_weight={self.loss_weight!r}, only with cart"
@@ -114,6 +121,11 @@ class AdaptationSettings:
                     f"{setting} needs a model that denoises block by block (attention {' or '.join(BLOCK_KINDS)}); "
                     f"this one has attention={spec.attention!r}"
                 )
+        if self.attention_annealing_steps and spec.attention != "full":
+            raise ValueError(
+                f"attention_annealing_steps={self.attention_annealing_steps} needs attention 'full', to which it "
+                f"leads; this model has attention={spec.attention!r}"
+            )
         if self.ar_loss_weight > 0 and spec.attention != "context_causal":
             raise ValueError(
                 f"ar_loss_weight={self.ar_loss_weight} needs attention 'context_causal', in which the clean copy of a "

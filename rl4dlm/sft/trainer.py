@@ -41,6 +41,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import record_taught
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import keyed_uniform
+from rl4dlm.sft.annealing import unseen_pairs
 from rl4dlm.sft.data import (
     LEVEL_UNIT,
     NOT_A_TARGET,
@@ -328,6 +329,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckpointingTrainer, SFTTrainer):
             views,
             prompt_lengths=_prompt_lengths(inputs),
             next_tokens=_followers(targets) if ar_weight else None,
+            unseen=self._unseen(inputs),
         )
         count = targets.sum() if num_items_in_batch is None else num_items_in_batch
         if num_items_in_batch is None and self.args.loss_weight == "cart" and self.model.training:
@@ -341,6 +343,12 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckpointingTrainer, SFTTrainer):
             loss = loss * self.accelerator.num_processes  # the denominator is global, and DDP averages gradients
         self._log(scores, views, inputs)
         return loss
+
+    def _unseen(self, inputs: Any) -> Tensor | None:
+        """Pairs of tokens that are hidden from each other while attention is annealed, in training."""
+        steps = self.args.attention_annealing_steps if self.model.training else 0
+        width = inputs["input_ids"].shape[1]
+        return unseen_pairs(self.args.seed, inputs["example_id"], self.state.global_step, steps, width)
 
     def _truncated(self, inputs: Any, place: int) -> Any:
         """A micro-batch whose completions are cut or padded to the length of a random one of them."""
