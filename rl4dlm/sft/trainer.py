@@ -57,10 +57,10 @@ from rl4dlm.sft.settings import AdaptationSettings
 from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
-from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_max_skipped_steps
+from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_guard
 from rl4dlm.training.losses import denoising_cross_entropy
 from rl4dlm.training.model_card import base_name, model_card
-from rl4dlm.training.precision import check_precision, settle_checkpointing, settle_precision
+from rl4dlm.training.precision import check_precision, settle
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
 EOS_PADDING = ("none", "longest", "max_length", "canvas")
@@ -134,14 +134,12 @@ class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
-        settle_precision(self)
-        settle_checkpointing(self)
+        settle(self)
         super().__post_init__()
         check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
-        check_max_skipped_steps(self.max_skipped_steps)
-        self.logging_nan_inf_filter = False  # it logs 0 in the place of a loss that is not finite
+        check_guard(self)
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
             raise ValueError(
                 "dataset_kwargs={'skip_prepare_dataset': True} is not supported: examples must be numbered. A dataset "
@@ -331,6 +329,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckpointingTrainer, SFTTrainer):
             next_tokens=_followers(targets) if ar_weight else None,
             unseen=self._unseen(inputs),
         )
+        self.note({"score": scores.log_probs}, inputs["example_id"])
         count = targets.sum() if num_items_in_batch is None else num_items_in_batch
         if num_items_in_batch is None and self.args.loss_weight == "cart" and self.model.training:
             count = views.hidden.sum()

@@ -16,8 +16,8 @@ from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
-from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_max_skipped_steps
-from rl4dlm.training.precision import check_precision, settle_checkpointing, settle_precision
+from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
+from rl4dlm.training.precision import check_precision, settle
 
 OVERLONG_PROMPTS = ("error", "filter")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -209,14 +209,12 @@ class DiffusionPolicyConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refused = set_but_not_supported(self, _NOT_SUPPORTED, prefixes=("vllm_",))
-        settle_precision(self)
-        settle_checkpointing(self)
+        settle(self)
         super().__post_init__()
         check_precision(self)
         if refused:
             raise ValueError("; ".join(refused))
-        check_max_skipped_steps(self.max_skipped_steps)
-        self.logging_nan_inf_filter = False  # it logs 0 in the place of a loss that is not finite
+        check_guard(self)
         if self.router_aux_loss_coef:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is not supported; allowed: None or 0")
         if self.max_completion_length is None:

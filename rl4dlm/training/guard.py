@@ -54,12 +54,14 @@ class GuardedTrainer(Trainer):
     _noted: list[tuple[str, Tensor, Tensor | None]] | None = None
 
     def note(self, parts: Mapping[str, Tensor], rows: Tensor | None = None) -> None:
-        """Remembers what a loss is made of, in that order, until the step is known to be finite.
+        """Remembers what a loss is made of, in that order, until the step is known to be finite; nothing in evaluation.
 
         Args:
             parts: what it is called in the message -> tensors whose first dimension is the rows, or scalars.
             rows: ids of the rows, `[B]`.
         """
+        if not self.model.training:
+            return
         self._noted = self._noted if self._noted is not None else []
         for name, value in parts.items():
             flat = value.detach().reshape(len(value), -1) if value.dim() else value.detach().reshape(1, 1)
@@ -141,8 +143,10 @@ class GuardedTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
 
-def check_max_skipped_steps(value: Any) -> None:
-    """Raises ValueError if the setting is no positive whole number."""
+def check_guard(config: Any) -> None:
+    """Switches off the filter of the log; raises ValueError for a `max_skipped_steps` that is no positive number."""
+    config.logging_nan_inf_filter = False  # it logs 0 in the place of a loss that is not finite
+    value = config.max_skipped_steps
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"max_skipped_steps={value!r} is not allowed; it must be a whole number, 1 or larger")
 

@@ -11,6 +11,12 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 
 
+def settle(config: Any) -> None:
+    """`settle_precision` and `settle_checkpointing`, before `__post_init__`."""
+    settle_precision(config)
+    settle_checkpointing(config)
+
+
 def settle_precision(config: Any) -> None:
     """Sets `bf16` where it is None: on for a GPU that has it, off elsewhere and with `fp16`. Before `__post_init__`."""
     if config.bf16 is None:

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 guard_worker.py RESULTS.pt [deepspeed.json]
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ def run(folder: Path, broken: tuple[int, ...], deepspeed: str | None) -> dict[st
     weights: list[torch.Tensor] = []
 
     def remember(*_: Any) -> None:
-        with torch.no_grad():
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        whole = contextlib.nullcontext()
+        if deepspeed:  # ZeRO-3 shows its weights only so
+            import deepspeed as zero
+
+            whole = zero.zero.GatheredParameters(list(policy.parameters()))
+        with torch.no_grad(), whole:
             found = [
                 p.detach().float().reshape(-1).clone()
                 for p in trainer.accelerator.unwrap_model(trainer.model).parameters()

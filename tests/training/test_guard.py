@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer, tiny_llada, tiny_tokenizer
 from rl4dlm.training.guard import NonFiniteError
 from tests.launch import launch
+from tests.training.conftest import prompts
 from tests.training.steps import SMALL_RUN
 
 WORKER = Path(__file__).parent / "guard_worker.py"
@@ -177,14 +179,15 @@ def test_r1_the_filter_of_the_log_is_off(make_trainer: Callable[..., Any]) -> No
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [None, 2])
+@pytest.mark.parametrize("stage", [None, 2, 3])
 def test_r1_nan_on_one_of_two_processes_skips_the_step_on_both(tmp_path: Path, stage: int | None) -> None:
     arguments: list[Any] = [tmp_path / "results.pt"]
     if stage is not None:
         if not importlib.util.find_spec("deepspeed"):
             pytest.skip("deepspeed is not installed")
         arguments.append(tmp_path / "deepspeed.json")
-        arguments[-1].write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage}}))
+        gather = {"stage3_gather_16bit_weights_on_model_save": stage == 3}
+        arguments[-1].write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage, **gather}}))
     launch(WORKER, tmp_path, *arguments)
     first, second = torch.load(tmp_path / "results.pt", weights_only=False)
     assert first["world_size"] == 2
@@ -194,3 +197,36 @@ def test_r1_nan_on_one_of_two_processes_skips_the_step_on_both(tmp_path: Path, s
         assert all(seen.isfinite().all() for seen in weights)
         assert torch.equal(weights[-1], first["weights"][-1])
     assert [entry["diffusion/skipped_steps"] for entry in first["log"]] == [0, 1, 1, 1]
+
+
+def test_r1_an_evaluation_that_is_not_finite_leaves_training_alone(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(max_steps=3, eval_dataset=prompts(4), eval_strategy="steps", eval_steps=1)
+    inner = trainer.loss
+
+    def loss(scores: Any, batch: Any) -> torch.Tensor:
+        found = inner(scores, batch)
+        return found if trainer.model.training else found * math.nan
+
+    trainer.loss = loss
+    trainer.train()
+    assert trainer._skipped_steps == 0
+    trainer.evaluate()
+    assert not trainer._noted, "nothing is remembered"
+
+
+def test_r1_examples_of_supervised_training_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _ = sft(tmp_path, set(), max_steps=2)
+    inner = trainer.draw
+
+    def draw(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            head = trainer.model.get_output_embeddings().weight
+            head[:] = math.nan if trainer.state.global_step == 1 else head
+        return inner(inputs, *args, **kwargs)
+
+    trainer.draw = draw
+    with caplog.at_level(logging.WARNING, logger="rl4dlm.training.guard"), pytest.raises(NonFiniteError):
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+    assert re.search(r"the score of rows \d+.* is not finite on process 0", caplog.text)
+    assert not (tmp_path / "final").exists()
