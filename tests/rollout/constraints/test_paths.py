@@ -41,16 +41,29 @@ def test_m9_a_canvas_that_can_be_completed_is(seed: int, temperature: float) -> 
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_m9_edges_without_a_drawable_token_are_no_way(seed: int) -> None:
+@pytest.mark.parametrize("how", ["suppressed", "unknown"])
+def test_m9_edges_without_a_drawable_token_are_no_way(seed: int, how: str) -> None:
     allowed, automaton, model = scenario(seed)
-    suppressed = seed % MASK
-    possible = {one for one in allowed if suppressed not in one}
-    config = DecodingConfig(canvas_length=LENGTH, steps=2, suppress_token_ids=(suppressed,), stop_at_eos=False)
+    banned = seed % MASK if how == "suppressed" else MASK - 1
+    settings = {"suppress_token_ids": (banned,)} if how == "suppressed" else {"known_tokens": banned}
+    possible = {one for one in allowed if banned not in one}
+    config = DecodingConfig(canvas_length=LENGTH, steps=2, stop_at_eos=False, **settings)
     rollout = RolloutEngine(model).generate([[1]], config, constraint=automaton)
     if possible:
         assert rollout.stop_reason == ["complete"] and tuple(rollout.canvas[0].tolist()) in possible
     else:
         assert rollout.stop_reason == ["constraint_dead_end"]
+
+
+@pytest.mark.parametrize("how", ["suppressed", "unknown"])
+def test_m9_a_token_that_may_not_be_drawn_is_not_chosen_however_probable(how: str) -> None:
+    settings = {"suppress_token_ids": (2,)} if how == "suppressed" else {"known_tokens": 2}
+    model = TableModel(constant_table([0.0, 1.0, 9.0, 8.0, 0.0, 0.0]), VOCAB, mask_token_id=MASK, eos_token_ids=(4,))
+    config = DecodingConfig(canvas_length=1, steps=1, stop_at_eos=False, **settings)
+    either = any_of(literal([0]), literal([2]))
+    assert RolloutEngine(model).generate([[1]], config, constraint=either).canvas.tolist() == [[0]]
+    rollout = RolloutEngine(model).generate([[1]], config, constraint=literal([2]))
+    assert rollout.stop_reason == ["constraint_dead_end"]
 
 
 @pytest.mark.parametrize("seed", range(30))
