@@ -158,9 +158,23 @@ class RolloutEngine:
                         CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
                     )
             else:
-                where = (self.model, self.spec, rows, ids, record)
-                how = (config, schedule, cache, noise, limits, constraint, on_step)
-                batches.append(Batch(*where, *how, capacity=size))
+                batches.append(
+                    Batch(
+                        self.model,
+                        self.spec,
+                        rows,
+                        ids,
+                        record,
+                        config,
+                        schedule,
+                        cache,
+                        noise,
+                        limits,
+                        constraint,
+                        on_step,
+                        capacity=size,
+                    )
+                )
             for batch in batches:
                 for committed in batch.decode():
                     bar.update(committed)
