@@ -200,6 +200,12 @@ class DecodingConfig:
         object.__setattr__(settings, "known_tokens", tokens)
         return settings
 
+    def exactly(self) -> DecodingConfig:
+        """These settings without a cache; those of a model stay those of that model."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "cache", "none")
+        return settings
+
     def _check_steps(self) -> None:
         if self.steps is not None and (self.steps < self.num_blocks or self.steps % self.num_blocks):
             raise ValueError(

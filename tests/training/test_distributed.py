@@ -70,7 +70,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
         torch.testing.assert_close(value, b["weights"][name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["full", "accumulated", "adapter", "evaluated"])
+@pytest.mark.parametrize("name", ["full", "accumulated", "adapter", "audited", "evaluated"])
 def test_two_processes_equal_one(two: Any, one: dict[str, Any], name: str) -> None:
     found = two[1][name]
     assert_same(found, one[name], tolerance=3e-6)
@@ -81,6 +81,8 @@ def test_two_processes_equal_one(two: Any, one: dict[str, Any], name: str) -> No
         for key in theirs.keys() & ours.keys():
             if not key.startswith(averaged) and not any(word in key for word in timed):
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-5), key
+    audited = ["diffusion/audit_delta" in entry for entry in found["log"] if "loss" in entry]
+    assert audited == [name == "audited", False, False, False][: len(audited)]  # and then decodes exactly, on both
 
 
 def test_two_processes_link_the_first_one_s_rows_to_replays(two: Any) -> None:

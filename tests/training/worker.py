@@ -47,6 +47,15 @@ def runs(world_size: int) -> dict[str, dict[str, Any]]:
         "full": {**common, "log_completions": True, "log_replays": 3},
         "accumulated": {**common, "per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2},
         "adapter": {**common, "adapter": True, "activation_checkpointing": True},
+        "audited": {
+            **common,
+            "num_iterations": 1,
+            "block_length": 4,
+            "cache": "prefix",
+            "audit_share": 0.3,  # three rows of eight, wherever they are
+            "audit_bound": 1e-9,
+            "audit_action": "exact",
+        },
         "evaluated": {
             **common,
             "max_steps": 2,
