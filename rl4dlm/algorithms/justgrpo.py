@@ -101,8 +101,8 @@ class JustGRPOConfig(DiffusionPolicyConfig):
             )
         for name, off in _OFF.items():
             value = getattr(self, name)
-            if name == "cache" and self.rollout_correction != "none":
-                continue
+            if name == "cache" and (value == "auto" or self.rollout_correction != "none"):
+                continue  # "auto" is exact
             if value and value != off:
                 raise ValueError(
                     f"{name}={value!r} is not allowed: JustGRPO's scores are the probabilities that tokens were drawn "

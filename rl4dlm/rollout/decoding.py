@@ -206,9 +206,10 @@ class DecodingConfig:
         return settings
 
     def exactly(self) -> DecodingConfig:
-        """These settings without a cache; those of a model stay those of that model."""
+        """These settings with the cache that loses nothing; those of a model stay those of that model."""
         settings = copy.copy(self)
-        object.__setattr__(settings, "cache", "none")
+        object.__setattr__(settings, "cache", "auto")
+        object.__setattr__(settings, "cache_args", {})
         return settings
 
     def _check_steps(self) -> None:

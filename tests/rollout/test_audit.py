@@ -14,7 +14,7 @@ from rl4dlm.rollout.audit import Audit, audit, count_forwards, summary
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
-from tests.models.block_denoisers import KINDS, LENGTH, PROMPTS as BLOCK_PROMPTS, block_denoiser
+from tests.models.block_denoisers import KINDS, LENGTH, PROMPTS as BLOCK_PROMPTS, block_denoiser, decoding_log_probs
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, denoiser, row_logits, sampling_distribution
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -110,10 +110,11 @@ def test_an_exact_cache_has_nothing_to_find(kind: str, origin: str, settings: di
     assert_nothing_found(audit(model, rollout, rows_per_forward=7), rollout)
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("options", "early ends")])
-def test_an_approximate_cache_is_measured_as_by_hand(name: str, shift: int):
-    rollout = decoded(name, "prefix", shift, num_generations=2)
+def test_an_approximate_cache_is_measured_as_by_hand(name: str, shift: int, cache: str):
+    rollout = decoded(name, cache, shift, num_generations=2)
     found, expected = audit(denoiser(shift=shift), rollout, rows_per_forward=9), by_hand(rollout, shift)
     assert not rollout.exact and len(found.rows) == len(expected) == rollout.canvas.numel()
     drawn = rollout.trace.log_prob is not None
@@ -139,6 +140,22 @@ def test_an_approximate_cache_is_measured_as_by_hand(name: str, shift: int):
     share = sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
     assert said["effective_share"] == pytest.approx(share, rel=1e-9) and share < 1
     assert said["agreement"] == pytest.approx(sum(agreeing) / len(agreeing))
+
+
+@pytest.mark.parametrize(("kind", "origin"), KINDS)
+def test_an_approximate_cache_of_a_block_model_is_measured_as_by_hand(kind: str, origin: str):
+    model = block_denoiser(kind, origin)
+    config = DecodingConfig(canvas_length=LENGTH, cache="dual_masked", stop_at_eos=False, steps=9)
+    rollout = RolloutEngine(model).generate(BLOCK_PROMPTS, config, seed=3)
+    found = audit(model, rollout, rows_per_forward=7)
+    assert not rollout.exact and found.summary()["delta"] > 1e-4
+    states = list(rollout.states())
+    with torch.no_grad():
+        columns = (found.rows, found.steps, found.positions, found.exact)
+        for row, step, slot, exact in zip(*(column.tolist() for column in columns), strict=True):
+            canvas = rollout.canvas[row].tolist()
+            by_block = decoding_log_probs(model, rollout.prompt_ids[row], canvas, states[step][row].tolist())
+            assert exact == pytest.approx(by_block[slot, canvas[slot]].item(), abs=1e-10)
 
 
 def test_the_first_step_of_a_block_is_exact_and_later_ones_are_stale():
@@ -223,6 +240,15 @@ def test_what_cannot_be_audited_is_said(settings: dict[str, Any], message: str):
     rollout = RolloutEngine(denoiser()).generate(PROMPTS[:1], DecodingConfig(canvas_length=4, **settings))
     with pytest.raises(ValueError, match=message):
         audit(denoiser(), rollout)
+
+
+def test_what_is_exact_has_no_settings_of_the_cache_it_replaces():
+    config = DecodingConfig(canvas_length=10, cache="dual", cache_args={"refresh_blocks": 2}).for_model(
+        DiffusionSpec.of(block_denoiser("block_causal"))
+    )
+    exact = config.exactly()
+    assert (exact.cache, exact.cache_args, exact.block_length) == ("auto", {}, config.block_length)
+    assert RolloutEngine(block_denoiser("block_causal")).generate(BLOCK_PROMPTS, exact).cache == "prefix"
 
 
 def test_bad_settings_are_named():
