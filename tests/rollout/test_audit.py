@@ -166,6 +166,15 @@ def test_the_first_step_of_a_block_is_exact_and_later_ones_are_stale():
     assert gap[entered].max() <= 1e-12 < 1e-6 < gap[~entered].max()
 
 
+def test_a_schedule_that_remembers_is_compared_by_the_models_own_probabilities():
+    settings = {"canvas_length": 12, "block_length": 4, "schedule": "credit", "stop_at_eos": False, "temperature": 0.8}
+    for cache, low, high in (("none", 0.0, 1e-10), ("prefix", 1e-4, 10.0)):
+        rollout = RolloutEngine(denoiser()).generate(PROMPTS, DecodingConfig(**settings, cache=cache), seed=8)
+        found = audit(denoiser(), rollout)
+        assert torch.equal(found.recorded_drawn, found.recorded) and torch.equal(found.exact_drawn, found.exact)
+        assert "agreement" not in found.summary() and low <= found.summary()["delta"] <= high
+
+
 def test_some_rows_and_any_number_of_states_per_forward():
     model, rollout = denoiser(), decoded("sampled", "prefix", num_generations=2)
     whole = audit(model, rollout)

@@ -134,6 +134,8 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process(one: dict[str, Any], tmp_path: Path, stage: int) -> None:
     found = train(tmp_path, stage)
-    for name in ("full", "adapter"):
+    for name in ("full", "adapter", "audited"):
         assert_same(found[name], one[name], tolerance=1e-5)
+    said = [entry.get("diffusion/audit_delta") for entry in found["audited"]["log"]]
+    assert said == pytest.approx([entry.get("diffusion/audit_delta") for entry in one["audited"]["log"]], abs=1e-5)
     assert found["resumed"]["losses"] == pytest.approx(found["unbroken"]["losses"], abs=1e-6)
