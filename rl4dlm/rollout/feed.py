@@ -15,6 +15,7 @@ from torch import Tensor
 from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored
+from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import CanvasInput, Step
 
@@ -271,33 +272,16 @@ class Feed(Rows):
 
     def _adjusted(self, logits: Tensor, places: Places) -> Tensor:
         """Logits after the options that change the model's distribution."""
-        if self.config.suppress_token_ids:
-            ids = torch.tensor(self.config.suppress_token_ids, device=logits.device)
-            logits = logits.index_fill(-1, ids, -torch.inf)
-        if self.config.eos_penalty:
-            penalty = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-            penalty[list(self.spec.eos_token_ids)] = self.config.eos_penalty
-            share: Tensor | float = 1.0
-            if self.config.eos_penalty_decay:
-                open_slots = self.masked.sum(-1)[places.rows, None]
-                share = open_slots.to(logits.dtype) / self.config.canvas_length
-            logits = logits - share * penalty
-        return logits
+        return adjusted(logits, self.config, self.spec.eos_token_ids, self.masked.sum(-1)[places.rows])
 
     def _banned(self, logits: Tensor, places: Places) -> Tensor | None:
         """bool `[c, V]`, tokens that may not be drawn at their slot; None if there are none."""
-        banned: Tensor | None = None
-        if self.choices is not None:
-            index = self.choice[places.rows, places.positions]
-            banned = ~self.choices.sets[index.clamp(min=0)] & (index >= 0)[:, None]
-        if self.config.min_new_tokens and self.spec.eos_token_ids:
-            early = torch.zeros_like(logits, dtype=torch.bool)
-            early[:, list(self.spec.eos_token_ids)] = (places.positions < self.config.min_new_tokens)[:, None]
-            banned = early if banned is None else banned | early
-        if self.config.known_tokens is not None and self.config.known_tokens < logits.shape[-1]:
-            unknown = torch.arange(logits.shape[-1], device=logits.device) >= self.config.known_tokens
-            banned = unknown.expand_as(logits) if banned is None else banned | unknown
-        return banned
+        found = banned(logits, self.config, self.spec.eos_token_ids, places.positions)
+        if self.choices is None:
+            return found
+        index = self.choice[places.rows, places.positions]
+        others = ~self.choices.sets[index.clamp(min=0)] & (index >= 0)[:, None]
+        return others if found is None else found | others
 
     def _shadow(self) -> _Shadow:
         start, stop = self.start, self.stop

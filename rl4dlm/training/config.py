@@ -16,6 +16,7 @@ from rl4dlm.likelihood.estimator import SCOPES
 from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.training.audit_settings import AuditSettings, check_audit
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
 from rl4dlm.training.precision import check_precision, settle
 
@@ -55,6 +56,7 @@ OWN_LOSS = {
     "off_policy_mask_threshold": _OWN_LOSS,
     "top_entropy_quantile": _OWN_LOSS,
     "use_bias_correction_kl": _OWN_LOSS,
+    "rollout_correction": _OWN_LOSS,
     "entropy_coef": _NO_ENTROPY,
     "use_adaptive_entropy": _NO_ENTROPY,
     "entropy_coef_min": _NO_ENTROPY,
@@ -66,11 +68,11 @@ OWN_LOSS = {
 
 
 @dataclass
-class DiffusionPolicyConfig(GRPOConfig):
+class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
     """Settings of a `DiffusionPolicyTrainer`: those of `trl.GRPOConfig`, with these added or changed.
 
     `temperature`, `top_p`, `top_k`, `seed` and `max_completion_length` (the canvas) keep TRL's names. TRL's settings
-    for left-to-right generation are refused when set.
+    for left-to-right generation are refused when set. Those of inexact rollouts are `AuditSettings`'.
 
     Args:
         schedule: which tokens are written when; see `available_schedules()`.
@@ -252,6 +254,7 @@ class DiffusionPolicyConfig(GRPOConfig):
         if self.eos_penalty_decay and not self.eos_penalty:
             raise ValueError("eos_penalty_decay=True has no effect with eos_penalty=0; set a penalty, or leave it out")
         _check_delta(self)
+        check_audit(self)
         self._check_kl()
         if isinstance(self.schedule_args, str):
             raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
