@@ -30,7 +30,7 @@ class Feed(Rows):
         first = self.cache.feed_from(self.block_step, block_start)
         last = torch.full_like(first, self.tokens.shape[1])
         if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
-            last = self.width + self.stop
+            last = self.width + torch.maximum(self.stop, self.reach)
             if self.store is not None:
                 first, self.unsettled = torch.where(first < 0, self.unsettled, first), block_start
         values: dict[str, Tensor] = {}
@@ -52,7 +52,8 @@ class Feed(Rows):
             start=self.start,
             stop=self.stop,
             block=self.block,
-            eligible=self.open,
+            reach=self.reach,
+            eligible=self.eligible,
             seen=wanted,
             drawn=drawn,
             read=values,
@@ -78,8 +79,8 @@ class Feed(Rows):
             return self.masked
         if scope == "block":
             inside = (self.offsets >= self.start[:, None]) & (self.offsets < self.stop[:, None])
-            return self.open | inside
-        return self.open
+            return self.eligible | inside
+        return self.eligible
 
     def _forward(
         self, rows: Tensor, start: Tensor, stop: Tensor, block_start: Tensor, wanted: Tensor

@@ -24,13 +24,13 @@ from rl4dlm.rollout.memory import Memory, moved
 from rl4dlm.rollout.noise import NoiseSource
 from rl4dlm.rollout.record import COMPLETE, EOS, KEPT, Record
 from rl4dlm.rollout.rollout import EventKind
-from rl4dlm.rollout.schedules.parts import BlockStart, Resize, Schedule
+from rl4dlm.rollout.schedules.parts import BlockStart, BlockState, Resize, Schedule
 
 CANDIDATES = "candidates"
 
 _ROWS = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
-    "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "unsettled", "stalled",
+    "length", "start", "stop", "reach", "block", "block_step", "total_step", "masked_at_start", "unsettled", "stalled",
     "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
 )  # fmt: skip
 """What is kept per row, first axis R."""
@@ -44,6 +44,7 @@ class Progress:
         slots: long `[r]`, which rows of the call they are. canvas: long `[r, W]`. masked: bool `[r, W]`.
         length: long `[r]`, slots of each row; what lies behind does not exist.
         step: long `[r]`, steps made. start, stop: long `[r]`, the block that was active.
+        reach: long `[r]`, the slot behind the last one that could be written.
         commit_step: long `[r, W]`. raw_log_prob: `[r, W]`. Both as in `Trace`, so far.
     """
 
@@ -54,6 +55,7 @@ class Progress:
     step: Tensor
     start: Tensor
     stop: Tensor
+    reach: Tensor
     commit_step: Tensor
     raw_log_prob: Tensor
 
@@ -113,7 +115,7 @@ class Rows:
         self.slot = torch.arange(rows, device=device)
         self.choice = torch.full((rows, length), -1, device=device) if choices is None else choices.index
         self.length = torch.full((rows,), length, device=device)
-        self.start, self.stop, self.block = (torch.full((rows,), v, device=device) for v in (0, 0, -1))
+        self.start, self.stop, self.reach, self.block = (torch.full((rows,), v, device=device) for v in (0, 0, 0, -1))
         self.block_step, self.total_step, self.masked_at_start, self.stalled, self.reason = (
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(5)
         )
@@ -146,6 +148,11 @@ class Rows:
         """bool `[R, W]`, masked slots up to the end of the active block."""
         return self.masked & (self.offsets < self.stop[:, None])
 
+    @property
+    def eligible(self) -> Tensor:
+        """bool `[R, W]`, masked slots that a step may write."""
+        return self.masked & (self.offsets < self.reach[:, None])
+
     def _finished(self) -> Tensor:
         """bool `[R]`: every slot is written, or every slot up to the first end-of-sequence token is."""
         finished = (~self.masked.any(-1) & ~self.staying) | self.done
@@ -156,7 +163,8 @@ class Rows:
             settled = exists & ~self.masked & (self.masked.cumsum(-1) == 0)
             ended = (torch.isin(canvas, ends) & settled).any(-1)
             if self.config.stop_at_eos == "block" or not self.schedule.monotone:
-                ended &= ~self.open.any(-1) & ~self.staying  # until then its tokens may still change
+                still_open = self.open | self.eligible
+                ended &= ~still_open.any(-1) & ~self.staying  # until then its tokens may still change
             finished |= ended
         return finished
 
@@ -198,6 +206,17 @@ class Rows:
             self.stop = torch.where(moved, self._block_end(), self.stop)
             moved = ~self.open.any(-1) & ~self.staying
         self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+        self.reach = self._reach()
+
+    def _reach(self) -> Tensor:
+        """How far the step may write: long `[R]`. Where that would be nowhere, it is the end of the block."""
+        if self.schedule.reach is None:
+            return self.stop
+        at = (self.start, self.block, self.offset, self.length, self.masked, self.memory)
+        rows = BlockState(*at, self.stop, self.reach, self.block_step)
+        reach = torch.minimum(self.schedule.reach(rows), self.length)
+        nowhere = ~(self.masked & (self.offsets < reach[:, None])).any(-1)
+        return torch.where(nowhere, self.stop, reach)
 
     def _block_end(self) -> Tensor:
         rows = BlockStart(self.start, self.block, self.offset, self.length, self.masked, self.memory)
@@ -252,6 +271,7 @@ class Rows:
             step=self.total_step,
             start=self.start,
             stop=self.stop,
+            reach=self.reach,
             commit_step=self.commit_step,
             raw_log_prob=self.raw_log_prob,
         )

@@ -41,7 +41,9 @@ class Batch(Feed):
         if stop is not None:
             self.stop = torch.where(self.block_step == 0, torch.minimum(stop, self.length), self.stop)
             self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
-            step.stop, step.eligible, step.masked_at_start = self.stop, self.open, self.masked_at_start
+            self.reach = self._reach()
+            step.stop, step.reach, step.eligible = self.stop, self.reach, self.eligible
+            step.masked_at_start = self.masked_at_start
         if schedule.propose is not None:
             step.drawn = schedule.propose(step)
         scores = schedule.confidence(step)

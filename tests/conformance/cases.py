@@ -43,6 +43,8 @@ COVERED = {
     "klass": "KLASS: confident and stable",
     "saber": "Saber: faster, and back",
     "pcsampler": "PC-Sampler: position and information",
+    "d2f": "D2F's pipeline of blocks",
+    "d3multiblock": "d3LLM's multi-block decoding",
     "ebsampler": "the entropy bound",
     "learn2pd": "Learn2PD's filter",
     "dream": "Dream's samplers, and Fast-dLLM's threshold in them",
@@ -52,12 +54,12 @@ COVERED = {
 NOT_COVERED = {
     "freedave": "FreeDave's draft and verify",
     **dict.fromkeys(
-        ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "d2f", "fastdllmv2", "fastdllmdream", "d3cache"),
+        ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "fastdllmv2", "fastdllmdream", "d3cache"),
         "decoding with approximate caches of keys and values",
     ),
     **dict.fromkeys(
-        ("wedlm", "wedlmblock", "s2d2", "d3multiblock"),
-        "decoders that are no schedule here: causal windows, self-speculation, pipelined blocks",
+        ("wedlm", "wedlmblock", "s2d2"),
+        "decoders that are no schedule here: causal windows, self-speculation",
     ),
     **dict.fromkeys(
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),

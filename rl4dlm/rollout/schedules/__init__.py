@@ -5,6 +5,7 @@ from __future__ import annotations
 from rl4dlm.rollout.schedules import (
     adablock,
     ctrldiff,
+    d2f,
     daedal,
     dinfer,
     dream,
@@ -18,6 +19,7 @@ from rl4dlm.rollout.schedules import (
     latent_refinement,
     learn2pd,
     llada,
+    multi_block,
     pc_sampler,
     rcr,
     saber,
@@ -31,6 +33,7 @@ from rl4dlm.rollout.schedules.registry import register
 __all__ = [
     "adablock",
     "ctrldiff",
+    "d2f",
     "daedal",
     "dinfer",
     "dream",
@@ -44,6 +47,7 @@ __all__ = [
     "latent_refinement",
     "learn2pd",
     "llada",
+    "multi_block",
     "pc_sampler",
     "rcr",
     "register",

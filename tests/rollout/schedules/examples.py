@@ -71,6 +71,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {**WHOLE, "schedule_args": {"sizes": (1, 2, 3), "threshold": 0.4}},
         {**WHOLE, "schedule_args": {"sizes": (2, 5), "threshold": 0.6}, "temperature": 0.7},
     ),
+    "d2f": (
+        {"block_length": 2, "schedule_args": {"threshold": 0.4, "add_threshold": 0.5, "active_threshold": 0.5}},
+        {"schedule_args": {"threshold": 0.5, "add_threshold": 0.25}, "temperature": 0.8},
+    ),
     "daedal": (
         {**WHOLE, "schedule_args": {"start_length": 2, "window": 3, "growth": 2, "end_slots": 2, "low": 0.4}},
         {
@@ -168,6 +172,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "left_to_right": ({"steps": 6}, {**WHOLE, "steps": 3, "temperature": 1.0}),
     "low_confidence": ({"steps": 4}, {**WHOLE, "steps": 3, "temperature": 0.8, "top_p": 0.9}),
+    "multi_block": (
+        {"block_length": 2, "schedule_args": {"entropy_threshold": 1.2, "add_threshold": 0.5}},
+        {"schedule_args": {"entropy_threshold": 0.8, "add_threshold": 0.25}, "temperature": 0.8},
+    ),
     "pc_sampler": (
         {"steps": 6},
         {
