@@ -25,6 +25,7 @@ from rl4dlm.rollout.schedules import (
     saber,
     schema,
     sdar,
+    sub_blocks,
     threshold,
     wino,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "saber",
     "schema",
     "sdar",
+    "sub_blocks",
     "threshold",
     "wino",
 ]

@@ -54,7 +54,7 @@ def multi_block(arguments: MultiBlockArguments, config: Any) -> Schedule:
         one = torch.ones_like(step.block)
         chosen = step.eligible & (scores >= -arguments.entropy_threshold)
         chosen |= top(scores, step.eligible, one)
-        first = step.eligible & step.inside
+        first = step.eligible & step.inside & (scores > -torch.inf)  # tokens may be deferred
         chosen |= top(scores, first, one) & ~(chosen & first).any(-1, keepdim=True)
         return chosen
 

@@ -57,14 +57,14 @@ def blocks_of(step: Step, block_length: int) -> Tensor:
 
 
 def best_of_each(scores: Tensor, eligible: Tensor, blocks: Tensor) -> Tensor:
-    """The best eligible slot of each block, the lower one among equals: bool `[R, W]`.
+    """The best eligible slot of each block, the lower one among equals; none where all scores are -inf: bool `[R, W]`.
 
     Args:
         scores: `[R, W]`. eligible: bool `[R, W]`. blocks: long `[R, W]`, of `blocks_of`.
     """
     best = torch.zeros_like(eligible)
     for number in range(int(blocks.max()) + 1):
-        here = eligible & (blocks == number)
+        here = eligible & (blocks == number) & (scores > -torch.inf)
         place = scores.masked_fill(~here, -torch.inf).argmax(-1, keepdim=True)
         best |= torch.zeros_like(best).scatter(-1, place, here.any(-1, keepdim=True))
     return best

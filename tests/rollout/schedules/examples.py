@@ -208,6 +208,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
             "temperature": 0.7,
         },
     ),
+    "sub_blocks": (
+        {"schedule_args": {"sub_block_length": 2, "threshold": 0.4}},
+        {**WHOLE, "schedule_args": {"sub_block_length": 3, "threshold": 0.3, "first_alone": False}, "temperature": 0.8},
+    ),
     "threshold": (
         {"schedule_args": {"threshold": 0.4}},
         {**WHOLE, "schedule_args": {"threshold": 0.3}, "temperature": 0.7},

@@ -439,7 +439,7 @@ def test_deferred_tokens_wait_for_all_others(name: str, i: int):
             logits = row_logits(denoiser(), prompt, torch.tensor(before), config.cfg_scale)
             logits[:, MASK] = -torch.inf
             candidates = logits.argmax(-1).tolist()
-            eligible = [slot for slot in range(int(progress.stop)) if before[slot] == MASK]
+            eligible = [slot for slot in range(int(progress.reach)) if before[slot] == MASK]
             early = [slot for slot in eligible if candidates[slot] in deferred and after[slot] != MASK]
             left = [slot for slot in eligible if candidates[slot] not in deferred and after[slot] == MASK]
             came += len(early)

@@ -88,6 +88,7 @@ AT_ONCE: dict[str, dict[str, Any]] = {
     "saber": {"min_tokens": LENGTH},
     "wino": {"threshold": 0, "fraction": 1, "verify_threshold": 0},
     "d2f": {"threshold": 0},
+    "sub_blocks": {"threshold": 0, "sub_block_length": LENGTH, "first_alone": False},
     "multi_block": {"entropy_threshold": INF},
 }
 """Schedules that take as many steps as they need, set to be sure of everything."""
