@@ -16,7 +16,7 @@ from rl4dlm.rollout.constraints.automata import constrain
 from rl4dlm.rollout.feed import Feed
 from rl4dlm.rollout.record import DEAD_END, KEPT, STEP_CAP
 from rl4dlm.rollout.rollout import EventKind
-from rl4dlm.rollout.schedules.parts import Step, top
+from rl4dlm.rollout.schedules.parts import BlockState, Step, top
 
 
 class Batch(Feed):
@@ -24,15 +24,43 @@ class Batch(Feed):
 
     def decode(self) -> Iterator[int]:
         """Runs until every row is finished; yields how many slots each step settled."""
-        self._retire(self._finished())
+        self._settle()
         while len(self.slot):
-            before = int(self.masked.sum())
-            self._enter_blocks()
+            before = self.masked.sum()
             self._step()
+            settled, broken = torch.stack([before - self.masked.sum(), self.broken.long()]).tolist()
+            if broken:
+                raise ValueError("the model's logits are not numbers (NaN) at a masked position; decoding cannot go on")
             if self.on_step is not None:
                 self.on_step(self._progress())
-            self._retire(self._finished())
-            yield max(0, before - int(self.masked.sum()))
+            self._settle()
+            yield max(0, settled)
+
+    def _settle(self) -> None:
+        """Rows that are finished leave, others take their places, and rows whose block is complete enter the next."""
+        while len(self.slot):
+            finished, moved = self._finished(), self._leaving()
+            any_finished, any_moved = torch.stack([finished.any(), moved.any()]).tolist()
+            if any_finished:
+                self._retire(finished)
+            elif any_moved:
+                self._enter_blocks(moved)
+            else:
+                break
+        self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+        self.reach = self._reach()
+
+    def _reach(self) -> Tensor:
+        """How far the step may write: long `[R]`. Where that would be nowhere, it is the end of the block."""
+        if self.schedule.reach is None:
+            return self.stop
+        at = (self.start, self.block, self.offset, self.length, self.masked, self.memory)
+        ends = torch.tensor(self.spec.eos_token_ids, dtype=self.tokens.dtype, device=self.tokens.device)
+        ended = (torch.isin(self.tokens[:, self.width :], ends) & ~self.masked).any(-1)
+        reach = self.schedule.reach(BlockState(*at, self.stop, self.reach, self.block_step, ended))
+        reach = torch.minimum(reach, self.length)
+        nowhere = ~(self.masked & (self.offsets < reach[:, None])).any(-1)
+        return torch.where(nowhere, self.stop, reach)
 
     def _step(self) -> None:
         schedule = self.schedule

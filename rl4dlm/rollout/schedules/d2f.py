@@ -31,7 +31,6 @@ from rl4dlm.rollout.schedules.open_blocks import (
     blocks_of,
     decoded_before,
     in_blocks_of,
-    note_ends,
 )
 from rl4dlm.rollout.schedules.parts import Schedule, Step, probability
 from rl4dlm.rollout.schedules.registry import register
@@ -66,9 +65,7 @@ def d2f(arguments: D2FArguments, config: Any) -> Schedule:
         sure = step.eligible & (scores > arguments.threshold)
         numbers = blocks_of(step, blocks.block_length)
         active = step.eligible & (decoded_before(step, numbers) >= arguments.active_threshold)
-        chosen = sure | (best_of_each(scores, active, numbers) & ~in_blocks_of(sure, numbers))
-        note_ends(step, chosen)
-        return chosen
+        return sure | (best_of_each(scores, active, numbers) & ~in_blocks_of(sure, numbers))
 
     reach = OpenBlocks(blocks.block_length, arguments.add_threshold, until_end=True)
     return Schedule(blocks, probability, commit, reach=reach)

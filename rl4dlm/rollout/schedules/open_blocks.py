@@ -12,8 +12,6 @@ from torch import Tensor
 
 from rl4dlm.rollout.schedules.parts import BlockState, Step
 
-ENDED = "open_blocks_ended"
-
 
 @dataclass(frozen=True)
 class OpenBlocks:
@@ -22,7 +20,7 @@ class OpenBlocks:
     Args:
         block_length: of a whole block.
         threshold: the share of its slots, 0 to 1.
-        until_end: opens none in rows in which an end of sequence is written (`note_ends`).
+        until_end: opens none in rows in which an end of sequence is written.
     """
 
     block_length: int
@@ -38,16 +36,10 @@ class OpenBlocks:
         inside = (slots >= last[:, None]) & (slots < rows.reach[:, None])
         decoded = 1 - (inside & rows.masked).sum(-1).double() / inside.sum(-1).clamp(min=1)
         opens = decoded >= self.threshold
-        if self.until_end and ENDED in rows.memory.rows:
-            opens &= ~rows.memory.rows[ENDED]
+        if self.until_end:
+            opens &= ~rows.ended
         grown = torch.where(opens, rows.reach + self.block_length, rows.reach)
         return torch.where(rows.reach < rows.stop, rows.stop, grown)
-
-
-def note_ends(step: Step, commit: Tensor) -> None:
-    """Remembers which rows have an end of sequence once `commit` (bool `[R, W]`) is written."""
-    ends = (step.written & step.is_eos(step.tokens)) | (commit & step.is_eos(step.drawn.token))
-    step.memory.rows[ENDED] = ends.any(-1)
 
 
 def blocks_of(step: Step, block_length: int) -> Tensor:

@@ -152,11 +152,13 @@ class BlockState(BlockStart):
         stop: long `[R]`, the slot behind the last one of the active block.
         reach: long `[R]`, that of the step before, 0 before the first.
         step: long `[R]`, steps already made in this block.
+        ended: bool `[R]`, whether an end of sequence is written anywhere.
     """
 
     stop: Tensor
     reach: Tensor
     step: Tensor
+    ended: Tensor
 
 
 ReachRule = Callable[[BlockState], Tensor]

@@ -283,7 +283,12 @@ class Run:
 @contextmanager
 def watched(model: Any) -> Iterator[list[Mapping[str, Any]]]:
     seen: list[Mapping[str, Any]] = []
-    hook = model.base_model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        # What is fed may be a view of rows that are written to afterwards.
+        seen.append({name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()})
+
+    hook = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:
