@@ -51,7 +51,8 @@ class Feed(Rows):
             start=self.start,
             stop=self.stop,
             block=self.block,
-            eligible=self.open,
+            reach=self.reach,
+            eligible=self.eligible,
             seen=wanted,
             drawn=drawn,
             read=values,
@@ -77,15 +78,15 @@ class Feed(Rows):
             return self.masked
         if scope == "block":
             inside = (self.offsets >= self.start[:, None]) & (self.offsets < self.stop[:, None])
-            return self.open | inside
-        return self.open
+            return self.eligible | inside
+        return self.eligible
 
     def _parts(self, wanted: Tensor) -> list[_Part]:
         """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
         columns, shift = self.tokens.shape[1], self.spec.logit_shift
         seen: Tensor | None = None  # [R], behind the last column that the active block can see
         if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
-            seen = self.width + self.stop
+            seen = self.width + torch.maximum(self.stop, self.reach)
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
             return [_Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
@@ -137,7 +138,7 @@ class Feed(Rows):
             total_step=self.total_step,
             block=self.block,
             start=start,
-            stop=self.width + self.stop,
+            stop=self.width + torch.maximum(self.stop, self.reach),
             before=self.before,
             refreshed=self.refreshed,
             open=self.masked,
