@@ -24,7 +24,7 @@ SIGNATURES = {
     "DecodingConfig": (
         "canvas_length schedule steps block_length temperature top_p top_k cfg_scale cache stop_at_eos "
         "min_new_tokens eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args "
-        "known_tokens"
+        "known_tokens draft_steps"
     ),
     "DiffuGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiffusionGDPOTrainer": ("model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"),
@@ -44,7 +44,7 @@ SIGNATURES = {
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
-        "extra_forwards weight_version decoding"
+        "extra_forwards weight_version decoding guesses"
     ),
     "RolloutEngine": "model spec max_batch_rows progress",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",

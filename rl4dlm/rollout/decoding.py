@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.caches import available_caches
+from rl4dlm.rollout.caches import available_caches, build_cache
 from rl4dlm.rollout.schedules import registry
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 
@@ -49,6 +49,8 @@ class DecodingConfig:
         known_tokens: ids from this one on are never drawn: rows of an embedding that is larger than the tokenizer,
             which decode to nothing. They stay in the model's distribution. None: all may be.
         schedule_args: further settings of the schedule.
+        draft_steps: D, guesses of a row's next states that are fed beside it; each that comes true is a step without a
+            forward of its own, and all else is as without (`drafts.py`). 0 is off.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -71,6 +73,7 @@ class DecodingConfig:
     defer_token_ids: tuple[int, ...] = ()
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
     known_tokens: int | None = None
+    draft_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
@@ -78,7 +81,7 @@ class DecodingConfig:
             object.__setattr__(self, name, ids)
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{name}={ids!r} is not allowed; token ids are integers from 0 on")
-        required = ("canvas_length", "top_k", "min_new_tokens")
+        required = ("canvas_length", "top_k", "min_new_tokens", "draft_steps")
         for name in (*required, "steps", "block_length", "known_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in required):
@@ -122,6 +125,7 @@ class DecodingConfig:
             )
         self._check_steps()
         schedule = self.build_schedule()
+        self._check_drafts(schedule)
         if isinstance(schedule, Schedule) and schedule.whole and self.cache != "none":
             raise ValueError(
                 f"cache={self.cache!r} cannot be used with schedule={self.schedule!r}, which needs a forward of the "
@@ -206,6 +210,23 @@ class DecodingConfig:
                 f"steps={self.steps} cannot be shared out over {self.num_blocks} blocks (canvas_length="
                 f"{self.canvas_length}, block_length={self.block_length}); it must be a positive multiple of "
                 f"{self.num_blocks}"
+            )
+
+    def _check_drafts(self, schedule: Schedule | CanvasSchedule) -> None:
+        if self.draft_steps < 0:
+            raise ValueError(f"draft_steps={self.draft_steps} is not allowed; it must be 0 (off) or larger")
+        if not self.draft_steps:
+            return
+        if not isinstance(schedule, Schedule) or not schedule.memoryless:
+            raise ValueError(
+                f"draft_steps={self.draft_steps} cannot be used with schedule={self.schedule!r}, whose steps follow "
+                "from more than the tokens that are written; leave it 0"
+            )
+        if not build_cache(self.cache).feeds_again:
+            fitting = [name for name in available_caches() if build_cache(name).feeds_again]
+            raise ValueError(
+                f"draft_steps={self.draft_steps} cannot be used with cache={self.cache!r}, where a step sees what the "
+                f"one before it stored; allowed: {', '.join(map(repr, fitting))}"
             )
 
     def build_schedule(self) -> Schedule | CanvasSchedule:

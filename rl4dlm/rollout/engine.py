@@ -20,6 +20,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import build_cache
 from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.drafts import DraftBatch
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record
 from rl4dlm.rollout.rollout import Rollout, valid_mask
@@ -150,7 +151,7 @@ class RolloutEngine:
                     assert isinstance(work, CanvasRecord)
                     batch = CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
                 else:
-                    batch = Batch(
+                    batch = (DraftBatch if config.draft_steps else Batch)(
                         self.model,
                         self.spec,
                         rows[part],
@@ -188,6 +189,7 @@ class RolloutEngine:
             mask_token_id=self.spec.mask_token_id,
             weight_version=self.weight_version,
             decoding=config,
+            guesses=record.guesses if parts is not None else None,
         )
 
     def _check(

@@ -110,7 +110,7 @@ class Feed(Rows):
             sight = sight.at(columns, None if self.store is not None else columns)
         extra: dict[str, Any] = {}
         if self.store is not None:
-            self.store.place(fed, columns)
+            self._place(fed, columns)
             extra["past_key_values"] = self.store
         else:
             keys = keys.gather(-1, columns)
@@ -138,6 +138,11 @@ class Feed(Rows):
         self.record.nfe[self.slot[rows[: len(score)]]] += 1 + self.guided
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
+
+    def _place(self, fed: Tensor, columns: Tensor) -> None:
+        """Where the store reads and writes the columns `[f, q]` of rows `[f]`, the unconditional copies behind them."""
+        assert self.store is not None
+        self.store.place(fed, columns)
 
     def _soft_inputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """Embeddings `[f, q, D]` of whole rows, with those of the canvas as the schedule wants them."""

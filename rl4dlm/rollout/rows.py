@@ -28,7 +28,7 @@ from rl4dlm.rollout.schedules.parts import BlockStart, Resize, Schedule
 
 CANDIDATES = "candidates"
 
-_ROWS = (
+PER_ROW = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
     "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "unsettled", "stalled",
     "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
@@ -183,7 +183,7 @@ class Rows:
         keep = (~finished).nonzero().squeeze(-1)
         if self.store is not None:
             self.store.compact(torch.cat([keep, keep + len(self.slot)]) if self.guided else keep)
-        for name in _ROWS:
+        for name in PER_ROW:
             setattr(self, name, getattr(self, name)[keep])
         self.prompts = [self.prompts[row] for row in keep.tolist()]
         self.memory.keep(keep)

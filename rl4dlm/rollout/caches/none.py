@@ -17,6 +17,7 @@ class NoCache(CachePolicy):
     name: ClassVar[str] = "none"
     uses_store: ClassVar[bool] = False
     exact_for: ClassVar[frozenset[str]] = frozenset(ATTENTION_KINDS)
+    feeds_again: ClassVar[bool] = True
 
     def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
         return torch.full_like(step, -1)

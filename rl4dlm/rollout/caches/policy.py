@@ -15,11 +15,14 @@ class CachePolicy(ABC):
         name: what `DecodingConfig.cache` calls it.
         uses_store: whether keys and values are kept between steps.
         exact_for: attention kinds for which logits equal those of a full forward.
+        feeds_again: whether a step inside a block feeds all that the block's step before fed, so that nothing depends
+            on what that one stored; steps can then be guessed and made beside each other.
     """
 
     name: ClassVar[str]
     uses_store: ClassVar[bool]
     exact_for: ClassVar[frozenset[str]]
+    feeds_again: ClassVar[bool] = False
 
     @abstractmethod
     def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class PrefixCache(CachePolicy):
     name: ClassVar[str] = "prefix"
     uses_store: ClassVar[bool] = True
     exact_for: ClassVar[frozenset[str]] = frozenset({"block_causal", "context_causal", "causal"})
+    feeds_again: ClassVar[bool] = True
 
     def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
         return torch.where(step == 0, -1, block_start)

@@ -20,10 +20,14 @@ class KeyValueStore(Cache):
         self._layers = [_BufferLayer(num_rows, length) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
 
-    def place(self, rows: Tensor, columns: Tensor) -> None:
-        """Where the next forward writes: rows long `[r]` of the store, columns long `[r, q]` of each."""
+    def place(self, rows: Tensor, columns: Tensor, kept: Tensor | None = None) -> None:
+        """Where the next forward writes: rows long `[r]` of the store, columns long `[r, q]` of each.
+
+        With `kept`, bool `[r]`, a row may be there several times: each sees what is stored and what it is fed itself,
+        and only those that are kept, one of each row at most, leave what they are fed in the store.
+        """
         for layer in self._layers:
-            layer.rows, layer.columns = rows, columns
+            layer.rows, layer.columns, layer.kept = rows, columns, kept
 
     def compact(self, keep: Tensor) -> None:
         """Keeps the rows `keep` (long, ascending) and forgets the others."""
@@ -34,6 +38,7 @@ class KeyValueStore(Cache):
 class _BufferLayer(CacheLayerMixin):
     rows: Tensor
     columns: Tensor
+    kept: Tensor | None
 
     def __init__(self, num_rows: int, length: int) -> None:
         super().__init__()
@@ -52,12 +57,21 @@ class _BufferLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        if self.kept is not None:
+            return self._beside(self.keys, key_states), self._beside(self.values, value_states)
         rows = self.rows[:, None]
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             buffer[rows, :, self.columns] = new.transpose(1, 2)
         if len(self.rows) == self.num_rows:
             return self.keys, self.values
         return self.keys[self.rows], self.values[self.rows]
+
+    def _beside(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """A copy of the rows with what is new in each of them; what is kept of it is written to the buffer too."""
+        new, seen = new.transpose(1, 2), buffer[self.rows]
+        seen[torch.arange(len(seen), device=seen.device)[:, None], :, self.columns] = new
+        buffer[self.rows[self.kept, None], :, self.columns[self.kept]] = new[self.kept]
+        return seen
 
     def compact(self, keep: Tensor) -> None:
         self.num_rows = len(keep)

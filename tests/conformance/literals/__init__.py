@@ -9,7 +9,7 @@ module has, `samplers.Optional` what it may have.
 from __future__ import annotations
 
 from tests.conformance.cases import Case
-from tests.conformance.literals import adablock, blocks, daedal, dream, eoser, llada, mdpo, parallel
+from tests.conformance.literals import adablock, blocks, daedal, dream, eoser, freedave, llada, mdpo, parallel
 from tests.conformance.samplers import Family, Recorded
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "d1": llada,
     "fastdllm": llada,
     "dream": dream,
+    "freedave": freedave,
     "eoser": eoser,
     "ass": eoser,
     "mdpo": mdpo,
