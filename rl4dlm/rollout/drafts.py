@@ -26,7 +26,6 @@ from torch import Tensor
 
 from rl4dlm.rollout.drawing import Reading, Scored
 from rl4dlm.rollout.record import KEPT
-from rl4dlm.rollout.rows import PER_ROW
 from rl4dlm.rollout.schedules.parts import Step, top
 from rl4dlm.rollout.step import Batch
 
@@ -40,32 +39,40 @@ class DraftBatch(Batch):
     """Rows that are decoded with guesses of their next states. In a forward the rows of the batch are real rows and
     guesses; between forwards there are real rows only."""
 
+    seen: Step | None  # what the last forward showed of each row
+    source: Tensor | None  # while guesses are fed, the real row of each row
+    depth: Tensor  # and how many steps ahead it is
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.temperature > 0:
             self.reads[AHEAD] = candidates_ahead(self.config.draft_steps, self.schedule.reads)
-        self.seen: Step | None = None  # what the last forward showed of each real row
-        self.guess_of: Tensor | None = None  # while guesses are fed, the real row of each row
-        self.depth = torch.zeros_like(self.slot)  # and how many steps ahead it is
+
+    def _begin(self) -> None:
+        self.seen = self.source = None
+        super()._begin()
 
     def _look(self) -> Step:
         self.seen = super()._look()
         return self.seen
 
-    def _place(self, fed: Tensor, columns: Tensor) -> None:
-        if self.guess_of is None:
-            super()._place(fed, columns)
+    def _place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None) -> None:
+        if self.source is None:
+            super()._place(rows, columns, seen)
             return
-        assert self.store is not None
-        rows, depth = self.guess_of, self.depth
+        source, own = self.source, self.depth == 0
         if self.guided:
-            rows, depth = torch.cat([rows, rows + int(rows[-1]) + 1]), depth.repeat(2)
-        self.store.place(rows[fed], columns, depth[fed] == 0)
+            source, own = torch.cat([source, source + int(own.sum())]), own.repeat(2)
+        assert self.store is not None
+        if rows is None:
+            self.store.place(source, columns, seen, own)
+        else:
+            self.store.place(source[rows], columns, seen, own[rows])
 
-    def _retire(self, finished: Tensor) -> None:
-        if self.seen is not None and bool(finished.any()):
-            self.seen = _picked(self.seen, (~finished).nonzero().squeeze(-1))
-        super()._retire(finished)
+    def _take(self, keep: Tensor) -> None:
+        if self.seen is not None:
+            self.seen = _picked(self.seen, keep)
+        super()._take(keep)
 
     def _step(self) -> None:
         guesses = self._guesses()
@@ -76,7 +83,6 @@ class DraftBatch(Batch):
         own = (1 + counts).cumsum(0) - (1 + counts)  # the real rows, among all that are fed
         source = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), 1 + counts)
         depth = torch.arange(len(source), device=source.device) - own[source]
-        prompts = self.prompts
         self.record.guesses[self.slot] += counts
         self._fork(guesses, source, depth)
         fed = {name: getattr(self, name).clone() for name in ("tokens", "masked", "stalled")}
@@ -87,7 +93,6 @@ class DraftBatch(Batch):
             wrong |= differs if differs.dim() == 1 else differs.any(-1)
         wrong |= self._finished().roll(1, 0)  # decoding without guesses ends there
         self._join(source, depth, own, wrong & (depth > 0), fed["masked"] & ~self.masked)
-        self.prompts, self.guess_of = prompts, None
 
     def _guesses(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Guessed states, nearest first: canvas `[R, W]`, masked `[R, W]` and whether the row has that guess `[R]`.
@@ -135,14 +140,13 @@ class DraftBatch(Batch):
         """Puts the guesses between the rows; `source` long `[V]` is the row of each, `depth` how far ahead it is."""
         canvases = torch.stack([self.tokens[:, self.width :], *(canvas for canvas, _, _ in guesses)], dim=1)
         masked = torch.stack([self.masked, *(masked for _, masked, _ in guesses)], dim=1)
-        for name in PER_ROW:
-            setattr(self, name, getattr(self, name)[source])
-        self.prompts = [self.prompts[row] for row in source.tolist()]
+        self.seen = None  # what it said is in the guesses
+        self._take(source)
         self.tokens[:, self.width :] = canvases[source, depth]
         self.masked = masked[source, depth]
         self.stalled = torch.where(depth > 0, 0, self.stalled)
         self.block_step, self.total_step = self.block_step + depth, self.total_step + depth
-        self.guess_of, self.depth = source, depth
+        self.source, self.depth = source, depth
 
     def _join(self, source: Tensor, depth: Tensor, own: Tensor, wrong: Tensor, wrote: Tensor) -> None:
         """Keeps of each row the last state on the unbroken chain of guesses that came true, and what led to it.
@@ -161,11 +165,11 @@ class DraftBatch(Batch):
         at = own[:, None] + (by_depth * right[..., None]).argmax(
             1
         )  # [R, W], who wrote a slot; the row where nobody did
-        for name in PER_ROW:
-            value = getattr(self, name)
-            setattr(self, name, value.gather(0, at) if name in _TRACE else value[last])
-        assert self.seen is not None
-        self.seen = _picked(self.seen, last)
+        trace = {name: getattr(self, name).gather(0, at) for name in _TRACE}
+        self._take(last)
+        for name, value in trace.items():
+            setattr(self, name, value)
+        self.source = None
 
 
 def candidates_ahead(steps: int, reads: Mapping[str, Reading]) -> Reading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -38,6 +39,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "dream threshold": {"schedule": "dream_threshold", "schedule_args": {"threshold": 0.4}, "steps": LENGTH},
     "adablock": {"schedule": "adablock", "schedule_args": {"threshold": 0.9, "default_block": 9}, "block_length": None},
     "pc": {"schedule": "pc_sampler", "steps": LENGTH},
+}
+CACHES: dict[str, dict[str, Any]] = {
+    "none": {"cache": "none"},
+    "prefix": {"cache": "prefix"},
+    "dual": {"cache": "dual"},
+    "dual, every other block": {"cache": "dual", "cache_args": {"refresh_blocks": 2}},
+    "a window": {"cache": "prefix", "cache_args": {"refresh_blocks": 2, "suffix_window": 5}},
 }
 
 
@@ -76,11 +84,11 @@ def test_every_schedule_that_allows_guesses_is_here():
         assert schedule.memoryless == (name in named), name
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix"])
+@pytest.mark.parametrize("cache", ["none", "dual, every other block"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_nothing_but_the_forwards_changes(name: str, temperature: float, cache: str):
-    settings = {"temperature": temperature, "cache": cache, **SCHEDULES[name]}
+    settings = {"temperature": temperature, **CACHES[cache], **SCHEDULES[name]}
     plain = decoded(denoiser(), **settings)
     fewer = 0
     for draft_steps in (1, 3):
@@ -89,6 +97,16 @@ def test_nothing_but_the_forwards_changes(name: str, temperature: float, cache: 
         fewer += int((plain.nfe - drafted.nfe).sum())
     if int(plain.trace.steps.sum()) > 2 * len(PROMPTS) * (LENGTH // BLOCK):
         assert fewer > 0
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_cache_that_allows_it_keeps_its_own_result(cache: str, shift: int):
+    """Approximate or not: nothing depends on what guesses leave in the store."""
+    settings = {"temperature": 0.8, "steps": LENGTH // 2, **CACHES[cache]}
+    plain, drafted = (decoded(denoiser(shift=shift), steps, **settings) for steps in (0, 2))
+    assert_lossless(drafted, plain)
+    assert int(drafted.nfe.sum()) < int(plain.nfe.sum())
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -105,12 +123,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix"])
+@pytest.mark.parametrize(("cache", "shift"), [("none", 0), ("dual, every other block", 1), ("a window", 1)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("shift", [0, 1])
 def test_options_do_as_without(name: str, temperature: float, cache: str, shift: int):
-    settings = {"steps": LENGTH, "temperature": temperature, "cache": cache, **OPTIONS[name]}
+    settings = {"steps": LENGTH, "temperature": temperature, **CACHES[cache], **OPTIONS[name]}
     plain, drafted = (decoded(denoiser(shift=shift), draft_steps, **settings) for draft_steps in (0, 3))
     assert_lossless(drafted, plain)
     assert int(drafted.nfe.sum()) < int(plain.nfe.sum())
@@ -189,6 +206,21 @@ def test_a_row_does_not_depend_on_its_batch(cache: str):
         assert torch.equal(alone.guesses, together.guesses[row : row + 1])
 
 
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+def test_rows_that_wait_take_places_between_those_that_are_guessed(capacity: int, cache: str):
+    """Of different lengths, so that rows leave and come while others are in the middle of a block."""
+    config = DecodingConfig(
+        canvas_length=LENGTH, block_length=BLOCK, steps=LENGTH, temperature=0.8, cache=cache, draft_steps=2
+    )
+    plain = dataclasses.replace(config, draft_steps=0)
+    prompts = [[*range(3, 3 + n)] for n in (19, 2, 1, 20, 3)]
+    together = RolloutEngine(denoiser()).generate(prompts, plain, num_generations=2, seed=1)
+    drafted = RolloutEngine(denoiser(), max_batch_rows=capacity).generate(prompts, config, num_generations=2, seed=1)
+    assert len(set(together.trace.steps.tolist())) > 1
+    assert_lossless(drafted, together)
+
+
 def test_rows_beside_each_other_leave_one_of_them_in_the_store():
     """Three times the same row with other tokens in it: each sees its own, and the one that is kept is what stays."""
     model, columns = denoiser(), torch.arange(6).expand(3, -1)
@@ -204,7 +236,7 @@ def test_rows_beside_each_other_leave_one_of_them_in_the_store():
     store.place(torch.tensor([0, 1]), columns[:2])
     logits(tokens[[2, 0]], 0, past_key_values=store)
     before = store.layers[0].keys.clone()
-    store.place(torch.tensor([1, 1, 1]), columns[:, 3:], torch.tensor([False, True, False]))
+    store.place(torch.tensor([1, 1, 1]), columns[:, 3:], kept=torch.tensor([False, True, False]))
     beside = logits(tokens, 3, past_key_values=store)
     first = store.layers[0].keys
     assert torch.equal(first[0], before[0]) and torch.equal(first[1, :, :3], before[1, :, :3])
@@ -228,6 +260,11 @@ def test_rows_beside_each_other_leave_one_of_them_in_the_store():
     [
         ({"draft_steps": -1}, "draft_steps=-1.*0 .off. or larger"),
         ({"draft_steps": 1.5}, "draft_steps=1.5.*integer"),
+        (
+            {"draft_steps": 2, "cache": "prefix", "cache_args": {"refresh_steps": 2}},
+            "draft_steps=2.*cache='prefix'.*refresh_steps.*allowed: 'none', and 'prefix'",
+        ),
+        ({"draft_steps": 2, "cache": "dual_masked"}, "draft_steps=2.*cache='dual_masked'"),
         ({"draft_steps": 2, "schedule": "klass"}, "draft_steps=2.*schedule='klass'.*more than the tokens"),
         ({"draft_steps": 2, "schedule": "wino"}, "draft_steps=2.*schedule='wino'"),
         ({"draft_steps": 2, "schedule": "dream_origin"}, "draft_steps=2.*schedule='dream_origin'"),
@@ -235,7 +272,10 @@ def test_rows_beside_each_other_leave_one_of_them_in_the_store():
             {"draft_steps": 2, "schedule": "dream_entropy", "schedule_args": {"alg_temp": 0.1}},
             "draft_steps=2.*schedule='dream_entropy'",
         ),
-        ({"draft_steps": 2, "schedule": "entropy_bound_canvas", "temperature": 0.8}, "draft_steps=2.*canvas"),
+        (
+            {"draft_steps": 2, "schedule": "entropy_bound_canvas", "temperature": 0.8, "cache": "none"},
+            "draft_steps=2.*canvas",
+        ),
     ],
 )
 def test_what_cannot_be_guessed_is_refused(settings: dict[str, Any], message: str):

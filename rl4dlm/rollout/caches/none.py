@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rl4dlm.models.spec import ATTENTION_KINDS
-from rl4dlm.rollout.caches.policy import CachePolicy
+from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, register
 
 
+@register
+@dataclass(frozen=True)
 class NoCache(CachePolicy):
     """Feeds the whole row at every step."""
 
     name: ClassVar[str] = "none"
     uses_store: ClassVar[bool] = False
     exact_for: ClassVar[frozenset[str]] = frozenset(ATTENTION_KINDS)
-    feeds_again: ClassVar[bool] = True
 
-    def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
-        return torch.full_like(step, -1)
+    @property
+    def feeds_again(self) -> bool:
+        return True
+
+    def plan(self, now: Now) -> Plan:
+        return Plan(torch.full_like(now.start, -1))
