@@ -44,7 +44,7 @@ SIGNATURES = {
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
-        "extra_forwards weight_version decoding"
+        "extra_forwards weight_version decoding guesses"
     ),
     "RolloutEngine": "model spec max_batch_rows progress",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",

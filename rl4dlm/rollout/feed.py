@@ -177,7 +177,7 @@ class Feed(Rows):
             if self.guided:
                 rows = None if rows is None else torch.cat([rows, rows + len(self.slot)])
                 columns = columns.repeat(2, 1) if isinstance(columns, Tensor) else columns
-            store.place(rows, columns, part.seen)
+            self._place(rows, columns, part.seen)
             extra["past_key_values"] = store
         if shadow is not None:
             copies = 1 + self.guided
@@ -209,6 +209,11 @@ class Feed(Rows):
             self.record.nfe[self.slot[part.rows]] += 1 + self.guided
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
+
+    def _place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None) -> None:
+        """Where the store writes and what it sees; rows behind the last one are the copies without a prompt."""
+        assert self.store is not None
+        self.store.place(rows, columns, seen)
 
     def _sight(self, part: _Part) -> Sight | None:
         """Who of the fed columns sees which keys; None: all see all."""

@@ -28,7 +28,7 @@ from rl4dlm.rollout.schedules.parts import BlockStart, Resize, Schedule
 
 CANDIDATES = "candidates"
 
-_ROWS = (
+PER_ROW = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
     "length", "start", "stop", "reach", "block", "block_step", "total_step", "masked_at_start", "before", "refreshed",
     "stalled", "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
@@ -304,7 +304,11 @@ class Rows:
         keep = keep[:left]
         if self.store is not None:
             self.store.compact(torch.cat([keep, keep + len(self.slot)]) if self.guided else keep)
-        for name in _ROWS:
+        self._take(keep)
+
+    def _take(self, keep: Tensor) -> None:
+        """The rows of these indices, long `[r]`, in this order; all but the store."""
+        for name in PER_ROW:
             setattr(self, name, getattr(self, name)[keep])
         if self.fed is not None:
             self.fed = self.fed[keep]

@@ -48,12 +48,12 @@ COVERED = {
     "d3multiblock": "d3LLM's multi-block decoding",
     "ebsampler": "the entropy bound",
     "learn2pd": "Learn2PD's filter",
+    "freedave": "FreeDave's draft and verify, and the block decoding that it is compared with",
     "dream": "Dream's samplers, and Fast-dLLM's threshold in them",
 }
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    "freedave": "FreeDave's draft and verify",
     **dict.fromkeys(
         ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "fastdllmdream", "d3cache"),
         "decoding with approximate caches of keys and values",
@@ -116,6 +116,9 @@ class Case:
                 return f"not covered: the {self.cache} cache"
             if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
                 return "not covered: rows of different lengths that share their steps"
+            for name in ("eager_acceptance_mode", "dual_cache", "temperature"):
+                if self.family == "freedave" and self.settings.get(name):
+                    return f"not covered: FreeDave with {name}={self.settings[name]}"
             if self.family == "dream" and (self.settings.get("temperature") or self.settings.get("alg_temp")):
                 return "not covered: draws whose randomness is torch's own"
             if self.settings.get("factor") is not None and self.cache != "none":

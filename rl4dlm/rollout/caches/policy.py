@@ -116,6 +116,12 @@ class CachePolicy(ABC):
     def plan(self, now: Now) -> Plan:
         """What the next forward feeds."""
 
+    @property
+    def feeds_again(self) -> bool:
+        """Whether what a step inside a block stores is fed again before anything depends on it: by the next step in the
+        block, and where the next block is entered. Only then can steps be guessed and made beside each other."""
+        return False
+
     def check(self, config: Any) -> None:  # noqa: B027  (most policies take any settings)
         """Raises ValueError for decoding settings (a `DecodingConfig`) that the policy cannot be used with."""
 

@@ -241,6 +241,8 @@ class Schedule:
             engine writes its best candidate and takes nothing back.
         start_length: slots that a row starts with; None: all of the canvas.
         reopens: the rules take back slots of earlier blocks too.
+        memoryless: no part remembers anything between steps or adds to what a step records, so that what a step does
+            follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
@@ -264,6 +266,7 @@ class Schedule:
     start_length: int | None = None
     reopens: bool = False
     draws_positions: bool = False
+    memoryless: bool = False
     check: Callable[[Any], None] | None = None
 
     @property
