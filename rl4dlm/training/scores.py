@@ -153,6 +153,7 @@ class ScoringTrainer(LossParts):
                 cfg_scale=self.args.cfg_scale,
                 rows_per_forward=rows_per_forward,
                 one_view=self.args.one_view,
+                in_step=self.accelerator.num_processes > 1,
             )
 
     def _reduced(self, found: ViewScores, views: Views, width: int) -> PolicyScores:
