@@ -100,7 +100,7 @@ SETTINGS = {
     "DiffusionPolicyConfig": (
         "schedule denoising_steps block_length cfg_scale cache stop_at_eos min_new_tokens eos_penalty "
         "eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
-        "kl_estimator kl_target negative_advantage_weight score_temperature one_view max_prompt_length "
+        "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
         "overlong_prompts log_replays audit_share audit_bound audit_action rollout_correction "
         "rollout_correction_clip_max"
     ),
