@@ -178,7 +178,7 @@ def run_engine(recorded: Recorded, family: Family) -> Run:
     with fed_to(built) as fed:
         rollout = RolloutEngine(built, spec).generate(prompts, config, noise=noise)
     assert config.stop_at_eos or all(reason == "complete" for reason in rollout.stop_reason)
-    assert rollout.exact == (config.cache == "none")
+    assert rollout.exact == (config.cache in ("auto", "none"))
     run = getattr(family, "rows", rows_of)(recorded, rollout)
     cached = config.cache not in ("none", "auto") and len(prompts) == 1 and not recorded.guidance
     return dataclasses.replace(run, fed=fed) if cached else run
