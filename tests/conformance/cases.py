@@ -31,11 +31,17 @@ COVERED = {
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
     "daedal": "DAEDAL's variable length",
-    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix cache",
+    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
     "llada": "LLaDA's sampler and its table of counts",
     "d1": "diffu-GRPO: samplers, log-probabilities, losses, rewards",
-    "fastdllm": "confidence threshold, without cache and with prefix cache; the factor rule",
+    "fastdllm": "confidence threshold and the factor rule, without cache and with prefix and dual cache",
+    "fastdllmdream": "Fast-dLLM's samplers for Dream, with prefix and dual cache",
+    "dkvdecode": "dKV-Cache's decoding",
+    "dkvgreedy": "dKV-Cache's greedy decoding",
+    "dkvdream": "dKV-Cache on Dream: prefill, decoding, and both",
+    "freecache": "FreeCache's frozen prompt and blocks",
+    "dinfer": "dInfer's decoders, without cache, with prefix and dual cache, and with the vicinity",
     "sdar": "SDAR's sampler, on checkpoints of models/",
     "llada2gen": "LLaDA2.0's sampler, on checkpoints of models/",
     "llada21gen": "LLaDA2.1's sampler with editing, on checkpoints of models/",
@@ -52,7 +58,7 @@ COVERED = {
 NOT_COVERED = {
     "freedave": "FreeDave's draft and verify",
     **dict.fromkeys(
-        ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "d2f", "fastdllmv2", "fastdllmdream", "d3cache"),
+        ("d2f", "fastdllmv2", "d3cache"),
         "decoding with approximate caches of keys and values",
     ),
     **dict.fromkeys(
@@ -109,12 +115,8 @@ class Case:
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
-            if self.cache not in ("none", "prefix"):
-                return f"not covered: the {self.cache} cache"
             if self.family == "dream" and (self.settings.get("temperature") or self.settings.get("alg_temp")):
                 return "not covered: draws whose randomness is torch's own"
-            if self.settings.get("factor") is not None and self.cache != "none":
-                return f"not covered: the factor rule with the {self.cache} cache"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
 

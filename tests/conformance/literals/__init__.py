@@ -9,7 +9,20 @@ module has, `samplers.Optional` what it may have.
 from __future__ import annotations
 
 from tests.conformance.cases import Case
-from tests.conformance.literals import adablock, blocks, daedal, dream, eoser, llada, mdpo, parallel
+from tests.conformance.literals import (
+    adablock,
+    blocks,
+    daedal,
+    dinfer,
+    dkv,
+    dream,
+    eoser,
+    fastdllmdream,
+    freecache,
+    llada,
+    mdpo,
+    parallel,
+)
 from tests.conformance.samplers import Family, Recorded
 
 FAMILIES: dict[str, Family] = {
@@ -23,6 +36,10 @@ FAMILIES: dict[str, Family] = {
     "ass": eoser,
     "mdpo": mdpo,
     **dict.fromkeys(("sdar", "llada2gen", "llada21gen"), blocks),
+    **dict.fromkeys(("dkvdecode", "dkvgreedy", "dkvdream"), dkv),
+    "freecache": freecache,
+    "dinfer": dinfer,
+    "fastdllmdream": fastdllmdream,
     **dict.fromkeys(("wino", "klass", "saber", "pcsampler", "ebsampler", "learn2pd"), parallel),
 }
 """The first word of a case's name to the module of its family."""

@@ -38,11 +38,11 @@ def config(recorded: Recorded) -> DecodingConfig:
         names = {"weight": "credit_alpha", "power": "boost_gamma", "decay": "decay_beta"}
         schedule, arguments = "credit", {**arguments, **{ours: settings[theirs] for ours, theirs in names.items()}}
     cache, options = settings.get("cache_type") or "none", {}
+    if _has_vicinity(settings):
+        cache, options = "vicinity", {"before": settings["prefix_look"], "after": settings["after_look"]}
+        options["warmup_steps"] = settings["warmup_steps"]
     if cache != "none" and settings.get("cache_update_freq"):
         options["refresh_steps"] = settings["cache_update_freq"]
-    if _has_vicinity(settings):
-        cache, options = "vicinity", {**options, "before": settings["prefix_look"], "after": settings["after_look"]}
-        options["warmup_steps"] = settings["warmup_steps"]
     return DecodingConfig(
         canvas_length=recorded.length,
         block_length=recorded.block_length,

@@ -19,7 +19,8 @@ FROZEN_MASKS = (
 )
 ANY_END = (
     "with early stop the reference fills everything behind the first end-of-sequence token, prompt included, whatever "
-    "is still masked before it, and goes on; here a row is finished once everything before its end is written"
+    "is written there or still masked before it, and goes on; here a row is finished once everything before its end is "
+    "written, and what is written stays"
 )
 
 
@@ -83,9 +84,10 @@ def literal(recorded: Recorded, *, deviations: bool = True) -> Literal:
                 continue
             found = (ids[0] == end).nonzero()[:, 0]
             if deviations and len(found):
-                if bool((ids[0, : int(found[0])] == mask).any()) or int(found[0]) < width:
+                behind = ids[0, int(found[0]) + 1 :]
+                if bool((ids[0, : int(found[0])] == mask).any() | ((behind != mask) & (behind != end)).any()):
                     result.rules.add(ANY_END)
-                ids[0, int(found[0]) + 1 :] = end
+                behind[:] = end
             settled = torch.isin(ids[0], ends) & (at >= width) & (open_slots.cumsum(-1) == 0)
             if not deviations and bool(settled.any()):
                 ids[0, open_slots] = recorded.eos[0]

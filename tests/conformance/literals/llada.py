@@ -222,7 +222,7 @@ def check_counts(case: Case) -> None:
 def made_up(seed: int) -> Recorded:
     """A case of any of the samplers, the seeds taking turns."""
     rng, generator = random.Random(f"llada {seed}"), torch.Generator().manual_seed(seed)
-    kind = ("llada", "d1", "fastdllm", "fastdllm_prefix", "fastdllm_factor", "fastdllm_dual")[seed % 5]
+    kind = ("llada", "d1", "fastdllm", "fastdllm_prefix", "fastdllm_factor", "fastdllm_dual")[seed % 6]
     fixed = kind in ("llada", "d1")
     blocks, block_length = rng.randint(1, 3), rng.choice([1, 2, 4, 5, 8])
     length, rows, width = blocks * block_length, rng.randint(1, 3) if fixed else 1, rng.randint(1, 12)
