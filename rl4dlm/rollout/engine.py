@@ -184,6 +184,8 @@ class RolloutEngine:
                     )
                 )
             for batch in batches:
+                if isinstance(batch, Batch):
+                    batch.counts = self.progress
                 for committed in batch.decode():
                     bar.update(committed)
             if self.in_step is not None:

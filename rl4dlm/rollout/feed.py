@@ -20,6 +20,9 @@ from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
 SHADOW = "shadow"
+DRAWN = "drawn"
+NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
+"""What is drawn besides the token; the first two are looked at for whether they are numbers."""
 
 
 class Feed(Rows):
@@ -29,9 +32,13 @@ class Feed(Rows):
         """One forward of every row: the step as the schedule sees it."""
         wanted, size = self._wanted(), self.masked.shape[1]
         values: dict[str, Tensor] = {}
+        self.broken = self.slot.new_zeros((), dtype=torch.bool)
         for part in self._parts(wanted):
             places, flat = self._forward(part, wanted)
             index = places.rows * size + places.slots
+            numbers = [flat.pop(name) for name in NUMBERS]  # of one dtype, so put in place together
+            flat[DRAWN] = torch.stack(numbers, dim=-1)
+            self.broken = self.broken | flat[DRAWN][:, :2].isnan().any()
             for name, value in flat.items():
                 if name not in values:
                     values[name] = value.new_zeros(self.masked.numel(), *value.shape[1:])
@@ -41,8 +48,7 @@ class Feed(Rows):
                     chosen = places.shadow if name == SHADOW else ~places.shadow
                     values[name][index[chosen]] = value[chosen]
         values = {name: value.view(*self.masked.shape, *value.shape[1:]) for name, value in values.items()}
-        drawn = Drawn(**{name: values.pop(name) for name in Drawn._fields})
-        self.broken = ((drawn.raw_log_prob + drawn.confidence).isnan() & wanted).any()
+        drawn = Drawn(values.pop("token"), **dict(zip(NUMBERS, values.pop(DRAWN).unbind(-1), strict=True)))
         return Step(
             tokens=self.tokens[:, self.width :].clone(),
             masked=self.masked,
@@ -212,10 +218,11 @@ class Feed(Rows):
             score_reduce_sees_own=True,
             **extra,
         )
+        each = 1 + self.guided
         if part.rows is None:
-            self.record.nfe[self.slot] += 1 + self.guided
+            self.nfe = self.nfe + each
         else:
-            self.record.nfe[self.slot[part.rows]] += 1 + self.guided
+            self.nfe = self.nfe.index_add(0, part.rows, torch.full_like(part.rows, each))
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
 

@@ -399,6 +399,13 @@ def top(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     return (ranks(scores, eligible) < counts[:, None]) & eligible
 
 
+def best(scores: Tensor, eligible: Tensor) -> Tensor:
+    """The best eligible position of each row, the lower one among equals: bool `[R, W]`, none where none is."""
+    allowed = scores.masked_fill(~eligible, -torch.inf)
+    highest = (allowed == allowed.amax(-1, keepdim=True)) & eligible
+    return highest & (highest.cumsum(-1) == 1)
+
+
 def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
     """The rank of each eligible position in its row, 0 for the highest score, the lower position first among equals.
 
@@ -408,8 +415,9 @@ def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
     Returns:
         long `[R, W]`; the others come behind.
     """
-    by_score = scores.argsort(dim=-1, descending=True, stable=True)
-    first = eligible.gather(-1, by_score).long().argsort(dim=-1, descending=True, stable=True)
-    order = by_score.gather(-1, first)
+    scores = scores if scores.is_floating_point() else scores.double()
+    above = scores.clamp(min=torch.finfo(scores.dtype).min)  # so that eligible ones are never with the others
+    sorted_by = above.masked_fill(~eligible, -torch.inf)
+    order = sorted_by.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
