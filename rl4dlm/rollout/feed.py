@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
-from rl4dlm.rollout.drawing import Drawn, Places, Scored
+from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import CanvasInput, Step
 
@@ -184,7 +184,7 @@ class Feed(Rows):
                 read.append(scored.log_probs.gather(-1, here.held[:, None]).squeeze(-1))
             return (*drawn, *read)
 
-        return reduce
+        return in_parts(reduce)
 
     def _adjusted(self, logits: Tensor, places: Places) -> Tensor:
         """Logits after the options that change the model's distribution."""
