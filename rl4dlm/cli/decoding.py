@@ -23,7 +23,7 @@ def add_decoding_flags(add: Callable[..., Any]) -> None:
     add("--top-p", type=float, default=1.0, help="keep the most probable tokens that reach it (default: %(default)s)")
     add("--top-k", type=int, default=0, help="keep that many tokens; 0 is off (default: %(default)s)")
     add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance; 0 is off (default: %(default)s)")
-    add("--cache", default="none", help="cache policy (default: %(default)s)")
+    add("--cache", default="auto", help="cache policy (default: %(default)s, an exact one where there is one)")
     add("--stop-at-eos", default="yes", choices=STOPS, help="when rows stop early (default: %(default)s)")
     add("--min-new-tokens", type=int, default=0, metavar="N", help="no end before that many tokens (default: none)")
     add("--eos-penalty", type=float, default=0.0, help="off the logits of end tokens (default: %(default)s)")

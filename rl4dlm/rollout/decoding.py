@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.caches import available_caches
+from rl4dlm.rollout.caches import CachePolicy, build_cache, exact_cache
 from rl4dlm.rollout.schedules import registry
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 
@@ -34,7 +34,9 @@ class DecodingConfig:
         top_p: keep the smallest set of tokens whose probability reaches it. top_k: keep that many tokens; 0 is off.
         cfg_scale: weight w of classifier-free guidance `u + (w + 1)(c - u)`; 0 is off, otherwise each step costs two
             forwards.
-        cache: name of the cache policy, see `available_caches()`.
+        cache: name of the cache policy, see `available_caches()`. `"auto"`: the one that loses nothing, which is the
+            exact block cache where the model's attention allows one and the schedule any, else `"none"`.
+        cache_args: settings of the cache policy.
         stop_at_eos: finish a row as soon as an end-of-sequence token is written and every slot before it is too; the
             slots behind it are not decoded. `"block"` looks only when a block is complete, as dInfer does; schedules
             that can change what is written always do so, and those that reopen finished blocks never stop early. The
@@ -62,7 +64,7 @@ class DecodingConfig:
     top_p: float = 1.0
     top_k: int = 0
     cfg_scale: float = 0.0
-    cache: str = "none"
+    cache: str = "auto"
     stop_at_eos: bool | Literal["block"] = True
     min_new_tokens: int = 0
     eos_penalty: float = 0.0
@@ -71,6 +73,7 @@ class DecodingConfig:
     defer_token_ids: tuple[int, ...] = ()
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
     known_tokens: int | None = None
+    cache_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
@@ -112,8 +115,9 @@ class DecodingConfig:
             raise ValueError(f"eos_penalty={self.eos_penalty} is not allowed; it must be finite (0 is off)")
         if self.stop_at_eos not in (True, False, "block"):
             raise ValueError(f'stop_at_eos={self.stop_at_eos!r} is not allowed; choose True, False or "block"')
-        if self.cache not in available_caches():
-            raise ValueError(f"cache={self.cache!r} is unknown; choose one of {', '.join(available_caches())}")
+        if self.cache == "auto" and self.cache_args:
+            raise ValueError(f"cache_args={self.cache_args!r} has no meaning for cache='auto'; name the policy")
+        policy = build_cache("none" if self.cache == "auto" else self.cache, self.cache_args)
         entry = registry.lookup(self.schedule)
         if not entry.takes_steps and self.steps is not None:
             raise ValueError(
@@ -122,11 +126,12 @@ class DecodingConfig:
             )
         self._check_steps()
         schedule = self.build_schedule()
-        if isinstance(schedule, Schedule) and schedule.whole and self.cache != "none":
+        if isinstance(schedule, Schedule) and schedule.whole and policy.uses_store:
             raise ValueError(
                 f"cache={self.cache!r} cannot be used with schedule={self.schedule!r}, which needs a forward of the "
-                "whole row at every step; allowed: 'none'"
+                "whole row at every step; allowed: 'none' and 'auto'"
             )
+        policy.check(self)
 
     @property
     def num_blocks(self) -> int:
@@ -175,9 +180,9 @@ class DecodingConfig:
                 f"canvas_length={self.canvas_length} is not a multiple of the {spec.block_length} tokens that the "
                 "model denoises at a time"
             )
+        schedule = self.build_schedule()
         if spec.attention not in BLOCK_KINDS:
             return self
-        schedule = self.build_schedule()
         if isinstance(schedule, Schedule) and (schedule.whole or not schedule.blocks.on_grid):
             raise ValueError(
                 f"schedule={self.schedule!r} cannot decode a model with attention={spec.attention!r}: it "
@@ -207,6 +212,14 @@ class DecodingConfig:
                 f"{self.canvas_length}, block_length={self.block_length}); it must be a positive multiple of "
                 f"{self.num_blocks}"
             )
+
+    def build_cache(self, spec: DiffusionSpec) -> CachePolicy:
+        """The cache policy for a model."""
+        if self.cache != "auto":
+            return build_cache(self.cache, self.cache_args)
+        schedule = self.build_schedule()
+        fits = isinstance(schedule, Schedule) and not schedule.whole
+        return build_cache(exact_cache(spec.attention) if fits else "none")
 
     def build_schedule(self) -> Schedule | CanvasSchedule:
         """The schedule with these settings."""

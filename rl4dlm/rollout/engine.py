@@ -7,6 +7,7 @@ models whose noise is random tokens, in `uniform.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.caches import build_cache
+from rl4dlm.rollout.caches import CachePolicy
 from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
@@ -27,6 +28,8 @@ from rl4dlm.rollout.rows import Choices, Progress
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 from rl4dlm.rollout.step import Batch
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_DELAY = 5.0
 """Seconds after which a progress bar appears."""
@@ -40,6 +43,10 @@ class RolloutEngine:
         spec: how it denoises; None reads it from the model.
         max_batch_rows: rows decoded at the same time; None decodes all at once.
         progress: shows a progress bar when decoding takes longer than a few seconds.
+        in_step: for models that are sharded over processes (FSDP, ZeRO-3), where every process must make each forward
+            that another makes. Called before each forward with True, and with False by a process that has none left;
+            returns, once all have called it, whether any said True. While that is so a process that has nothing left
+            to decode makes idle forwards of one token. None: processes need not wait for each other.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class RolloutEngine:
         *,
         max_batch_rows: int | None = None,
         progress: bool = False,
+        in_step: Callable[[bool], bool] | None = None,
     ) -> None:
         if max_batch_rows is not None and max_batch_rows < 1:
             raise ValueError(f"max_batch_rows={max_batch_rows} is not allowed; it must be 1 or larger, or None")
@@ -67,7 +75,9 @@ class RolloutEngine:
             )
         self.max_batch_rows = max_batch_rows
         self.progress = progress
+        self.in_step = in_step
         self.weight_version: int | None = None
+        self._said: set[str] = set()
 
     @torch.no_grad()
     def generate(
@@ -116,8 +126,10 @@ class RolloutEngine:
         self._check(prompts, rows, ids, hints, choices, config)
         config = config.for_model(self.spec)
         noise = noise or KeyedNoise(seed)
-        schedule, cache = config.build_schedule(), build_cache(config.cache)
+        schedule, cache = config.build_schedule(), config.build_cache(self.spec)
         parts = schedule if isinstance(schedule, Schedule) else None
+        if config.cache == "auto":
+            self._say_cache(config, cache, max(map(len, rows), default=0))
         self._check_parts(schedule, config, hints, choices, constraint, on_step)
         if choices is None and isinstance(constraint, Automaton):  # candidates that can never be written waste a step
             choices = [constraint.choices(config.canvas_length)] * len(rows)
@@ -142,30 +154,39 @@ class RolloutEngine:
                 total=slots, desc="decoding", unit="tok", delay=PROGRESS_DELAY, disable=not self.progress, leave=False
             ) as bar,
         ):
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
-                work = record.part(part)
-                batch: Batch | CanvasBatch
-                if isinstance(schedule, CanvasSchedule):
+            batches: list[Batch | CanvasBatch] = []
+            if isinstance(schedule, CanvasSchedule):
+                for start in range(0, len(rows), size):
+                    part = slice(start, start + size)
+                    work = record.part(part)
                     assert isinstance(work, CanvasRecord)
-                    batch = CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
-                else:
-                    batch = Batch(
+                    batches.append(
+                        CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
+                    )
+            else:
+                batches.append(
+                    Batch(
                         self.model,
                         self.spec,
-                        rows[part],
-                        ids[part],
-                        work,
+                        rows,
+                        ids,
+                        record,
                         config,
                         schedule,
                         cache,
                         noise,
-                        None if limits is None else Choices(limits.sets, limits.index[part]),
+                        limits,
                         constraint,
                         on_step,
+                        capacity=size,
+                        in_step=self.in_step,
                     )
+                )
+            for batch in batches:
                 for committed in batch.decode():
                     bar.update(committed)
+            if self.in_step is not None:
+                self._wait_for_others(self.in_step)
         return Rollout(
             prompt_ids=rows,
             canvas=record.canvas,
@@ -182,13 +203,36 @@ class RolloutEngine:
             stop_reason=record.stop_reasons(),
             row_ids=ids,
             schedule=config.schedule,
-            cache=config.cache,
+            cache=cache.name,
             exact=self.spec.attention in cache.exact_for and (parts is None or parts.inputs is None),
             seed=seed,
             mask_token_id=self.spec.mask_token_id,
             weight_version=self.weight_version,
             decoding=config,
         )
+
+    def _wait_for_others(self, in_step: Callable[[bool], bool]) -> None:
+        """Idle forwards until no process has one of its own left."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        score = torch.ones_like(token, dtype=torch.bool)
+        while in_step(False):
+            self.model(input_ids=token, score_positions=score, score_targets=token)
+
+    def _say_cache(self, config: DecodingConfig, cache: CachePolicy, prompt: int) -> None:
+        """Logs once what `cache="auto"` stands for, and what an inexact policy would buy."""
+        line = f"cache='auto' is {cache.name!r} here, which is exact for attention={self.spec.attention!r}"
+        schedule = config.build_schedule()
+        if self.spec.attention == "full" and isinstance(schedule, Schedule) and not schedule.whole:
+            width, block = prompt + config.canvas_length, config.canvas_length // config.num_blocks
+            steps = config.steps_per_block
+            gain = steps * width / (width + (steps - 1) * block)
+            line += (
+                f"; cache='dual' is not exact, and would feed about {gain:.1f} times fewer positions at {steps} steps "
+                f"per block of {block} in rows of {width} (docs/rollouts.md says what that risks)"
+            )
+        if line not in self._said:
+            self._said.add(line)
+            logger.info(line)
 
     def _check(
         self,

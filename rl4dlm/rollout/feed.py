@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
+from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import CanvasInput, Step
@@ -25,25 +26,22 @@ class Feed(Rows):
 
     def _look(self) -> Step:
         """One forward of every row: the step as the schedule sees it."""
-        wanted = self._wanted()
-        block_start = self.width + torch.where(self.start > 0, self.start, -self.offset)  # [R], column
-        first = self.cache.feed_from(self.block_step, block_start)
-        last = torch.full_like(first, self.tokens.shape[1])
-        if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
-            last = self.width + self.stop
-            if self.store is not None:
-                first, self.unsettled = torch.where(first < 0, self.unsettled, first), block_start
+        wanted, size = self._wanted(), self.masked.shape[1]
         values: dict[str, Tensor] = {}
-        for rows in _groups(first < 0):
-            places, flat = self._forward(rows, first[rows], last[rows], block_start[rows], wanted[rows])
+        for part in self._parts(wanted):
+            places, flat = self._forward(part, wanted)
+            index = places.rows * size + places.slots
             for name, value in flat.items():
                 if name not in values:
-                    values[name] = value.new_zeros(*self.masked.shape, *value.shape[1:])
-                chosen = places.shadow if name == SHADOW else ~places.shadow
-                values[name][rows[places.rows[chosen]], places.slots[chosen]] = value[chosen]
+                    values[name] = value.new_zeros(self.masked.numel(), *value.shape[1:])
+                if part.shadow is None:
+                    values[name][index] = value
+                else:
+                    chosen = places.shadow if name == SHADOW else ~places.shadow
+                    values[name][index[chosen]] = value[chosen]
+        values = {name: value.view(*self.masked.shape, *value.shape[1:]) for name, value in values.items()}
         drawn = Drawn(**{name: values.pop(name) for name in Drawn._fields})
-        if bool(((drawn.raw_log_prob + drawn.confidence).isnan() & wanted).any()):
-            raise ValueError("the model's logits are not numbers (NaN) at a masked position; decoding cannot go on")
+        self.broken = ((drawn.raw_log_prob + drawn.confidence).isnan() & wanted).any()
         return Step(
             tokens=self.tokens[:, self.width :].clone(),
             masked=self.masked,
@@ -81,77 +79,162 @@ class Feed(Rows):
             return self.open | inside
         return self.open
 
-    def _forward(
-        self, rows: Tensor, start: Tensor, stop: Tensor, block_start: Tensor, wanted: Tensor
-    ) -> tuple[_Scores, dict[str, Tensor]]:
-        """One forward of some rows from column `start` (negative: 0) to `stop`; values of slots in row-major order."""
-        first = torch.where(start < 0, 0, start - self.spec.logit_shift).clamp(min=0)  # [r]
-        feed = int((stop - first).max())
-        columns = (first[:, None] + torch.arange(feed, device=first.device)).clamp(max=self.tokens.shape[1] - 1)
-        score = torch.zeros_like(columns, dtype=torch.bool)  # [r, q]
-        at = wanted.nonzero(as_tuple=True)
-        score[at[0], self.width + at[1] - first[at[0]]] = True
-        shadow = self._shadow(rows) if self.schedule.shadow else None
+    def _parts(self, wanted: Tensor) -> list[_Part]:
+        """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
+        columns, shift = self.tokens.shape[1], self.spec.logit_shift
+        seen: Tensor | None = None  # [R], behind the last column that the active block can see
+        if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
+            seen = self.width + self.stop
+        shadow = self._shadow() if self.schedule.shadow else None
+        if self.store is None:
+            return [_Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
+        start = self.width + torch.where(self.start > 0, self.start, -self.offset)
+        plan = self.cache.plan(self._now(start))
+        whole = plan.first < 0
+        first = plan.first if seen is None else torch.where(whole, self.before, plan.first)
+        first = (first - shift).clamp(min=0)
+        last = torch.full_like(first, columns) if plan.last is None else plan.last
+        last = last if seen is None else torch.minimum(last, seen)
+        chosen: Tensor | None = None
+        if plan.among is not None:
+            column = torch.arange(columns, device=first.device)
+            needed = torch.cat([wanted.new_zeros(len(wanted), self.width), wanted], dim=1)
+            if shift:
+                needed = needed | torch.nn.functional.pad(needed[:, shift:], (0, shift))
+            inside = (column >= first[:, None]) & (column < last[:, None])
+            chosen = (inside & (plan.among | whole[:, None])) | needed
+        self.before = start
+        self.refreshed = torch.where(whole, self.block, self.refreshed)
+        firsts, lasts, wholes = torch.stack([first, last, whole.long()]).tolist()
+        groups = [list(range(len(firsts)))]
+        if seen is None and not self.cache.shares and 0 < sum(wholes) < len(wholes):
+            groups = [[row for row in groups[0] if wholes[row] == kind] for kind in (1, 0)]
+        parts = []
+        for group in groups:
+            rows = None if len(group) == len(firsts) else torch.tensor(group, device=first.device)
+            spans = {(firsts[row], lasts[row]) for row in group}
+            attended = max(lasts[row] for row in group) if seen is not None else columns
+            if chosen is not None and not all(wholes[row] for row in group):
+                parts.append(_chosen(rows, chosen if rows is None else chosen[rows], attended))
+            elif len(spans) == 1:
+                parts.append(_Part(rows, slice(*spans.pop()), seen=attended))
+            else:
+                feed = max(end - begin for begin, end in spans)
+                begin, end = (first, last) if rows is None else (first[rows], last[rows])
+                index = begin[:, None] + torch.arange(feed, device=first.device)
+                parts.append(_Part(rows, torch.minimum(index, end[:, None] - 1), index < end[:, None], attended))
+        if self.fed is not None:
+            for part in parts:
+                self._note_fed(part)
+        return parts
+
+    def _now(self, start: Tensor) -> Now:
+        return Now(
+            width=self.width,
+            columns=self.tokens.shape[1],
+            block_step=self.block_step,
+            total_step=self.total_step,
+            block=self.block,
+            start=start,
+            stop=self.width + self.stop,
+            before=self.before,
+            refreshed=self.refreshed,
+            open=self.masked,
+            tokens=self.tokens,
+            fed=self.fed,
+            row_ids=self.row_ids,
+            memory=self.cache_memory,
+        )
+
+    def _note_fed(self, part: _Part) -> None:
+        """Remembers what the columns of a forward were fed as."""
+        assert self.fed is not None
+        rows = torch.arange(len(self.fed), device=self.fed.device) if part.rows is None else part.rows
+        columns = part.columns if isinstance(part.columns, Tensor) else part.index(self.tokens)
+        self.fed = self.fed.index_put((rows[:, None], columns), self.tokens[rows[:, None], columns])
+
+    def _forward(self, part: _Part, wanted: Tensor) -> tuple[_Scores, dict[str, Tensor]]:
+        """One forward; values of wanted slots, and of the shadow's, in row-major order."""
+        shadow, store = part.shadow, self.store
+        score = part.slots_of(wanted, self.width)  # [r, q]
+        feed = score.shape[1]
         if shadow is not None:
             score = torch.cat([score, shadow.scored], dim=1)
-        places = _Scores.of(score, first - self.width, shadow, feed)
-        fed = rows
+        places = part.scores(score, feed, self.width)
+        tokens, positions = part.of(self.tokens), part.of(self.positions)  # [r, q]
+        keys = part.rows_of(self.keys)[:, : part.seen] if store is not None else part.of(self.keys)
+        sight = self._sight(part)
         if self.guided:  # every row a second time, without its prompt
-            fed = torch.cat([rows, rows + len(self.slot)])
-            rows, columns, block_start = rows.repeat(2), columns.repeat(2, 1), block_start.repeat(2)
-        tokens = self.tokens[rows].gather(-1, columns)  # [f, q]
-        keys, positions, prompt_lengths = self.keys[rows], self.positions[rows], self.prompt_lengths[rows]
-        if self.guided:
-            prompt = (columns < self.width) & keys.gather(-1, columns)
-            prompt[: len(score)] = False
-            tokens = torch.where(prompt, self.spec.mask_token_id, tokens)
-        sight = one_copy(self.spec, positions, prompt_lengths, prompt_lengths + block_start - self.width)
-        if sight is not None:
-            sight = sight.at(columns, None if self.store is not None else columns)
+            prompt = (part.index(self.tokens) < self.width) & part.of(self.keys)
+            tokens = torch.cat([tokens, torch.where(prompt, self.spec.mask_token_id, tokens)])
+            positions, keys = positions.repeat(2, 1), keys.repeat(2, 1)
+            sight = None if sight is None else Sight(sight.places.repeat(2, 1), sight.horizons.repeat(2, 1))
         extra: dict[str, Any] = {}
-        if self.store is not None:
-            self.store.place(fed, columns)
-            extra["past_key_values"] = self.store
-        else:
-            keys = keys.gather(-1, columns)
-        positions = positions.gather(-1, columns)
+        if store is not None:
+            rows, columns = part.rows, part.columns
+            if self.guided:
+                rows = None if rows is None else torch.cat([rows, rows + len(self.slot)])
+                columns = columns.repeat(2, 1) if isinstance(columns, Tensor) else columns
+            store.place(rows, columns, part.seen)
+            extra["past_key_values"] = store
         if shadow is not None:
             copies = 1 + self.guided
             tokens = torch.cat([tokens, torch.full_like(shadow.slots.repeat(copies, 1), self.spec.mask_token_id)], 1)
             sight = shadow.sight(self.width, feed, copies)
-            beside = positions.gather(-1, (shadow.slots + self.width).repeat(copies, 1))
+            beside = self.positions.gather(-1, shadow.slots + self.width).repeat(copies, 1)
             positions, keys = torch.cat([positions, beside], 1), torch.cat([keys, shadow.real.repeat(copies, 1)], 1)
         if self.schedule.inputs is not None:
-            extra["inputs_embeds"] = self._soft_inputs(tokens, rows)
+            extra["inputs_embeds"] = self._soft_inputs(tokens)
+        mask = None
+        if sight is not None or self.padded:
+            implementation = self.model.config._attn_implementation
+            mask = attention_mask(keys, tokens.shape[1], implementation, self.model.dtype, sight)
+        if self.in_step is not None:
+            self.in_step(True)
         flat = self.model(
             input_ids=tokens,
-            attention_mask=attention_mask(
-                keys, tokens.shape[1], self.model.config._attn_implementation, self.model.dtype, sight
-            ),
+            attention_mask=mask,
             position_ids=positions,
             score_positions=score,
             score_cfg_scale=self.config.cfg_scale,
-            score_reduce=self._reduction(rows, places),
+            score_reduce=self._reduction(places),
             score_reduce_sees_own=True,
             **extra,
         )
-        self.record.nfe[self.slot[rows[: len(score)]]] += 1 + self.guided
+        if part.rows is None:
+            self.record.nfe[self.slot] += 1 + self.guided
+        else:
+            self.record.nfe[self.slot[part.rows]] += 1 + self.guided
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
 
-    def _soft_inputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
+    def _sight(self, part: _Part) -> Sight | None:
+        """Who of the fed columns sees which keys; None: all see all."""
+        if self.spec.attention == "full":
+            return None
+        positions, lengths = part.rows_of(self.positions), part.rows_of(self.prompt_lengths)
+        start = torch.where(self.start > 0, self.start, -self.offset)
+        whole = one_copy(self.spec, positions, lengths, lengths + part.rows_of(start))
+        assert whole is not None
+        index = part.index(self.tokens)
+        if self.store is None:
+            return whole.at(index, index)
+        sight = whole.at(index)
+        return Sight(sight.places[:, : part.seen], sight.horizons)
+
+    def _soft_inputs(self, tokens: Tensor) -> Tensor:
         """Embeddings `[f, q, D]` of whole rows, with those of the canvas as the schedule wants them."""
         assert self.schedule.inputs is not None
         embeddings = self.model.get_input_embeddings()(tokens)
-        copies = len(rows) // len(self.slot)
+        copies = len(tokens) // len(self.slot)
         canvas = CanvasInput(embeddings[: len(self.slot), self.width :], self.masked, self.total_step, self.memory)
         soft = self.schedule.inputs(canvas).to(embeddings.dtype)
         return torch.cat([embeddings[:, : self.width], soft.repeat(copies, 1, 1)], dim=1)
 
-    def _reduction(self, rows: Tensor, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
+    def _reduction(self, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
-        row = rows[at.rows]
+        row = at.rows
         places = Places(
             rows=row,
             positions=at.slots,
@@ -216,12 +299,12 @@ class Feed(Rows):
             banned = unknown.expand_as(logits) if banned is None else banned | unknown
         return banned
 
-    def _shadow(self, rows: Tensor) -> _Shadow:
-        start, stop = self.start[rows], self.stop[rows]
+    def _shadow(self) -> _Shadow:
+        start, stop = self.start, self.stop
         slots = start[:, None] + torch.arange(int((stop - start).max()), device=start.device)
         real = slots < stop[:, None]
         slots = slots.clamp(max=self.masked.shape[1] - 1)
-        held = ~self.masked[rows].gather(-1, slots) & ~self.locked[rows].gather(-1, slots)
+        held = ~self.masked.gather(-1, slots) & ~self.locked.gather(-1, slots)
         return _Shadow(slots, real, real & held)
 
 
@@ -229,9 +312,9 @@ class Feed(Rows):
 class _Shadow:
     """The copy of the active block that is fed beside the row: S columns of mask tokens."""
 
-    slots: Tensor  # long [r, S], canvas offsets
-    real: Tensor  # bool [r, S], whether the block has so many slots
-    scored: Tensor  # bool [r, S], slots whose held token is verified
+    slots: Tensor  # long [R, S], canvas offsets
+    real: Tensor  # bool [R, S], whether the block has so many slots
+    scored: Tensor  # bool [R, S], slots whose held token is verified
 
     def sight(self, width: int, feed: int, copies: int) -> Sight:
         """Rows see rows; a shadow sees the row but the slot it stands for, and itself. Nothing else sees it."""
@@ -246,24 +329,68 @@ class _Shadow:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What one forward feeds: q columns of r rows."""
+
+    rows: Tensor | None  # long [r]; None: all, in order
+    columns: slice | Tensor  # the same of all rows, or long [r, q]; columns that pad repeat the last one of their row
+    real: Tensor | None = None  # bool [r, q], columns that do not pad; None: none does
+    seen: int | None = None  # columns of the store that are attended to; None: what is fed sees itself
+    shadow: _Shadow | None = None
+
+    def rows_of(self, value: Tensor) -> Tensor:
+        """`value` `[R, ...]` of the rows."""
+        return value if self.rows is None else value[self.rows]
+
+    def of(self, value: Tensor) -> Tensor:
+        """`value` `[R, T]` where it is fed, `[r, q]`."""
+        value = self.rows_of(value)
+        return value[:, self.columns] if isinstance(self.columns, slice) else value.gather(-1, self.columns)
+
+    def index(self, like: Tensor) -> Tensor:
+        """long `[r, q]`, the columns, for rows as many as those of `like` `[R, T]` or the chosen ones."""
+        if isinstance(self.columns, Tensor):
+            return self.columns
+        column = torch.arange(self.columns.start, self.columns.stop, device=like.device)
+        return column.expand(len(like if self.rows is None else self.rows), -1)
+
+    def slots_of(self, wanted: Tensor, width: int) -> Tensor:
+        """bool `[r, q]`, fed columns whose slot is wanted (bool `[R, W]`)."""
+        wanted, size = self.rows_of(wanted), wanted.shape[1]
+        if isinstance(self.columns, slice):
+            begin, end = self.columns.start - width, self.columns.stop - width
+            inside = wanted[:, max(begin, 0) : end]
+            return torch.nn.functional.pad(inside, (max(-begin, 0), 0))
+        slots = self.columns - width
+        score = wanted.gather(-1, slots.clamp(min=0, max=size - 1)) & (slots >= 0)
+        return score if self.real is None else score & self.real
+
+    def scores(self, score: Tensor, feed: int, width: int) -> _Scores:
+        """Which slots the scored columns bool `[r, q]` stand for; those behind `feed` are the shadow's."""
+        rows, columns = score.nonzero(as_tuple=True)
+        beside = columns >= feed
+        if isinstance(self.columns, slice):
+            slots = columns + self.columns.start - width
+        else:
+            slots = self.columns[rows, columns] - width
+        if self.shadow is not None:
+            slots = torch.where(beside, self.shadow.slots[rows, (columns - feed).clamp(min=0)], slots)
+        return _Scores(rows if self.rows is None else self.rows[rows], slots, beside)
+
+
+@dataclass(frozen=True)
 class _Scores:
     """Which slots the scored columns of a forward stand for, in row-major order."""
 
-    rows: Tensor  # long [n], among the rows of the forward
+    rows: Tensor  # long [n], among the rows alive
     slots: Tensor  # long [n], canvas offsets
     shadow: Tensor  # bool [n]
 
-    @classmethod
-    def of(cls, score: Tensor, first: Tensor, shadow: _Shadow | None, feed: int) -> _Scores:
-        """From the scored columns bool `[r, q]` and the canvas offset of each row's first one, long `[r]`."""
-        rows, columns = score.nonzero(as_tuple=True)
-        slots, beside = columns + first[rows], columns >= feed
-        if shadow is not None:
-            slots = torch.where(beside, shadow.slots[rows, (columns - feed).clamp(min=0)], slots)
-        return cls(rows, slots, beside)
 
-
-def _groups(whole: Tensor) -> list[Tensor]:
-    """Row indices of the rows that are fed whole, and of the others; empty groups are left out."""
-    groups = [whole.nonzero().squeeze(-1), (~whole).nonzero().squeeze(-1)]
-    return [rows for rows in groups if len(rows)]
+def _chosen(rows: Tensor | None, chosen: Tensor, seen: int) -> _Part:
+    """A forward of chosen columns, bool `[r, T]`; rows with fewer repeat their last one."""
+    counts = chosen.sum(-1)
+    order = (~chosen).long().argsort(dim=-1, stable=True)[:, : int(counts.max())]
+    place = torch.arange(order.shape[1], device=order.device)
+    columns = order.gather(-1, torch.minimum(place, counts[:, None] - 1))
+    return _Part(rows, columns, place < counts[:, None], seen)

@@ -30,10 +30,13 @@ CANDIDATES = "candidates"
 
 _ROWS = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
-    "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "unsettled", "stalled",
+    "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "before", "refreshed", "stalled",
     "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
 )  # fmt: skip
 """What is kept per row, first axis R."""
+
+CUT = 16
+"""Columns of padding that all rows have in common before they are cut off."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,40 @@ class Choices:
 
 
 class Rows:
-    """Rows that are decoded together. The state below is that of the rows still alive; `slot` says which they are."""
+    """Rows that are decoded together, and a queue of those that wait for a place.
+
+    The state below is that of the rows still alive, in any order; `slot` says which rows of the call they are.
+    """
+
+    tokens: Tensor  # long [R, T]
+    keys: Tensor  # bool [R, T]
+    positions: Tensor  # long [R, T]
+    prompt_lengths: Tensor  # long [R]
+    offset: Tensor  # long [R], prompt tokens in the first block that is written
+    masked: Tensor  # bool [R, W]
+    locked: Tensor  # bool [R, W]
+    choice: Tensor  # long [R, W], see `Choices`
+    row_ids: Tensor
+    slot: Tensor
+    length: Tensor
+    start: Tensor  # canvas offsets of the active block
+    stop: Tensor
+    block: Tensor
+    block_step: Tensor
+    total_step: Tensor
+    masked_at_start: Tensor
+    before: Tensor  # column at which the block started that was active at the step before; -1: there was none
+    refreshed: Tensor  # block in which everything was last fed; -1: none
+    stalled: Tensor
+    staying: Tensor
+    done: Tensor
+    reason: Tensor
+    commit_step: Tensor
+    block_stop: Tensor
+    raw_log_prob: Tensor
+    log_prob: Tensor
+    confidence: Tensor
+    entropy: Tensor
 
     def __init__(
         self,
@@ -87,54 +123,97 @@ class Rows:
         choices: Choices | None = None,
         constraint: Constraint | None = None,
         on_step: Callable[[Progress], None] | None = None,
+        capacity: int | None = None,
+        in_step: Callable[[bool], bool] | None = None,
     ) -> None:
-        self.model, self.spec, self.prompts = model, spec, prompts
+        self.model, self.spec = model, spec
         self.record, self.config, self.schedule, self.cache, self.noise = record, config, schedule, cache, noise
-        self.choices, self.constraint, self.on_step = choices, constraint, on_step
-        device, rows = record.canvas.device, len(prompts)
-        length = schedule.start_length or config.canvas_length
-        self.width = max((len(p) for p in prompts), default=0)  # columns of the left-padded prompt
-        self.tokens = torch.full((rows, self.width + length), self.spec.mask_token_id, device=device)  # [R, T]
-        self.keys = torch.ones_like(self.tokens, dtype=torch.bool)  # [R, T]
-        for row, prompt in enumerate(prompts):
-            padding = self.width - len(prompt)
-            self.tokens[row, :padding], self.keys[row, :padding] = 0, False
-            self.tokens[row, padding : self.width] = torch.tensor(prompt, device=device)
-        self.locked = record.hinted[:, :length].clone()  # [R, W]
-        self.masked = ~self.locked  # [R, W]
-        self.tokens[:, self.width :] = torch.where(self.masked, self.spec.mask_token_id, record.canvas[:, :length])
-        self.positions = position_ids(self.keys)  # [R, T]
-        self.prompt_lengths = self.keys[:, : self.width].sum(-1)  # [R]
-        self.offset = torch.zeros_like(self.prompt_lengths)  # prompt tokens in the first block that is written
-        if spec.attention in BLOCK_KINDS:
-            first = block_starts(spec, self.prompt_lengths[:, None], self.prompt_lengths)
-            self.offset = self.prompt_lengths - first.squeeze(-1)
-        self.row_ids = torch.tensor(row_ids, dtype=torch.long, device=device)
-        self.slot = torch.arange(rows, device=device)
-        self.choice = torch.full((rows, length), -1, device=device) if choices is None else choices.index
-        self.length = torch.full((rows,), length, device=device)
-        self.start, self.stop, self.block = (torch.full((rows,), v, device=device) for v in (0, 0, -1))
-        self.block_step, self.total_step, self.masked_at_start, self.stalled, self.reason = (
-            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(5)
-        )
-        self.staying, self.done = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
-        self.unsettled = torch.full((rows,), -1, device=device)  # first column whose stored keys may still change
-        self.commit_step = torch.full((rows, length), -1, device=device)
-        self.block_stop = torch.full((rows, length), -1, device=device)
-        self.raw_log_prob, self.log_prob, self.confidence, self.entropy = (
-            torch.zeros(rows, length, dtype=record.raw_log_prob.dtype, device=device) for _ in KEPT
-        )
-        self.memory = Memory()
-        self.record.start_length[:] = length
+        self.choices, self.constraint, self.on_step, self.in_step = choices, constraint, on_step, in_step
+        self.all_prompts, self.all_row_ids = prompts, row_ids
+        self.capacity = max(1, len(prompts)) if capacity is None else capacity
+        self.waiting = list(range(len(prompts)))
+        if self.capacity < len(prompts):  # the longest first, so that those who come later fit
+            self.waiting.sort(key=lambda row: -len(prompts[row]))
         self.step_cap = 4 * config.canvas_length + schedule.patience * config.num_blocks + (config.steps or 0)
         self.guided = config.cfg_scale > 0
         self.reads: dict[str, Reading] = dict(schedule.reads)
         if constraint is not None:
             self.reads[CANDIDATES] = reading_of(constraint)
+        self.record.start_length[:] = schedule.start_length or config.canvas_length
+        self._begin()
+
+    def _begin(self) -> None:
+        """Rows take their places: as many as there are places, and nothing is left of those before."""
+        rows, self.waiting = self.waiting[: self.capacity], self.waiting[self.capacity :]
+        self.prompts = [self.all_prompts[row] for row in rows]
+        self.width = max(map(len, self.prompts), default=0)  # columns of the left-padded prompt
+        for name, value in self._fresh(rows).items():
+            setattr(self, name, value)
+        self.padded = not bool(self.keys.all())
+        self.memory, self.cache_memory = Memory(), Memory()
+        self.fed = torch.full_like(self.tokens, -1) if self.cache.tracks else None
         self.store: KeyValueStore | None = None
-        if cache.uses_store:
+        if self.cache.uses_store:
             layers = self.model.config.get_text_config().num_hidden_layers
-            self.store = KeyValueStore(layers, rows * (1 + self.guided), self.tokens.shape[1])
+            self.store = KeyValueStore(layers, len(rows) * (1 + self.guided), self.tokens.shape[1])
+
+    def _fresh(self, rows: list[int]) -> dict[str, Tensor]:
+        """The state of rows of the call at their start, by name; their prompts fit into `width` columns."""
+        device, count = self.record.canvas.device, len(rows)
+        length = self.schedule.start_length or self.config.canvas_length
+        prompts = torch.zeros(count, self.width, dtype=torch.long)
+        real = torch.ones(count, self.width + length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            prompt = self.all_prompts[row]
+            prompts[i, self.width - len(prompt) :] = torch.tensor(prompt)
+            real[i, : self.width - len(prompt)] = False
+        slot, keys = torch.tensor(rows, dtype=torch.long, device=device), real.to(device)
+        locked = self.record.hinted[slot, :length]
+        canvas = torch.where(locked, self.record.canvas[slot, :length], self.spec.mask_token_id)
+        prompt_lengths = keys[:, : self.width].sum(-1)
+        offset = torch.zeros_like(prompt_lengths)
+        if self.spec.attention in BLOCK_KINDS:
+            first = block_starts(self.spec, prompt_lengths[:, None], prompt_lengths)
+            offset = prompt_lengths - first.squeeze(-1)
+
+        def numbers(value: int = 0) -> Tensor:
+            return torch.full((count,), value, device=device)
+
+        def flags() -> Tensor:
+            return torch.zeros(count, dtype=torch.bool, device=device)
+
+        def slots(value: int = -1) -> Tensor:
+            return torch.full((count, length), value, device=device)
+
+        real_dtype = self.record.raw_log_prob.dtype
+        return {
+            "tokens": torch.cat([prompts.to(device), canvas], dim=1),
+            "keys": keys,
+            "positions": position_ids(keys),
+            "prompt_lengths": prompt_lengths,
+            "offset": offset,
+            "masked": ~locked,
+            "locked": locked,
+            "choice": slots() if self.choices is None else self.choices.index[slot],
+            "row_ids": torch.tensor([self.all_row_ids[row] for row in rows], dtype=torch.long, device=device),
+            "slot": slot,
+            "length": numbers(length),
+            "start": numbers(),
+            "stop": numbers(),
+            "block": numbers(-1),
+            "block_step": numbers(),
+            "total_step": numbers(),
+            "masked_at_start": numbers(),
+            "before": numbers(-1),
+            "refreshed": numbers(-1),
+            "stalled": numbers(),
+            "staying": flags(),
+            "done": flags(),
+            "reason": numbers(COMPLETE),
+            "commit_step": slots(),
+            "block_stop": slots(),
+            **{name: torch.zeros(count, length, dtype=real_dtype, device=device) for name in KEPT},
+        }
 
     @property
     def offsets(self) -> Tensor:
@@ -161,9 +240,7 @@ class Rows:
         return finished
 
     def _retire(self, finished: Tensor) -> None:
-        """Records finished rows and removes them from the batch."""
-        if not bool(finished.any()):
-            return
+        """Records finished rows; others take their places."""
         slots, masked, width = self.slot[finished], self.masked[finished], self.masked.shape[1]
         unwritten = next(iter(self.spec.eos_token_ids), self.spec.mask_token_id)  # without an end, no row stops early
         length = self.length[finished]
@@ -180,24 +257,75 @@ class Rows:
         record.reason[slots] = torch.where((reason == COMPLETE) & early, EOS, reason)
         record.steps[slots] = self.total_step[finished]
         record.length[slots] = length
-        keep = (~finished).nonzero().squeeze(-1)
+        self._fill(finished.nonzero().squeeze(-1))
+
+    @property
+    def _refills(self) -> bool:
+        """Whether a row may begin beside rows that are under way: it has no past, and a canvas of their length."""
+        remembered = (self.memory, self.cache_memory)
+        return self.schedule.resize is None and not any(memory.rows or memory.slots for memory in remembered)
+
+    def _fill(self, free: Tensor) -> None:
+        """Waiting rows take free places, long `[f]`; what is free after that is closed, with rows from behind."""
+        rows: list[int] = []
+        if self.waiting and self._refills:
+            rows, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
+        if rows:
+            taken, free = free[: len(rows)], free[len(rows) :]
+            for name, value in self._fresh(rows).items():
+                setattr(self, name, getattr(self, name).index_copy(0, taken, value))
+            for place, row in zip(taken.tolist(), rows, strict=True):
+                self.prompts[place] = self.all_prompts[row]
+            if self.fed is not None:
+                self.fed = self.fed.index_fill(0, taken, -1)
+        if len(free):
+            self._close(free)
+        if rows:
+            self._cut()
+        if not len(self.slot) and self.waiting:
+            self._begin()
+
+    def _close(self, free: Tensor) -> None:
+        """Closes the places of rows that have left: the last rows move into them, the others stay where they are."""
+        left = len(self.slot) - len(free)
+        keep = torch.arange(len(self.slot), device=free.device)
+        alive = torch.ones_like(keep, dtype=torch.bool).index_fill(0, free, False)
+        keep[free[free < left]] = keep[left:][alive[left:]]
+        keep = keep[:left]
         if self.store is not None:
             self.store.compact(torch.cat([keep, keep + len(self.slot)]) if self.guided else keep)
         for name in _ROWS:
             setattr(self, name, getattr(self, name)[keep])
+        if self.fed is not None:
+            self.fed = self.fed[keep]
         self.prompts = [self.prompts[row] for row in keep.tolist()]
         self.memory.keep(keep)
+        self.cache_memory.keep(keep)
 
-    def _enter_blocks(self) -> None:
-        """Moves each row on to its first block with masked slots."""
-        moved = ~self.open.any(-1) & ~self.staying
-        while bool(moved.any()):
-            self.start = torch.where(moved & (self.block >= 0), self.stop, self.start)
-            self.block = self.block + moved.long()
-            self.block_step = torch.where(moved, 0, self.block_step)
-            self.stop = torch.where(moved, self._block_end(), self.stop)
-            moved = ~self.open.any(-1) & ~self.staying
-        self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+    def _cut(self) -> None:
+        """Cuts off columns that are padding in every row."""
+        count = self.width - max(map(len, self.prompts), default=self.width)
+        if count >= CUT:
+            self.width -= count
+            for name in ("tokens", "keys", "positions"):
+                setattr(self, name, getattr(self, name)[:, count:])
+            if self.fed is not None:
+                self.fed = self.fed[:, count:]
+            if self.store is not None:
+                self.store.cut(count)
+            self.before = torch.where(self.before < 0, self.before, self.before - count)
+        self.padded = not bool(self.keys.all())
+
+    def _leaving(self) -> Tensor:
+        """bool `[R]`, rows that have nothing to write in their block and do not stay there."""
+        return ~self.open.any(-1) & ~self.staying
+
+    def _enter_blocks(self, moved: Tensor) -> None:
+        """Moves rows on to their next block; it may have no masked slots."""
+        self.start = torch.where(moved & (self.block >= 0), self.stop, self.start)
+        self.block = self.block + moved.long()
+        self.block_step = torch.where(moved, 0, self.block_step)
+        self.stop = torch.where(moved, self._block_end(), self.stop)
 
     def _block_end(self) -> Tensor:
         rows = BlockStart(self.start, self.block, self.offset, self.length, self.masked, self.memory)
@@ -228,6 +356,7 @@ class Rows:
         self.tokens = torch.cat([self.tokens[:, : self.width], canvas], dim=1)
         self.keys = torch.cat([self.keys[:, : self.width], slots < length[:, None]], dim=1)
         self.positions = position_ids(self.keys)
+        self.padded = not bool(self.keys.all())
         self.length = length
         self.start = torch.minimum(self.start + torch.where(at < self.start, count, 0), length)
         self.stop = self._block_end()

@@ -24,15 +24,30 @@ class Batch(Feed):
 
     def decode(self) -> Iterator[int]:
         """Runs until every row is finished; yields how many slots each step settled."""
-        self._retire(self._finished())
+        self._settle()
         while len(self.slot):
-            before = int(self.masked.sum())
-            self._enter_blocks()
+            before = self.masked.sum()
             self._step()
+            settled, broken = torch.stack([before - self.masked.sum(), self.broken.long()]).tolist()
+            if broken:
+                raise ValueError("the model's logits are not numbers (NaN) at a masked position; decoding cannot go on")
             if self.on_step is not None:
                 self.on_step(self._progress())
-            self._retire(self._finished())
-            yield max(0, before - int(self.masked.sum()))
+            self._settle()
+            yield max(0, settled)
+
+    def _settle(self) -> None:
+        """Rows that are finished leave, others take their places, and rows whose block is complete enter the next."""
+        while len(self.slot):
+            finished, moved = self._finished(), self._leaving()
+            any_finished, any_moved = torch.stack([finished.any(), moved.any()]).tolist()
+            if any_finished:
+                self._retire(finished)
+            elif any_moved:
+                self._enter_blocks(moved)
+            else:
+                break
+        self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
 
     def _step(self) -> None:
         schedule = self.schedule

@@ -22,7 +22,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rl4dlm.likelihood.estimator import Estimator
-from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
@@ -191,7 +190,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
             for module in [*self.model.modules(), *(self.ref_model.modules() if self.ref_model is not None else ())]:
                 if isinstance(getattr(module, "attention_dropout", None), float):  # not an nn.Dropout, so TRL misses it
                     module.attention_dropout = 0.0
-        self._check_forward_counts()
+        self._check_sharded()
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         self._backward_per_view = bool(args.one_view and reentrant)
         if self._backward_per_view and not args.disable_dropout:
@@ -328,6 +327,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
                 self.spec,
                 max_batch_rows=self.args.rollout_batch_size,
                 progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+                in_step=self._any_process if self._forwards_differ else None,
             )
             engine.weight_version = self.state.global_step
             return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)
@@ -397,24 +397,29 @@ class DiffusionPolicyTrainer(BatchTrainer):
         if self.accelerator.is_main_process:
             self._replays.prune()
 
-    def _check_forward_counts(self) -> None:
-        """Sharded models run in step: every rank must decode with the same number of forwards."""
-        causes: list[str] = []
-        if self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).fixed_forwards:
-            fixed = [name for name in registry.names() if registry.lookup(name).fixed_forwards]
-            causes.append(
-                f"schedule={self.decoding.schedule!r} with stop_at_eos={self.decoding.stop_at_eos} (choose a schedule "
-                f"with a fixed number of forwards, one of {', '.join(fixed)}, and stop_at_eos=False)"
+    @property
+    def _sharded(self) -> bool:
+        """Whether the model is sharded over processes while it decodes."""
+        return self.is_fsdp_enabled or (self._dist.is_zero3 and not self.args.ds3_gather_for_generation)
+
+    def _check_sharded(self) -> None:
+        if self._sharded and self.spec.noise == "uniform":
+            raise ValueError(
+                "rollouts of models with noise='uniform' deadlock under FSDP, and under ZeRO-3 with "
+                "ds3_gather_for_generation=False, since processes make different numbers of forwards; use DDP, ZeRO-2, "
+                "or ds3_gather_for_generation=True"
             )
-        if self.spec.attention in BLOCK_KINDS and self.spec.grid_origin == "position_zero":
-            causes.append(f"attention={self.spec.attention!r} from position 0 (a prompt that ends in a block adds one)")
-        if not causes:
-            return
-        differs = f"forwards differ per process: {'; '.join(causes)}"
-        if self.is_fsdp_enabled:
-            raise ValueError(f"rollouts deadlock under FSDP; use DDP or DeepSpeed: {differs}")
-        if self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
-            raise ValueError(f"ds3_gather_for_generation=False deadlocks rollouts; set it to True: {differs}")
+
+    @property
+    def _forwards_differ(self) -> bool:
+        """Whether processes may need different numbers of forwards of a sharded model, each of which all must make."""
+        fixed = registry.lookup(self.decoding.schedule).fixed_forwards and not self.decoding.stop_at_eos
+        return self._sharded and not (fixed and self.spec.attention == "full")
+
+    def _any_process(self, working: bool) -> bool:
+        """Whether any process says True; all call it together."""
+        count = torch.tensor(float(working), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
 
 
 def _print_table(prompts: Any, completions: Any, rewards: Any, advantages: Any, *args: Any, **kwargs: Any) -> None:

@@ -171,7 +171,7 @@ def run_engine(recorded: Recorded, family: Family) -> Run:
     build = getattr(family, "model", lambda recorded: (denoiser(recorded.case), spec_of(recorded.case)))
     rollout = RolloutEngine(*build(recorded)).generate(prompts, config, noise=noise)
     assert config.stop_at_eos or all(reason == "complete" for reason in rollout.stop_reason)
-    assert rollout.exact == (config.cache == "none")
+    assert rollout.exact == (config.cache in ("none", "auto"))
     return getattr(family, "rows", rows_of)(recorded, rollout)
 
 

@@ -18,7 +18,7 @@ from transformers.integrations import flex_attention as flex
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout import engine as engine_module
+from rl4dlm.rollout.caches import Now, Plan
 from rl4dlm.rollout.caches.prefix import PrefixCache
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
@@ -49,7 +49,7 @@ HINTS = [{0: 9}, {}, {4: 5, 5: 6, 6: 7, 7: 8}, {1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6:
 
 def decoded(kind: str, origin: str, *, shift: int = 0, **settings: Any) -> Rollout:
     hints = settings.pop("hints", None)
-    config = DecodingConfig(**{"canvas_length": LENGTH, "stop_at_eos": False, **settings})
+    config = DecodingConfig(**{"canvas_length": LENGTH, "stop_at_eos": False, "cache": "none", **settings})
     return RolloutEngine(block_denoiser(kind, origin, shift=shift)).generate(PROMPTS, config, seed=4, hints=hints)
 
 
@@ -144,15 +144,12 @@ def test_a_cache_whose_blocks_are_not_stored_again_when_finished_is_not_exact(
     kind: str, origin: str, monkeypatch: pytest.MonkeyPatch
 ):
     class Uncommitted(PrefixCache):
-        started = False
-
-        def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
-            first, self.started = not self.started, True
-            return torch.full_like(step, -1) if first else block_start
+        def plan(self, now: Now) -> Plan:
+            return Plan(torch.where(now.refreshed < 0, -1, now.start))
 
     block = {"canvas_length": 12, "block_length": BLOCK} if kind == "causal" else {}
     plain = decoded(kind, origin, **block, steps=6)
-    monkeypatch.setattr(engine_module, "build_cache", lambda name: Uncommitted())
+    monkeypatch.setattr(DecodingConfig, "build_cache", lambda self, spec: Uncommitted())
     stale = decoded(kind, origin, cache="prefix", **block, steps=6)
     assert not torch.allclose(stale.trace.raw_log_prob, plain.trace.raw_log_prob, atol=1e-6)
 
@@ -173,9 +170,9 @@ def fed_columns(monkeypatch: pytest.MonkeyPatch, model: Any, prompt: list[int], 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_only_what_can_be_seen_and_has_changed_is_fed(shift: int, monkeypatch: pytest.MonkeyPatch):
     model, prompt = block_denoiser("block_causal", "position_zero", shift=shift), [5, 6, 7, 8, 9, 10]
-    plain = fed_columns(monkeypatch, model, prompt, steps=6)
+    plain = fed_columns(monkeypatch, model, prompt, steps=6, cache="none")
     assert plain == [8, 8, 12, 12, 16, 16, 18, 18]  # two of the prompt's tokens are in the first block
-    cached = fed_columns(monkeypatch, model, prompt, steps=6, cache="prefix")
+    cached = fed_columns(monkeypatch, model, prompt, steps=6)  # `auto` is the exact block cache here
     again = [4 + shift, 8 + shift, 4 + shift, 8 + shift, 4 + shift, 6 + shift, 2 + shift]
     assert cached == [8, *again]  # a block's first step also feeds the block before it
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rl4dlm.models.attention import attention_mask, position_ids
-from rl4dlm.rollout import engine as engine_module
+from rl4dlm.rollout.caches import Now, Plan
 from rl4dlm.rollout.caches.prefix import PrefixCache
 from rl4dlm.rollout.caches.store import KeyValueStore
 from rl4dlm.rollout.decoding import DecodingConfig
@@ -37,14 +37,14 @@ def decoded(shift: int = 0, **settings: Any) -> Rollout:
 class Refreshing(PrefixCache):
     """Feeds everything at every step, through the store."""
 
-    def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
-        return torch.full_like(step, -1)
+    def plan(self, now: Now) -> Plan:
+        return Plan(torch.full_like(now.start, -1))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_refreshing_at_every_step_is_no_cache(name: str, shift: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_module, "build_cache", lambda name: Refreshing())
+    monkeypatch.setattr(DecodingConfig, "build_cache", lambda self, spec: Refreshing())
     refreshed = decoded(shift, **SETTINGS[name])
     monkeypatch.undo()
     plain = decoded(shift, cache="none", **SETTINGS[name])

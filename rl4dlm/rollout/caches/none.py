@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rl4dlm.models.spec import ATTENTION_KINDS
-from rl4dlm.rollout.caches.policy import CachePolicy
+from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, register
 
 
+@register
+@dataclass(frozen=True)
 class NoCache(CachePolicy):
     """Feeds the whole row at every step."""
 
@@ -18,5 +20,5 @@ class NoCache(CachePolicy):
     uses_store: ClassVar[bool] = False
     exact_for: ClassVar[frozenset[str]] = frozenset(ATTENTION_KINDS)
 
-    def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
-        return torch.full_like(step, -1)
+    def plan(self, now: Now) -> Plan:
+        return Plan(torch.full_like(now.start, -1))

@@ -9,25 +9,52 @@ also feeds the block before it, now finished, whose keys are then final; later s
 forward that reference samplers make after each block is thus part of the next block's first step.
 
 Differences from Fast-dLLM's released code: keys are stored rotated and written in place; prompts of different length
-and rows in different blocks share a batch; a block that is complete after its first step costs no second one.
+and rows in different blocks share a batch; a block that is complete after its first step costs no second one. The
+refresh periods and the window are ours.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from rl4dlm.rollout.caches.policy import CachePolicy
+from rl4dlm.models.attention import LEFT_TO_RIGHT
+from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, check_period, refresh_due, register
 
 
+@register
+@dataclass(frozen=True)
 class PrefixCache(CachePolicy):
-    """Refreshes at block entry, then reuses everything before the block."""
+    """Refreshes at block entry, then reuses everything before the block.
+
+    Args:
+        refresh_blocks: blocks from one refresh to the next; rows that enter a block in between feed the block before
+            it and all that follows.
+        refresh_steps: steps within a block from one refresh to the next; None: only at entry.
+        suffix_window: slots behind the block that are fed; what lies behind them is read from the store. None: all.
+
+    Raises:
+        ValueError: a setting that is no such number.
+    """
+
+    refresh_blocks: int = 1
+    refresh_steps: int | None = None
+    suffix_window: int | None = None
 
     name: ClassVar[str] = "prefix"
-    uses_store: ClassVar[bool] = True
-    exact_for: ClassVar[frozenset[str]] = frozenset({"block_causal", "context_causal", "causal"})
+    exact_for: ClassVar[frozenset[str]] = frozenset(LEFT_TO_RIGHT)
+    shares: ClassVar[bool] = True
 
-    def feed_from(self, step: Tensor, block_start: Tensor) -> Tensor:
-        return torch.where(step == 0, -1, block_start)
+    def __post_init__(self) -> None:
+        check_period(self, "refresh_blocks", "refresh_steps")
+        check_period(self, "suffix_window", low=0)
+
+    def plan(self, now: Now) -> Plan:
+        first = torch.where(now.block_step == 0, now.before, now.start)
+        first = first.masked_fill(refresh_due(now, self.refresh_blocks, self.refresh_steps), -1)
+        if self.suffix_window is None:
+            return Plan(first)
+        last = (now.stop + self.suffix_window).clamp(max=now.columns)
+        return Plan(first, torch.where(first < 0, now.columns, last))

@@ -6,34 +6,52 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+GROWTH = 64
+"""Columns by which buffers grow at least."""
+
 
 class KeyValueStore(Cache):
     """A transformers `Cache` over buffers `[rows, heads, T, head_dim]`, one pair per layer.
 
     Before a forward, `place(rows, columns)` says which rows it feeds and which of their columns; the forward then
-    writes its keys (rotated) and values there and attends to the whole buffers of these rows. The attention mask hides
+    writes its keys (rotated) and values there and attends to the buffers of these rows. The attention mask hides
     columns that hold nothing. With stock attention modules and explicit positions the logits are those of a full
     forward as long as no token of the columns that are not fed has changed.
+
+    Args:
+        num_layers: of the model. num_rows: rows to begin with. length: columns T that a row may have.
     """
 
     def __init__(self, num_layers: int, num_rows: int, length: int) -> None:
         self._layers = [_BufferLayer(num_rows, length) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
 
-    def place(self, rows: Tensor, columns: Tensor) -> None:
-        """Where the next forward writes: rows long `[r]` of the store, columns long `[r, q]` of each."""
+    def place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None = None) -> None:
+        """Where the next forward writes and what it sees.
+
+        Args:
+            rows: long `[r]` of the store; None: all of them, in order.
+            columns: long `[r, q]` of each row, or the same slice of all.
+            seen: columns that are attended to, from the first; None: all.
+        """
         for layer in self._layers:
-            layer.rows, layer.columns = rows, columns
+            layer.rows, layer.columns, layer.seen = rows, columns, layer.length if seen is None else seen
 
     def compact(self, keep: Tensor) -> None:
-        """Keeps the rows `keep` (long, ascending) and forgets the others."""
+        """Keeps the rows `keep` (long), in this order, and forgets the others."""
         for layer in self._layers:
             layer.compact(keep)
 
+    def cut(self, count: int) -> None:
+        """Forgets the first columns of every row."""
+        for layer in self._layers:
+            layer.cut(count)
+
 
 class _BufferLayer(CacheLayerMixin):
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor | None
+    columns: Tensor | slice
+    seen: int
 
     def __init__(self, num_rows: int, length: int) -> None:
         super().__init__()
@@ -41,8 +59,7 @@ class _BufferLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
-            torch.zeros(self.num_rows, s.shape[1], self.length, s.shape[3], dtype=s.dtype, device=s.device)
-            for s in (key_states, value_states)
+            s.new_zeros(self.num_rows, s.shape[1], self.seen, s.shape[3]) for s in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -52,24 +69,45 @@ class _BufferLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        rows = self.rows[:, None]
+        if self.seen > self.keys.shape[2]:
+            self._grow()
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer[rows, :, self.columns] = new.transpose(1, 2)
-        if len(self.rows) == self.num_rows:
-            return self.keys, self.values
-        return self.keys[self.rows], self.values[self.rows]
+            if isinstance(self.columns, slice):
+                rows: Tensor | slice = slice(None) if self.rows is None else self.rows
+                buffer[rows, :, self.columns] = new
+            else:
+                rows = torch.arange(len(new), device=new.device) if self.rows is None else self.rows
+                buffer[rows[:, None], :, self.columns] = new.transpose(1, 2)
+        if self.rows is None:
+            return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+        return self.keys[self.rows, :, : self.seen], self.values[self.rows, :, : self.seen]
+
+    def _grow(self) -> None:
+        assert self.keys is not None and self.values is not None
+        more = min(self.length, max(self.seen, self.keys.shape[2] + GROWTH)) - self.keys.shape[2]
+        self.keys, self.values = (torch.nn.functional.pad(b, (0, 0, 0, more)) for b in (self.keys, self.values))
 
     def compact(self, keep: Tensor) -> None:
-        self.num_rows = len(keep)
+        """Rows that stay where they are cost nothing."""
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
-            self.keys, self.values = self.keys[keep], self.values[keep]
+            moved = (keep != torch.arange(len(keep), device=keep.device)).nonzero().squeeze(-1)
+            if len(moved):
+                self.keys[moved], self.values[moved] = self.keys[keep[moved]], self.values[keep[moved]]
+            self.keys, self.values = self.keys[: len(keep)], self.values[: len(keep)]
+        self.num_rows = len(keep)
+
+    def cut(self, count: int) -> None:
+        self.length -= count
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
+        return self.seen, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.seen
 
     def get_max_length(self) -> int:
         return self.length

@@ -204,7 +204,7 @@ def _load_for(path: str, config: Any) -> TokenFilter:
             f"is {length}; set block_length={network.block_length} or train another filter"
         )
     for name, here in (("temperature", repr(float(config.temperature))), ("cache", config.cache)):
-        if about.get(name) != here:
+        if about.get(name) != here and {about.get(name), here} != {"none", "auto"}:
             warnings.warn(
                 f"the filter of filter_path={str(path)!r} was trained with {name}={about.get(name)}, but decodes with "
                 f"{name}={here}; its probabilities may be off",
