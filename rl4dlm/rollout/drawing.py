@@ -37,7 +37,7 @@ class Drawn(NamedTuple):
     confidence: Tensor  # its probability under the untempered softmax over the whole vocabulary
     raw_log_prob: Tensor  # log-probability under the model's own untempered softmax, before options and guidance
     log_prob: Tensor  # its log-probability under the distribution really drawn from; 0 at temperature 0
-    entropy: Tensor  # nats, of the untempered softmax
+    entropy: Tensor  # nats, of the untempered softmax; NaN where neither the schedule nor the record wants it
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Scored:
             self.sampling.exp(), self.places.row_ids, self.places.steps, self.places.positions
         )
 
-    def drawn(self) -> Drawn:
-        """The candidates."""
+    def drawn(self, *, entropy: bool = True) -> Drawn:
+        """The candidates; without `entropy`, which costs a good part of all this, it is NaN."""
         chosen = self.log_probs.gather(-1, self.token[:, None]).squeeze(-1)
         own = chosen
         if self.own_log_probs is not self.log_probs:
@@ -159,7 +159,8 @@ class Scored:
         log_prob = torch.zeros_like(chosen)
         if self.temperature > 0:
             log_prob = self.sampling.gather(-1, self.token[:, None]).squeeze(-1)
-        return Drawn(self.token, chosen.exp(), own, log_prob, self.entropy)
+        spread = self.entropy if entropy else torch.full_like(chosen, torch.nan)
+        return Drawn(self.token, chosen.exp(), own, log_prob, spread)
 
     def _without_banned(self, fresh: Tensor) -> Tensor:
         """The same tensor `[n, V]`, which nobody else holds, with -inf at tokens that are not to be drawn."""

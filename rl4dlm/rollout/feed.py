@@ -234,6 +234,7 @@ class Feed(Rows):
     def _reduction(self, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
+        entropy = config.record_entropy or self.schedule.reads_entropy
         row = at.rows
         places = Places(
             rows=row,
@@ -261,7 +262,7 @@ class Feed(Rows):
                 model_logits=logits,
                 own_logits=own,
             )
-            drawn = scored.drawn()
+            drawn = scored.drawn(entropy=entropy)
             read = [reading(scored) for reading in self.reads.values()]
             if self.schedule.shadow:
                 read.append(scored.log_probs.gather(-1, here.held[:, None]).squeeze(-1))

@@ -50,7 +50,7 @@ class CanvasRecord(Record):
             unsettled=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, entropy: bool) -> Trace:
         made = int(self.steps.max()) if len(self.steps) else 0
         # Copies: a slice would keep room for all the steps that were never needed.
         states = Refinement(self.tokens[:, :made].clone(), self.accepted[:, :made].clone())

@@ -217,6 +217,7 @@ class Schedule:
             engine writes its best candidate and takes nothing back.
         start_length: slots that a row starts with; None: all of the canvas.
         reopens: the rules take back slots of earlier blocks too.
+        reads_entropy: some part looks at `step.drawn.entropy`, which is NaN else if the record does not keep it either.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
@@ -239,6 +240,7 @@ class Schedule:
     start_length: int | None = None
     reopens: bool = False
     draws_positions: bool = False
+    reads_entropy: bool = False
     check: Callable[[Any], None] | None = None
 
     @property
