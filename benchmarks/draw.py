@@ -5,6 +5,7 @@
 Draws from the same logits with both, in turn, on one thread, and writes medians of process CPU time and their ratios to
 `benchmarks/results/draw.json`. Whether both give the same tokens is part of the report. The logits are normal numbers
 with a few likely tokens per row; `flat` ones have nuclei of tens of thousands of tokens, for which top-p has to sort.
+The old code always computed entropies.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +28,11 @@ from rl4dlm.rollout.noise import KeyedNoise
 
 RESULTS = Path(__file__).resolve().parent / "results" / "draw.json"
 
-CASES: dict[str, dict[str, float]] = {
+CASES: dict[str, dict[str, Any]] = {
     "T=0.9": {"temperature": 0.9},
+    "T=0.9, record_entropy=False": {"temperature": 0.9, "entropy": False},
     "greedy": {"temperature": 0.0},
+    "greedy, record_entropy=False": {"temperature": 0.0, "entropy": False},
     "T=0.9, top_p=0.95": {"temperature": 0.9, "top_p": 0.95},
     "T=0.9, top_k=50": {"temperature": 0.9, "top_k": 50},
     "flat, T=0.9, top_p=0.95": {"temperature": 0.9, "top_p": 0.95},
@@ -57,7 +61,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def compared(logits: Tensor, settings: dict[str, float], rounds: int) -> dict[str, object]:
+def compared(logits: Tensor, settings: dict[str, Any], rounds: int) -> dict[str, object]:
     """Medians of CPU milliseconds of both, their ratio, and in how many rows the tokens are equal."""
     at, zero = torch.arange(len(logits)), torch.zeros(len(logits), dtype=torch.long)
     places = Places(zero, at, zero, zero, zero, KeyedNoise(0), Memory())
@@ -69,19 +73,19 @@ def compared(logits: Tensor, settings: dict[str, float], rounds: int) -> dict[st
             logits=some,
             temperature=settings["temperature"],
             top_p=settings.get("top_p", 1.0),
-            top_k=int(settings.get("top_k", 0)),
+            top_k=settings.get("top_k", 0),
             mask_token_id=mask,
             banned=None,
             places=places.at(part),
             own_logits=own,
-        ).drawn()
+        ).drawn(entropy=settings.get("entropy", True))
 
     def now() -> Drawn:
         return Drawn(*reduce(logits, slice(0, len(logits)), logits))
 
     def then() -> Drawn:
         return drawn_as_of_25eb81d(
-            logits, settings["temperature"], settings.get("top_p", 1.0), int(settings.get("top_k", 0)), mask, places
+            logits, settings["temperature"], settings.get("top_p", 1.0), settings.get("top_k", 0), mask, places
         )
 
     found, expected = now(), then()  # a first time, not counted
