@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
-from rl4dlm.rollout.drawing import Drawn, Places, Scored
+from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
@@ -257,6 +257,7 @@ class Feed(Rows):
     def _reduction(self, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
+        entropy = config.record_entropy or self.schedule.reads_entropy
         row = at.rows
         places = Places(
             rows=row,
@@ -284,13 +285,13 @@ class Feed(Rows):
                 model_logits=logits,
                 own_logits=own,
             )
-            drawn = scored.drawn()
+            drawn = scored.drawn(entropy=entropy)
             read = [reading(scored) for reading in self.reads.values()]
             if self.schedule.shadow:
                 read.append(scored.log_probs.gather(-1, here.held[:, None]).squeeze(-1))
             return (*drawn, *read)
 
-        return reduce
+        return in_parts(reduce)
 
     def _adjusted(self, logits: Tensor, places: Places) -> Tensor:
         """Logits after the options that change the model's distribution."""

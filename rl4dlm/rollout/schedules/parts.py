@@ -265,6 +265,7 @@ class Schedule:
         reopens: the rules take back slots of earlier blocks too.
         memoryless: no part remembers anything between steps or adds to what a step records, so that what a step does
             follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
+        reads_entropy: some part looks at `step.drawn.entropy`, which is NaN else if the record does not keep it either.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
@@ -290,6 +291,7 @@ class Schedule:
     reopens: bool = False
     draws_positions: bool = False
     memoryless: bool = False
+    reads_entropy: bool = False
     check: Callable[[Any], None] | None = None
 
     @property
