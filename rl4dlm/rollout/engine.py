@@ -43,6 +43,10 @@ class RolloutEngine:
         spec: how it denoises; None reads it from the model.
         max_batch_rows: rows decoded at the same time; None decodes all at once.
         progress: shows a progress bar when decoding takes longer than a few seconds.
+        in_step: for models that are sharded over processes (FSDP, ZeRO-3), where every process must make each forward
+            that another makes. Called before each forward with True, and with False by a process that has none left;
+            returns, once all have called it, whether any said True. While that is so a process that has nothing left
+            to decode makes idle forwards of one token. None: processes need not wait for each other.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class RolloutEngine:
         *,
         max_batch_rows: int | None = None,
         progress: bool = False,
+        in_step: Callable[[bool], bool] | None = None,
     ) -> None:
         if max_batch_rows is not None and max_batch_rows < 1:
             raise ValueError(f"max_batch_rows={max_batch_rows} is not allowed; it must be 1 or larger, or None")
@@ -70,6 +75,7 @@ class RolloutEngine:
             )
         self.max_batch_rows = max_batch_rows
         self.progress = progress
+        self.in_step = in_step
         self.weight_version: int | None = None
         self._said: set[str] = set()
 
@@ -173,11 +179,14 @@ class RolloutEngine:
                         constraint,
                         on_step,
                         capacity=size,
+                        in_step=self.in_step,
                     )
                 )
             for batch in batches:
                 for committed in batch.decode():
                     bar.update(committed)
+            if self.in_step is not None:
+                self._wait_for_others(self.in_step)
         return Rollout(
             prompt_ids=rows,
             canvas=record.canvas,
@@ -201,6 +210,13 @@ class RolloutEngine:
             weight_version=self.weight_version,
             decoding=config,
         )
+
+    def _wait_for_others(self, in_step: Callable[[bool], bool]) -> None:
+        """Idle forwards until no process has one of its own left."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        score = torch.ones_like(token, dtype=torch.bool)
+        while in_step(False):
+            self.model(input_ids=token, score_positions=score, score_targets=token)
 
     def _say_cache(self, config: DecodingConfig, cache: CachePolicy, prompt: int) -> None:
         """Logs once what `cache="auto"` stands for, and what an inexact policy would buy."""

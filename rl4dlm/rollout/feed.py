@@ -190,6 +190,8 @@ class Feed(Rows):
         if sight is not None or self.padded:
             implementation = self.model.config._attn_implementation
             mask = attention_mask(keys, tokens.shape[1], implementation, self.model.dtype, sight)
+        if self.in_step is not None:
+            self.in_step(True)
         flat = self.model(
             input_ids=tokens,
             attention_mask=mask,

@@ -124,10 +124,11 @@ class Rows:
         constraint: Constraint | None = None,
         on_step: Callable[[Progress], None] | None = None,
         capacity: int | None = None,
+        in_step: Callable[[bool], bool] | None = None,
     ) -> None:
         self.model, self.spec = model, spec
         self.record, self.config, self.schedule, self.cache, self.noise = record, config, schedule, cache, noise
-        self.choices, self.constraint, self.on_step = choices, constraint, on_step
+        self.choices, self.constraint, self.on_step, self.in_step = choices, constraint, on_step, in_step
         self.all_prompts, self.all_row_ids = prompts, row_ids
         self.capacity = max(1, len(prompts)) if capacity is None else capacity
         self.waiting = list(range(len(prompts)))

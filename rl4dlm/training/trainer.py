@@ -11,25 +11,21 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rl4dlm.likelihood.estimator import Estimator
-from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
-from rl4dlm.rollout.schedules import registry
 from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
@@ -68,11 +64,11 @@ check_contract(
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
     },
-    attributes=["_dist", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+    attributes=["_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
         "chat_template_kwargs", "eos_token_ids", "num_iterations",
     ],
     module=grpo,
-    names=["create_model_from_path", "print_prompt_completions_sample", "unwrap_model_for_generation"],
+    names=["create_model_from_path", "print_prompt_completions_sample"],
 )  # fmt: skip
 
 _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation batches never meet
@@ -194,7 +190,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             for module in [*self.model.modules(), *(self.ref_model.modules() if self.ref_model is not None else ())]:
                 if isinstance(getattr(module, "attention_dropout", None), float):  # not an nn.Dropout, so TRL misses it
                     module.attention_dropout = 0.0
-        self._check_forward_counts()
+        self._check_sharded()
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         self._backward_per_view = bool(args.one_view and reentrant)
         if self._backward_per_view and not args.disable_dropout:
@@ -324,24 +320,10 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
                 self.spec,
                 max_batch_rows=self.args.rollout_batch_size,
                 progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+                in_step=self._any_process if self._forwards_differ else None,
             )
             engine.weight_version = self.state.global_step
             return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)
-
-    @contextmanager
-    def _policy_that_decodes(self) -> Iterator[Any]:
-        with (
-            grpo.unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            self.accelerator.autocast(),
-        ):
-            yield model
 
     def _row_ids(self, rows: int, training: bool) -> list[int]:
         """Ids of this process's rows: unique in the run, and the same however rows are shared out over processes."""
@@ -408,24 +390,13 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         if self.accelerator.is_main_process:
             self._replays.prune()
 
-    def _check_forward_counts(self) -> None:
-        """Sharded models run in step: every rank must decode with the same number of forwards."""
-        causes: list[str] = []
-        if self.decoding.stop_at_eos or not registry.lookup(self.decoding.schedule).fixed_forwards:
-            fixed = [name for name in registry.names() if registry.lookup(name).fixed_forwards]
-            causes.append(
-                f"schedule={self.decoding.schedule!r} with stop_at_eos={self.decoding.stop_at_eos} (choose a schedule "
-                f"with a fixed number of forwards, one of {', '.join(fixed)}, and stop_at_eos=False)"
+    def _check_sharded(self) -> None:
+        if self._sharded and self.spec.noise == "uniform":
+            raise ValueError(
+                "rollouts of models with noise='uniform' deadlock under FSDP, and under ZeRO-3 with "
+                "ds3_gather_for_generation=False, since processes make different numbers of forwards; use DDP, ZeRO-2, "
+                "or ds3_gather_for_generation=True"
             )
-        if self.spec.attention in BLOCK_KINDS and self.spec.grid_origin == "position_zero":
-            causes.append(f"attention={self.spec.attention!r} from position 0 (a prompt that ends in a block adds one)")
-        if not causes:
-            return
-        differs = f"forwards differ per process: {'; '.join(causes)}"
-        if self.is_fsdp_enabled:
-            raise ValueError(f"rollouts deadlock under FSDP; use DDP or DeepSpeed: {differs}")
-        if self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
-            raise ValueError(f"ds3_gather_for_generation=False deadlocks rollouts; set it to True: {differs}")
 
 
 def _print_table(prompts: Any, completions: Any, rewards: Any, advantages: Any, *args: Any, **kwargs: Any) -> None:
