@@ -26,6 +26,8 @@ class Estimator(ABC):
             estimate of a log-likelihood or of a bound of it, only proportional to one at best.
         as_drawn: whether a token's score is its log-probability given what was written when it was drawn, in the order
             of decoding that the estimator is meant for.
+        shares_masks: whether completions of a prompt may have the same masks, which leaves the estimate of each as it
+            is and correlates them: rows are then given the same `row_ids`.
     """
 
     scope: str = "valid"
@@ -33,6 +35,7 @@ class Estimator(ABC):
     noise: ClassVar[str] = "mask"
     reweighted: bool = False
     as_drawn: bool = False
+    shares_masks: bool = False
 
     @abstractmethod
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:

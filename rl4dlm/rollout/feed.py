@@ -51,7 +51,8 @@ class Feed(Rows):
             start=self.start,
             stop=self.stop,
             block=self.block,
-            eligible=self.open,
+            reach=self.reach,
+            eligible=self.eligible,
             seen=wanted,
             drawn=drawn,
             read=values,
@@ -77,15 +78,15 @@ class Feed(Rows):
             return self.masked
         if scope == "block":
             inside = (self.offsets >= self.start[:, None]) & (self.offsets < self.stop[:, None])
-            return self.open | inside
-        return self.open
+            return self.eligible | inside
+        return self.eligible
 
     def _parts(self, wanted: Tensor) -> list[_Part]:
         """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
         columns, shift = self.tokens.shape[1], self.spec.logit_shift
         seen: Tensor | None = None  # [R], behind the last column that the active block can see
         if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
-            seen = self.width + self.stop
+            seen = self.width + torch.maximum(self.stop, self.reach)
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
             return [_Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
@@ -137,7 +138,7 @@ class Feed(Rows):
             total_step=self.total_step,
             block=self.block,
             start=start,
-            stop=self.width + self.stop,
+            stop=self.width + torch.maximum(self.stop, self.reach),
             before=self.before,
             refreshed=self.refreshed,
             open=self.masked,
@@ -176,7 +177,7 @@ class Feed(Rows):
             if self.guided:
                 rows = None if rows is None else torch.cat([rows, rows + len(self.slot)])
                 columns = columns.repeat(2, 1) if isinstance(columns, Tensor) else columns
-            store.place(rows, columns, part.seen)
+            self._place(rows, columns, part.seen)
             extra["past_key_values"] = store
         if shadow is not None:
             copies = 1 + self.guided
@@ -208,6 +209,11 @@ class Feed(Rows):
             self.record.nfe[self.slot[part.rows]] += 1 + self.guided
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
+
+    def _place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None) -> None:
+        """Where the store writes and what it sees; rows behind the last one are the copies without a prompt."""
+        assert self.store is not None
+        self.store.place(rows, columns, seen)
 
     def _sight(self, part: _Part) -> Sight | None:
         """Who of the fed columns sees which keys; None: all see all."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
-from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.estimator import SCOPES, Estimator
 from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
@@ -23,6 +23,7 @@ from rl4dlm.training.precision import check_precision, settle
 OVERLONG_PROMPTS = ("error", "filter")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_TARGETS = ("reference", "old")
+VIEW_KEYS = ("row", "prompt")
 
 _CAUSAL_GENERATION = "it belongs to left-to-right generation; completions come from the rollout engine here"
 _NOT_SUPPORTED = {
@@ -100,6 +101,9 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
         one_view: score the views of a completion one after another instead of at once: the memory of one view, for one
             forward more. Losses and gradients are the same.
+        views_keyed_by: `"row"`, the papers': each completion has masks of its own; or `"prompt"`: the completions of a
+            prompt have the same ones, where the estimator allows that (diffu-GRPO, wd1, coupled-GRPO, UniGRPO). Each
+            estimate stays what it is. The inputs of diffu-GRPO and wd1 are then equal, and fed once for all of a group.
         max_prompt_length: longest prompt allowed, in tokens of the rendered prompt. None: what the model can hold.
         overlong_prompts: `"error"`, or `"filter"` to leave longer ones out. Prompts are never truncated.
         log_replays: rows of a logged batch that get a replay of their denoising, a page in `<output_dir>/replays`; the
@@ -191,6 +195,10 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
         default=False,
         metadata={"help": "Score the views of a completion one after another: less memory, one forward more."},
     )
+    views_keyed_by: str = field(
+        default="row",
+        metadata={"help": "What has masks of its own: each row, or each prompt.", "choices": list(VIEW_KEYS)},
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt allowed, in tokens. Default: what the model's positions hold."}
     )
@@ -246,6 +254,7 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
                 f"{', '.join(OVERLONG_PROMPTS)}"
             )
         check_scope(self.scope)
+        check_choice("views_keyed_by", self.views_keyed_by, VIEW_KEYS)
         if self.scope == "canvas" and self.stop_at_eos:
             raise ValueError(
                 "scope='canvas' is not allowed with stop_at_eos=True: what is behind the end would be scored without "
@@ -344,6 +353,15 @@ def _check_delta(config: DiffusionPolicyConfig) -> None:
         raise ValueError(
             f"delta={config.delta} is not allowed; it must be larger than 1 + epsilon_high = {1 + high:g}, where "
             "ratios are clipped, or None"
+        )
+
+
+def check_view_key(config: DiffusionPolicyConfig, estimator: Estimator) -> None:
+    """Refuses masks that completions share where the estimator has none that mean the same for all of them."""
+    if config.views_keyed_by != "row" and not estimator.shares_masks:
+        raise ValueError(
+            f"views_keyed_by={config.views_keyed_by!r} is not supported: {estimator} has no masks that the completions "
+            "of a prompt could share; allowed here: 'row'"
         )
 
 

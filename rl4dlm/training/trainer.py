@@ -39,7 +39,7 @@ from rl4dlm.training.checks import (
     check_prompts,
     checked_rewards,
 )
-from rl4dlm.training.config import DiffusionPolicyConfig
+from rl4dlm.training.config import DiffusionPolicyConfig, check_view_key
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
@@ -172,6 +172,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
                 f"scope={args.scope!r} is not supported: {type(self).__name__} builds an estimator of "
                 f"{self.estimator.scope!r} tokens"
             )
+        check_view_key(args, self.estimator)
         schedule = self.decoding.build_schedule()
         if self.estimator.scope == "canvas" and getattr(schedule, "resize", None) is not None:
             raise ValueError(
