@@ -17,7 +17,7 @@ from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored
 from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.rows import Rows
-from rl4dlm.rollout.schedules.parts import CanvasInput, Step
+from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
 SHADOW = "shadow"
 
@@ -71,6 +71,8 @@ class Feed(Rows):
 
     def _wanted(self) -> Tensor:
         """bool `[R, W]`, slots of the schedule's scope."""
+        if self.cache.foresees:
+            return self._upcoming() >= 0
         scope, exists = self.schedule.scope, self.offsets < self.length[:, None]
         if scope == "canvas":
             return exists
@@ -80,6 +82,12 @@ class Feed(Rows):
             inside = (self.offsets >= self.start[:, None]) & (self.offsets < self.stop[:, None])
             return self.eligible | inside
         return self.eligible
+
+    def _upcoming(self) -> Tensor:
+        """long `[R, W]`, the order of the slots that the step will write; -1 elsewhere."""
+        assert self.schedule.upcoming is not None
+        fields = (self.open, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
+        return self.schedule.upcoming(Ahead(*fields))
 
     def _parts(self, wanted: Tensor) -> list[_Part]:
         """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
@@ -144,6 +152,7 @@ class Feed(Rows):
             open=self.masked,
             tokens=self.tokens,
             fed=self.fed,
+            upcoming=self._upcoming() if self.cache.foresees else None,
             row_ids=self.row_ids,
             memory=self.cache_memory,
         )
