@@ -51,6 +51,8 @@ class DecodingConfig:
         known_tokens: ids from this one on are never drawn: rows of an embedding that is larger than the tokenizer,
             which decode to nothing. They stay in the model's distribution. None: all may be.
         schedule_args: further settings of the schedule.
+        draft_steps: D, guesses of a row's next states that are fed beside it; each that comes true is a step without a
+            forward of its own, and all else is as without (`drafts.py`). 0 is off.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -74,6 +76,7 @@ class DecodingConfig:
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
     known_tokens: int | None = None
     cache_args: Mapping[str, Any] = field(default_factory=dict)
+    draft_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
@@ -81,7 +84,7 @@ class DecodingConfig:
             object.__setattr__(self, name, ids)
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{name}={ids!r} is not allowed; token ids are integers from 0 on")
-        required = ("canvas_length", "top_k", "min_new_tokens")
+        required = ("canvas_length", "top_k", "min_new_tokens", "draft_steps")
         for name in (*required, "steps", "block_length", "known_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in required):
@@ -132,6 +135,7 @@ class DecodingConfig:
                 "whole row at every step; allowed: 'none' and 'auto'"
             )
         policy.check(self)
+        self._check_drafts(schedule, policy)
 
     @property
     def num_blocks(self) -> int:
@@ -205,12 +209,34 @@ class DecodingConfig:
         object.__setattr__(settings, "known_tokens", tokens)
         return settings
 
+    def exactly(self) -> DecodingConfig:
+        """These settings with the cache that loses nothing; those of a model stay those of that model."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "cache", "auto")
+        object.__setattr__(settings, "cache_args", {})
+        return settings
+
     def _check_steps(self) -> None:
         if self.steps is not None and (self.steps < self.num_blocks or self.steps % self.num_blocks):
             raise ValueError(
                 f"steps={self.steps} cannot be shared out over {self.num_blocks} blocks (canvas_length="
                 f"{self.canvas_length}, block_length={self.block_length}); it must be a positive multiple of "
                 f"{self.num_blocks}"
+            )
+
+    def _check_drafts(self, schedule: Schedule | CanvasSchedule, policy: CachePolicy) -> None:
+        if self.draft_steps < 0:
+            raise ValueError(f"draft_steps={self.draft_steps} is not allowed; it must be 0 (off) or larger")
+        if self.draft_steps and not (isinstance(schedule, Schedule) and schedule.memoryless):
+            raise ValueError(
+                f"draft_steps={self.draft_steps} cannot be used with schedule={self.schedule!r}, whose steps follow "
+                "from more than the tokens that are written; leave it 0"
+            )
+        if self.draft_steps and not policy.feeds_again:
+            raise ValueError(
+                f"draft_steps={self.draft_steps} cannot be used with cache={self.cache!r} and cache_args="
+                f"{dict(self.cache_args)}, where a step of a block may see what the one before it stored; allowed: "
+                "'none', and 'prefix' and 'dual' that are not refreshed inside a block"
             )
 
     def build_cache(self, spec: DiffusionSpec) -> CachePolicy:

@@ -21,6 +21,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy
 from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.drafts import DraftBatch
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record
 from rl4dlm.rollout.rollout import Rollout, valid_mask
@@ -165,7 +166,7 @@ class RolloutEngine:
                     )
             else:
                 batches.append(
-                    Batch(
+                    (DraftBatch if config.draft_steps else Batch)(
                         self.model,
                         self.spec,
                         rows,
@@ -209,6 +210,7 @@ class RolloutEngine:
             mask_token_id=self.spec.mask_token_id,
             weight_version=self.weight_version,
             decoding=config,
+            guesses=record.guesses if parts is not None else None,
         )
 
     def _wait_for_others(self, in_step: Callable[[bool], bool]) -> None:

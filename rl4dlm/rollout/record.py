@@ -74,6 +74,7 @@ class Record:
     steps: Tensor  # [N]
     nfe: Tensor  # [N]
     extra_forwards: Tensor  # [N]
+    guesses: Tensor  # [N]
     reason: Tensor  # [N], index into STOP_REASONS
     start_length: Tensor  # [N]
     length: Tensor  # [N]
@@ -100,6 +101,7 @@ class Record:
             steps=per_row(),
             nfe=per_row(),
             extra_forwards=per_row(),
+            guesses=per_row(),
             reason=per_row(COMPLETE),
             start_length=per_row(length),
             length=per_row(length),

@@ -151,6 +151,8 @@ class Rollout:
         seed: of the run. weight_version: the engine's, as set by its owner.
         mask_token_id: of the model; None if it has none.
         decoding: the `DecodingConfig` that it was decoded with, its blocks those of the model.
+        guesses: long `[N]`, guessed states that were fed beside each row (`draft_steps`); `trace.steps` less `nfe`,
+            halved with guidance, came true. None where a canvas of random tokens is refined.
     """
 
     prompt_ids: list[list[int]]
@@ -169,6 +171,7 @@ class Rollout:
     extra_forwards: Tensor
     weight_version: int | None = None
     decoding: DecodingConfig | None = None
+    guesses: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.canvas)

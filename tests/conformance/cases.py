@@ -49,21 +49,24 @@ COVERED = {
     "klass": "KLASS: confident and stable",
     "saber": "Saber: faster, and back",
     "pcsampler": "PC-Sampler: position and information",
+    "d2f": "D2F's pipeline of blocks",
+    "fastdllmv2": "Fast-dLLM v2's sub-blocks, single prompts, on checkpoints of models/",
+    "d3multiblock": "d3LLM's multi-block decoding",
     "ebsampler": "the entropy bound",
     "learn2pd": "Learn2PD's filter",
+    "freedave": "FreeDave's draft and verify, and the block decoding that it is compared with",
     "dream": "Dream's samplers, and Fast-dLLM's threshold in them",
 }
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    "freedave": "FreeDave's draft and verify",
     **dict.fromkeys(
-        ("d2f", "fastdllmv2", "d3cache"),
+        ("d3cache",),
         "decoding with approximate caches of keys and values",
     ),
     **dict.fromkeys(
-        ("wedlm", "wedlmblock", "s2d2", "d3multiblock"),
-        "decoders that are no schedule here: causal windows, self-speculation, pipelined blocks",
+        ("wedlm", "wedlmblock", "s2d2"),
+        "decoders that are no schedule here: causal windows, self-speculation",
     ),
     **dict.fromkeys(
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),
@@ -115,6 +118,11 @@ class Case:
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
+            if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
+                return "not covered: rows of different lengths that share their steps"
+            for name in ("eager_acceptance_mode", "dual_cache", "temperature"):
+                if self.family == "freedave" and self.settings.get(name):
+                    return f"not covered: FreeDave with {name}={self.settings[name]}"
             if self.family == "dream" and (self.settings.get("temperature") or self.settings.get("alg_temp")):
                 return "not covered: draws whose randomness is torch's own"
             return "sampler"
@@ -123,6 +131,8 @@ class Case:
     @property
     def cache(self) -> str:
         """The cache of a recorded sampler, from the name of the recorded function."""
+        if self.settings.get("use_block_cache"):
+            return "sub_block"
         function = str(self.source.get("function") or self.name)
         return next((kind for kind in ("prefix", "dual") if kind in function), "none")
 

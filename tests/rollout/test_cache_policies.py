@@ -74,7 +74,7 @@ def forwards_of(model: torch.nn.Module) -> Iterator[list[tuple[list[int], list[i
 
 
 def test_every_policy_is_tested():
-    assert set(NAMES) | {"none", "prefix", "dual", "dual_masked"} == set(available_caches())
+    assert set(NAMES) | {"none", "prefix", "dual", "dual_masked", "sub_block"} == set(available_caches())
 
 
 @pytest.mark.parametrize(("kind", "shift"), KINDS)

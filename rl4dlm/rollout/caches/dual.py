@@ -51,6 +51,10 @@ class DualCache(CachePolicy):
     def __post_init__(self) -> None:
         check_period(self, "refresh_blocks", "refresh_steps")
 
+    @property
+    def feeds_again(self) -> bool:
+        return self.refresh_steps is None
+
     def plan(self, now: Now) -> Plan:
         first = torch.where(now.block_step == 0, now.before, now.start)
         first = first.masked_fill(refresh_due(now, self.refresh_blocks, self.refresh_steps), -1)
@@ -65,6 +69,10 @@ class DualMaskedCache(DualCache):
     name: ClassVar[str] = "dual_masked"
     exact_for: ClassVar[frozenset[str]] = frozenset()
     tracks: ClassVar[bool] = True
+
+    @property
+    def feeds_again(self) -> bool:
+        return False
 
     def plan(self, now: Now) -> Plan:
         plan = super().plan(now)

@@ -20,5 +20,9 @@ class NoCache(CachePolicy):
     uses_store: ClassVar[bool] = False
     exact_for: ClassVar[frozenset[str]] = frozenset(ATTENTION_KINDS)
 
+    @property
+    def feeds_again(self) -> bool:
+        return True
+
     def plan(self, now: Now) -> Plan:
         return Plan(torch.full_like(now.start, -1))

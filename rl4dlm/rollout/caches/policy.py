@@ -26,7 +26,7 @@ class Now:
         block_step: long `[R]`, steps already made in the active block. total_step: long `[R]`, in all.
         block: long `[R]`, number of the active block, from 0.
         start, stop: long `[R]`, first column of the active block, which may lie in the prompt where the model's own
-            attention has blocks, and the one behind its last.
+            attention has blocks, and the one behind its last, or behind that of the last block that is open.
         before: long `[R]`, `start` at the step before, -1 before the first: what was written since lies behind it.
         refreshed: long `[R]`, the block in which the row was last refreshed; -1: never.
         open: bool `[R, W]`, canvas slots that hold the mask token.
@@ -120,6 +120,12 @@ class CachePolicy(ABC):
     @abstractmethod
     def plan(self, now: Now) -> Plan:
         """What the next forward feeds."""
+
+    @property
+    def feeds_again(self) -> bool:
+        """Whether what a step inside a block stores is fed again before anything depends on it: by the next step in the
+        block, and where the next block is entered. Only then can steps be guessed and made beside each other."""
+        return False
 
     def check(self, config: Any) -> None:  # noqa: B027  (most policies take any settings)
         """Raises ValueError for decoding settings (a `DecodingConfig`) that the policy cannot be used with."""

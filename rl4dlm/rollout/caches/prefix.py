@@ -51,6 +51,10 @@ class PrefixCache(CachePolicy):
         check_period(self, "refresh_blocks", "refresh_steps")
         check_period(self, "suffix_window", low=0)
 
+    @property
+    def feeds_again(self) -> bool:
+        return self.refresh_steps is None
+
     def plan(self, now: Now) -> Plan:
         first = torch.where(now.block_step == 0, now.before, now.start)
         first = first.masked_fill(refresh_due(now, self.refresh_blocks, self.refresh_steps), -1)

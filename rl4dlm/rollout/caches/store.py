@@ -26,15 +26,20 @@ class KeyValueStore(Cache):
         self._layers = [_BufferLayer(num_rows, length) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
 
-    def place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None = None) -> None:
+    def place(
+        self, rows: Tensor | None, columns: Tensor | slice, seen: int | None = None, kept: Tensor | None = None
+    ) -> None:
         """Where the next forward writes and what it sees.
 
         Args:
             rows: long `[r]` of the store; None: all of them, in order.
             columns: long `[r, q]` of each row, or the same slice of all.
             seen: columns that are attended to, from the first; None: all.
+            kept: bool `[r]`, for `rows` that name some rows several times: each then sees what is stored and what it is
+                fed itself, and those that are kept, one of each row at most, leave what they are fed in the store.
         """
         for layer in self._layers:
+            layer.kept = kept
             layer.rows, layer.columns, layer.seen = rows, columns, layer.length if seen is None else seen
 
     def compact(self, keep: Tensor) -> None:
@@ -52,6 +57,7 @@ class _BufferLayer(CacheLayerMixin):
     rows: Tensor | None
     columns: Tensor | slice
     seen: int
+    kept: Tensor | None
 
     def __init__(self, num_rows: int, length: int) -> None:
         super().__init__()
@@ -71,6 +77,8 @@ class _BufferLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         if self.seen > self.keys.shape[2]:
             self._grow()
+        if self.kept is not None:
+            return self._beside(self.keys, key_states), self._beside(self.values, value_states)
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if isinstance(self.columns, slice):
                 rows: Tensor | slice = slice(None) if self.rows is None else self.rows
@@ -81,6 +89,20 @@ class _BufferLayer(CacheLayerMixin):
         if self.rows is None:
             return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
         return self.keys[self.rows, :, : self.seen], self.values[self.rows, :, : self.seen]
+
+    def _beside(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """A copy of the rows with what is new in each of them; what is kept of it is written to the buffer too."""
+        assert self.rows is not None and self.kept is not None
+        rows, kept, columns = self.rows, self.kept, self.columns
+        seen = buffer[rows, :, : self.seen]
+        if isinstance(columns, slice):
+            seen[:, :, columns] = new
+            buffer[rows[kept], :, columns] = new[kept]
+        else:
+            new, copies = new.transpose(1, 2), torch.arange(len(rows), device=rows.device)
+            seen[copies[:, None], :, columns] = new
+            buffer[rows[kept, None], :, columns[kept]] = new[kept]
+        return seen
 
     def _grow(self) -> None:
         assert self.keys is not None and self.values is not None

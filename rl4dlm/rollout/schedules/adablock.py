@@ -66,6 +66,7 @@ def adablock(arguments: AdaBlockArguments, config: Any) -> Schedule:
         ),
         probability,
         above(arguments.threshold),
+        memoryless=True,
     )
 
 

@@ -125,7 +125,8 @@ def dream_entropy(arguments: DreamArguments, config: Any) -> Schedule:
 def dream_threshold(arguments: DreamThresholdArguments, config: Any) -> Schedule:
     """Commits at most an even number of candidates per step and what earlier steps left of theirs."""
     rule = within_budget(config.steps_per_block, arguments.threshold)
-    return Schedule(fixed_blocks(config), certainty, rule, reads={"certainty": candidate_probability})
+    reads = {"certainty": candidate_probability}
+    return Schedule(fixed_blocks(config), certainty, rule, reads=reads, memoryless=True)
 
 
 def _most_certain(reading: Any, arguments: DreamArguments, config: Any) -> Schedule:
@@ -142,9 +143,16 @@ def _most_certain(reading: Any, arguments: DreamArguments, config: Any) -> Sched
             return top(scores, step.eligible, counts)
         return draw_positions(step, scores.double() / arguments.alg_temp, counts)
 
-    blocks = fixed_blocks(config)
     drawn = arguments.alg_temp > 0
-    return Schedule(blocks, certainty, rule, reads={"certainty": reading}, patience=patience, draws_positions=drawn)
+    return Schedule(
+        fixed_blocks(config),
+        certainty,
+        rule,
+        reads={"certainty": reading},
+        patience=patience,
+        draws_positions=drawn,
+        memoryless=not drawn,
+    )
 
 
 # --- how certain candidates are ---------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def eoser(arguments: EOSERArguments, config: Any) -> Schedule:
         return (step.step.double() / last).clamp(max=1) if last > 0 else torch.ones_like(step.step)
 
     confidence = discounted(progress, arguments.min_gamma, arguments.max_gamma)
-    return Schedule(fixed_blocks(config), confidence, even_top(config.steps_per_block))
+    return Schedule(fixed_blocks(config), confidence, even_top(config.steps_per_block), memoryless=True)
 
 
 @register("ass", ASSArguments, takes_steps=False, fixed_forwards=True)
@@ -183,7 +183,7 @@ def _ascending(num_blocks: int, config: Any, confidence: Callable[[Ascent], Conf
             f"num_blocks={num_blocks} is not allowed; with canvas_length={config.canvas_length} there are "
             f"{ascent.steps} steps, at least one for each block"
         )
-    return Schedule(GivenBlocks(tuple(ascent.block_lengths)), confidence(ascent), ascent.commit)
+    return Schedule(GivenBlocks(tuple(ascent.block_lengths)), confidence(ascent), ascent.commit, memoryless=True)
 
 
 def _check_gammas(arguments: EOSERArguments | EOSERASSArguments) -> None:

@@ -37,21 +37,25 @@ class LLaDAArguments:
 @register("low_confidence", LLaDAArguments, fixed_forwards=True)
 def low_confidence(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits the most confident candidates; the others stay masked."""
-    return Schedule(fixed_blocks(config), probability, even_top(config.steps_per_block))
+    return Schedule(fixed_blocks(config), probability, even_top(config.steps_per_block), memoryless=True)
 
 
 @register("random", LLaDAArguments, fixed_forwards=True)
 def random(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in random order, whatever their confidence."""
     steps = config.steps_per_block
-    return Schedule(fixed_blocks(config), random_order, even_top(steps), upcoming=foreseen(_coming_order, steps))
+    return Schedule(
+        fixed_blocks(config), random_order, even_top(steps), memoryless=True, upcoming=foreseen(_coming_order, steps)
+    )
 
 
 @register("left_to_right", LLaDAArguments, fixed_forwards=True)
 def left_to_right(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in reading order, whatever their confidence."""
     steps = config.steps_per_block
-    return Schedule(fixed_blocks(config), reading_order, even_top(steps), upcoming=foreseen(_left_first, steps))
+    return Schedule(
+        fixed_blocks(config), reading_order, even_top(steps), memoryless=True, upcoming=foreseen(_left_first, steps)
+    )
 
 
 def reading_order(step: Step) -> Tensor:

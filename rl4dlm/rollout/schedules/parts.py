@@ -21,8 +21,8 @@ from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
 
 Scope = Literal["eligible", "masked", "block", "canvas"]
-"""Which slots a step draws candidates for and reads: the masked ones up to the end of the active block, all masked
-ones, the masked ones up to there and the written ones of the block, or all there are."""
+"""Which slots a step draws candidates for and reads: the masked ones that may be written (up to the end of the active
+block, or to the schedule's reach), all masked ones, the first and the written ones of the block, or all there are."""
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Step:
         length: long `[R]`, slots of each row; what lies behind does not exist.
         start: long `[R]`, first slot of the active block. stop: long `[R]`, the one behind its last.
         block: long `[R]`, its number, from 0.
-        eligible: bool `[R, W]`, masked slots before `stop`: what may be written now.
+        reach: long `[R]`, the slot behind the last one that may be written; `stop` unless the schedule has a rule.
+        eligible: bool `[R, W]`, masked slots before `reach`: what may be written now.
         seen: bool `[R, W]`, slots that have a candidate; `drawn` and `read` are undefined elsewhere.
         drawn: candidates, tensors `[R, W]`.
         read: what the schedule's `reads` gave, by name, `[R, W, ...]`.
@@ -56,6 +57,7 @@ class Step:
     start: Tensor
     stop: Tensor
     block: Tensor
+    reach: Tensor
     eligible: Tensor
     seen: Tensor
     drawn: Drawn
@@ -160,6 +162,27 @@ class BlockPolicy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class BlockState(BlockStart):
+    """Rows on their way into a step, as a reach sees them.
+
+    Args:
+        stop: long `[R]`, the slot behind the last one of the active block.
+        reach: long `[R]`, that of the step before, 0 before the first.
+        step: long `[R]`, steps already made in this block.
+        ended: bool `[R]`, whether an end of sequence is written anywhere.
+    """
+
+    stop: Tensor
+    reach: Tensor
+    step: Tensor
+    ended: Tensor
+
+
+ReachRule = Callable[[BlockState], Tensor]
+"""From rows before a step to the slot behind the last one that the step may write: long `[R]`. It may lie inside the
+active block or behind it, where the blocks that follow are then open too."""
+
 Confidence = Callable[[Step], Tensor]
 """Scores `[R, W]`; higher is written earlier."""
 
@@ -227,6 +250,7 @@ class Schedule:
         resize: how the canvas changes its length.
         stay: rows that make another step in their block though nothing in it is masked.
         finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
+        reach: how far a step may write, where that is not the end of the active block.
         upcoming: which slots the step will write, where that does not depend on its candidates.
         scope: slots that candidates are drawn for.
         reads: more to be had from the logits of these slots, by name.
@@ -239,6 +263,8 @@ class Schedule:
             engine writes its best candidate and takes nothing back.
         start_length: slots that a row starts with; None: all of the canvas.
         reopens: the rules take back slots of earlier blocks too.
+        memoryless: no part remembers anything between steps or adds to what a step records, so that what a step does
+            follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
@@ -252,6 +278,7 @@ class Schedule:
     resize: Callable[[Step], Resize | None] | None = None
     stay: RowRule | None = None
     finish: RowRule | None = None
+    reach: ReachRule | None = None
     upcoming: Foresight | None = None
     scope: Scope = "eligible"
     reads: Mapping[str, Reading] = field(default_factory=dict)
@@ -262,6 +289,7 @@ class Schedule:
     start_length: int | None = None
     reopens: bool = False
     draws_positions: bool = False
+    memoryless: bool = False
     check: Callable[[Any], None] | None = None
 
     @property

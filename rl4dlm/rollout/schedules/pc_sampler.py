@@ -65,7 +65,7 @@ class PCSamplerArguments:
 def pc_sampler(arguments: PCSamplerArguments, config: Any) -> Schedule:
     """Commits early positions and informative candidates first."""
     scores = calibrated(arguments.information(), arguments.decay, arguments.alpha)
-    return Schedule(fixed_blocks(config), scores, even_top(config.steps_per_block))
+    return Schedule(fixed_blocks(config), scores, even_top(config.steps_per_block), memoryless=True)
 
 
 def calibrated(information: Tensor, decay: float, alpha: float) -> Confidence:

@@ -45,6 +45,7 @@ def sdar_dynamic(arguments: SDARArguments, config: Any) -> Schedule:
         certainty,
         even_or_above(config.steps_per_block, arguments.threshold),
         reads={"certainty": candidate_probability},
+        memoryless=True,
     )
 
 

@@ -43,7 +43,7 @@ class ThresholdArguments:
 @register("threshold", ThresholdArguments, takes_steps=False)
 def threshold(arguments: ThresholdArguments, config: Any) -> Schedule:
     """Commits every candidate of the block whose probability reaches the threshold, and always the best one."""
-    return Schedule(fixed_blocks(config), probability, above(arguments.threshold))
+    return Schedule(fixed_blocks(config), probability, above(arguments.threshold), memoryless=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class FactorArguments:
 @register("factor", FactorArguments, takes_steps=False)
 def factor(arguments: FactorArguments, config: Any) -> Schedule:
     """Commits the most confident candidates of the block, as many as are confident enough for that number."""
-    return Schedule(fixed_blocks(config), probability, confident_together(arguments.factor))
+    return Schedule(fixed_blocks(config), probability, confident_together(arguments.factor), memoryless=True)
 
 
 def confident_together(factor: float) -> CommitRule:

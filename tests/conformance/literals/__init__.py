@@ -17,11 +17,14 @@ from tests.conformance.literals import (
     dkv,
     dream,
     eoser,
+    fast_dllm_v2,
     fastdllmdream,
     freecache,
+    freedave,
     llada,
     mdpo,
     parallel,
+    pipelines,
 )
 from tests.conformance.samplers import Family, Recorded
 
@@ -32,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "d1": llada,
     "fastdllm": llada,
     "dream": dream,
+    "freedave": freedave,
     "eoser": eoser,
     "ass": eoser,
     "mdpo": mdpo,
@@ -41,6 +45,8 @@ FAMILIES: dict[str, Family] = {
     "dinfer": dinfer,
     "fastdllmdream": fastdllmdream,
     **dict.fromkeys(("wino", "klass", "saber", "pcsampler", "ebsampler", "learn2pd"), parallel),
+    **dict.fromkeys(("d2f", "d3multiblock"), pipelines),
+    "fastdllmv2": fast_dllm_v2,
 }
 """The first word of a case's name to the module of its family."""
 
