@@ -45,7 +45,7 @@ def random(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in random order, whatever their confidence."""
     steps = config.steps_per_block
     return Schedule(
-        fixed_blocks(config), random_order, even_top(steps), memoryless=True, upcoming=foreseen(_coming_order, steps)
+        fixed_blocks(config), random_order, even_top(steps), upcoming=foreseen(_coming_order, steps), memoryless=True
     )
 
 
@@ -54,7 +54,7 @@ def left_to_right(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in reading order, whatever their confidence."""
     steps = config.steps_per_block
     return Schedule(
-        fixed_blocks(config), reading_order, even_top(steps), memoryless=True, upcoming=foreseen(_left_first, steps)
+        fixed_blocks(config), reading_order, even_top(steps), upcoming=foreseen(_left_first, steps), memoryless=True
     )
 
 
