@@ -92,7 +92,7 @@ class Feed(Rows):
     def _upcoming(self) -> Tensor:
         """long `[R, W]`, the order of the slots that the step will write; -1 elsewhere."""
         assert self.schedule.upcoming is not None
-        fields = (self.open, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
+        fields = (self.eligible, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
         return self.schedule.upcoming(Ahead(*fields))
 
     def _parts(self, wanted: Tensor) -> list[_Part]:
