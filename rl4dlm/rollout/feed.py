@@ -107,7 +107,8 @@ class Feed(Rows):
             chosen = (inside & (plan.among | whole[:, None])) | needed
         self.before = start
         self.refreshed = torch.where(whole, self.block, self.refreshed)
-        firsts, lasts, wholes = torch.stack([first, last, whole.long()]).tolist()
+        behind = torch.full_like(last, columns) if seen is None else seen  # what is attended to, fed now or before
+        firsts, lasts, wholes, ends = torch.stack([first, last, whole.long(), behind]).tolist()
         groups = [list(range(len(firsts)))]
         if seen is None and not self.cache.shares and 0 < sum(wholes) < len(wholes):
             groups = [[row for row in groups[0] if wholes[row] == kind] for kind in (1, 0)]
@@ -115,7 +116,7 @@ class Feed(Rows):
         for group in groups:
             rows = None if len(group) == len(firsts) else torch.tensor(group, device=first.device)
             spans = {(firsts[row], lasts[row]) for row in group}
-            attended = max(lasts[row] for row in group) if seen is not None else columns
+            attended = max(ends[row] for row in group)
             if chosen is not None and not all(wholes[row] for row in group):
                 parts.append(_chosen(rows, chosen if rows is None else chosen[rows], attended))
             elif len(spans) == 1:

@@ -112,7 +112,7 @@ class Case:
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
-            if self.cache not in ("none", "prefix"):
+            if self.cache not in ("none", "prefix", "sub_block"):
                 return f"not covered: the {self.cache} cache"
             if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
                 return "not covered: rows of different lengths that share their steps"

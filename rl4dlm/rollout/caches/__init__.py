@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from rl4dlm.rollout.caches import dual, none, prefix
+from rl4dlm.rollout.caches import dual, none, prefix, sub_block
 from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, policies
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "exact_cache",
     "none",
     "prefix",
+    "sub_block",
 ]
 
 

@@ -75,6 +75,7 @@ def config(recorded: Recorded) -> DecodingConfig:
         schedule="sub_blocks",
         schedule_args={"sub_block_length": size, "threshold": settings["threshold"]},
         cache=recorded.case.cache,
+        cache_args={"sub_block_length": size} if recorded.case.cache == "sub_block" else {},
         stop_at_eos=True,
     )
 
@@ -199,7 +200,7 @@ def made_up(seed: int) -> Recorded:
         "mask_id": 120,
         "stop_token": rng.randint(0, 119),
         "threshold": rng.choice([0.0, 0.3, 0.5, 0.7, 0.9, 1.0]),
-        "use_block_cache": False,
+        "use_block_cache": seed % 2 == 1,
     }
     prompts = torch.randint(0, 119, (1, rng.randint(1, 20)), generator=generator)
     case = Case(folder(), "fastdllmv2_made_up", {}, settings, {}, {}, {})
