@@ -197,7 +197,7 @@ def _compared(model: Any, spec: DiffusionSpec, rollout: Rollout, states: Tensor)
         blank[:, :width] = torch.where(keys[:, :width], mask, blank[:, :width])
         tokens, keys = torch.cat([tokens, blank]), keys.repeat(2, 1)
         positions, lengths = positions.repeat(2, 1), lengths.repeat(2)
-    sight = one_copy(spec, positions, lengths, _active(spec, positions, lengths, score))
+    sight = one_copy(spec, positions, lengths, _active(spec, positions, lengths, score), tokens == mask)
     at, slots = committed.nonzero(as_tuple=True)  # as the scored positions, row by row
     reduction = _reduction(config, spec, mask, rollout.canvas[row[at], slots], (~written).sum(-1)[at], slots)
     exact, drawn, agrees = model(

@@ -45,6 +45,8 @@ COVERED = {
     "pcsampler": "PC-Sampler: position and information",
     "d2f": "D2F's pipeline of blocks",
     "fastdllmv2": "Fast-dLLM v2's sub-blocks, single prompts, on checkpoints of models/",
+    "wedlm": "WeDLM's sliding window",
+    "wedlmblock": "WeDLM's decoder of blocks",
     "d3multiblock": "d3LLM's multi-block decoding",
     "ebsampler": "the entropy bound",
     "learn2pd": "Learn2PD's filter",
@@ -58,10 +60,7 @@ NOT_COVERED = {
         ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "fastdllmdream", "d3cache"),
         "decoding with approximate caches of keys and values",
     ),
-    **dict.fromkeys(
-        ("wedlm", "wedlmblock", "s2d2"),
-        "decoders that are no schedule here: causal windows, self-speculation",
-    ),
+    "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),
         "losses on recorded trajectories, and of methods without a trainer here",

@@ -21,6 +21,7 @@ from tests.conformance.literals import (
     mdpo,
     parallel,
     pipelines,
+    wedlm,
 )
 from tests.conformance.samplers import Family, Recorded
 
@@ -39,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("wino", "klass", "saber", "pcsampler", "ebsampler", "learn2pd"), parallel),
     **dict.fromkeys(("d2f", "d3multiblock"), pipelines),
     "fastdllmv2": fast_dllm_v2,
+    **dict.fromkeys(("wedlm", "wedlmblock"), wedlm),
 }
 """The first word of a case's name to the module of its family."""
 
