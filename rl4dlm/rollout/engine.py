@@ -184,6 +184,8 @@ class RolloutEngine:
                     )
                 )
             for batch in batches:
+                if isinstance(batch, Batch):
+                    batch.counts = self.progress
                 for committed in batch.decode():
                     bar.update(committed)
             if self.in_step is not None:
@@ -198,6 +200,7 @@ class RolloutEngine:
                 monotone=parts is None or parts.monotone,
                 resizes=parts is not None and parts.resize is not None,
                 draws_positions=parts is not None and parts.draws_positions,
+                entropy=config.record_entropy,
             ),
             nfe=record.nfe,
             extra_forwards=record.extra_forwards,

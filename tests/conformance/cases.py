@@ -31,11 +31,18 @@ COVERED = {
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
     "daedal": "DAEDAL's variable length",
-    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix cache",
+    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
     "llada": "LLaDA's sampler and its table of counts",
     "d1": "diffu-GRPO: samplers, log-probabilities, losses, rewards",
-    "fastdllm": "confidence threshold, without cache and with prefix cache; the factor rule",
+    "fastdllm": "confidence threshold and the factor rule, without cache and with prefix and dual cache",
+    "fastdllmdream": "Fast-dLLM's samplers for Dream, with prefix and dual cache",
+    "dkvdecode": "dKV-Cache's decoding",
+    "dkvgreedy": "dKV-Cache's greedy decoding",
+    "dkvdream": "dKV-Cache on Dream: prefill, decoding, and both",
+    "d3cache": "d3LLM's multi-block decoding with its delayed prefix cache",
+    "freecache": "FreeCache's frozen prompt and blocks",
+    "dinfer": "dInfer's decoders, without cache, with prefix and dual cache, and with the vicinity",
     "sdar": "SDAR's sampler, on checkpoints of models/",
     "llada2gen": "LLaDA2.0's sampler, on checkpoints of models/",
     "llada21gen": "LLaDA2.1's sampler with editing, on checkpoints of models/",
@@ -56,10 +63,6 @@ COVERED = {
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    **dict.fromkeys(
-        ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "fastdllmdream", "d3cache"),
-        "decoding with approximate caches of keys and values",
-    ),
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),
@@ -111,8 +114,8 @@ class Case:
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
-            if self.cache not in ("none", "prefix", "sub_block"):
-                return f"not covered: the {self.cache} cache"
+            if self.family == "d3cache" and self.settings.get("early_stop"):
+                return "not covered: d3LLM's early stop with a cache"
             if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
                 return "not covered: rows of different lengths that share their steps"
             for name in ("eager_acceptance_mode", "dual_cache", "temperature"):
@@ -120,8 +123,6 @@ class Case:
                     return f"not covered: FreeDave with {name}={self.settings[name]}"
             if self.family == "dream" and (self.settings.get("temperature") or self.settings.get("alg_temp")):
                 return "not covered: draws whose randomness is torch's own"
-            if self.settings.get("factor") is not None and self.cache != "none":
-                return f"not covered: the factor rule with the {self.cache} cache"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
 

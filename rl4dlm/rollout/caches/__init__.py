@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from rl4dlm.rollout.caches import dual, none, prefix, sub_block
+from rl4dlm.rollout.caches import delayed_prefix, dkv, dual, frozen_prompt, none, prefix, sub_block, vicinity
 from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, policies
 
 __all__ = [
@@ -19,11 +19,15 @@ __all__ = [
     "Plan",
     "available_caches",
     "build_cache",
+    "delayed_prefix",
+    "dkv",
     "dual",
     "exact_cache",
+    "frozen_prompt",
     "none",
     "prefix",
     "sub_block",
+    "vicinity",
 ]
 
 

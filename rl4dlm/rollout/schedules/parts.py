@@ -100,9 +100,27 @@ class Step:
             purpose: streams of different purposes are independent.
             where: bool `[R, W]`, slots that need one, 0 elsewhere; None: all.
         """
-        rows, slots = (torch.ones_like(self.masked) if where is None else where).nonzero(as_tuple=True)
-        drawn = self.noise.uniform(purpose, self.row_ids[rows], self.total_step[rows], slots)
-        return torch.zeros(self.masked.shape, dtype=drawn.dtype, device=drawn.device).index_put((rows, slots), drawn)
+        where = torch.ones_like(self.masked) if where is None else where
+        return keyed_uniform(self.noise, purpose, self.row_ids, self.total_step, where)
+
+
+def keyed_uniform(noise: NoiseSource, purpose: str, row_ids: Tensor, steps: Tensor, where: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) at slots `where`, bool `[R, W]`, 0 elsewhere; float64 `[R, W]`."""
+    rows, slots = where.nonzero(as_tuple=True)
+    drawn = noise.uniform(purpose, row_ids[rows], steps[rows], slots)
+    return torch.zeros(where.shape, dtype=drawn.dtype, device=drawn.device).index_put((rows, slots), drawn)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of a step before its forward. All but `noise` are as in `Step`."""
+
+    eligible: Tensor
+    step: Tensor
+    total_step: Tensor
+    masked_at_start: Tensor
+    row_ids: Tensor
+    noise: NoiseSource
 
 
 @dataclass(frozen=True)
@@ -182,6 +200,9 @@ Only slots in `step.seen` that were not given count."""
 RowRule = Callable[[Step], Tensor]
 """From the step to bool `[R]`."""
 
+Foresight = Callable[[Ahead], Tensor]
+"""From what is known before a step to long `[R, W]`: the order, from 0, of the slots that it writes; -1 elsewhere."""
+
 SoftInput = Callable[["CanvasInput"], Tensor]
 """From the canvas as it is about to be fed to its input embeddings `[R, W, D]`."""
 
@@ -230,6 +251,7 @@ class Schedule:
         stay: rows that make another step in their block though nothing in it is masked.
         finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
         reach: how far a step may write, where that is not the end of the active block.
+        upcoming: which slots the step will write, where that does not depend on its candidates.
         scope: slots that candidates are drawn for.
         reads: more to be had from the logits of these slots, by name.
         transform: changes logits before candidates are drawn.
@@ -243,6 +265,7 @@ class Schedule:
         reopens: the rules take back slots of earlier blocks too.
         memoryless: no part remembers anything between steps or adds to what a step records, so that what a step does
             follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
+        reads_entropy: some part looks at `step.drawn.entropy`, which is NaN else if the record does not keep it either.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
@@ -257,6 +280,7 @@ class Schedule:
     stay: RowRule | None = None
     finish: RowRule | None = None
     reach: ReachRule | None = None
+    upcoming: Foresight | None = None
     scope: Scope = "eligible"
     reads: Mapping[str, Reading] = field(default_factory=dict)
     transform: Transform | None = None
@@ -267,6 +291,7 @@ class Schedule:
     reopens: bool = False
     draws_positions: bool = False
     memoryless: bool = False
+    reads_entropy: bool = False
     check: Callable[[Any], None] | None = None
 
     @property
@@ -355,6 +380,17 @@ def even_top(steps: int) -> CommitRule:
     return rule
 
 
+def foreseen(scores: Callable[[Ahead], Tensor], steps: int) -> Foresight:
+    """What `even_top(steps)` commits by scores that do not depend on candidates."""
+
+    def rule(ahead: Ahead) -> Tensor:
+        place = ranks(scores(ahead), ahead.eligible)
+        counts = even_counts(ahead.masked_at_start, steps, ahead.step)
+        return torch.where(ahead.eligible & (place < counts[:, None]), place, -1)
+
+    return rule
+
+
 def above(threshold: float) -> CommitRule:
     """Commits every position whose score reaches the threshold."""
     return lambda step, scores: scores >= threshold
@@ -363,6 +399,13 @@ def above(threshold: float) -> CommitRule:
 def top(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """The best `counts` `[R]` eligible positions of each row, the lower position among equals: bool `[R, W]`."""
     return (ranks(scores, eligible) < counts[:, None]) & eligible
+
+
+def best(scores: Tensor, eligible: Tensor) -> Tensor:
+    """The best eligible position of each row, the lower one among equals: bool `[R, W]`, none where none is."""
+    allowed = scores.masked_fill(~eligible, -torch.inf)
+    highest = (allowed == allowed.amax(-1, keepdim=True)) & eligible
+    return highest & (highest.cumsum(-1) == 1)
 
 
 def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
@@ -374,8 +417,9 @@ def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
     Returns:
         long `[R, W]`; the others come behind.
     """
-    by_score = scores.argsort(dim=-1, descending=True, stable=True)
-    first = eligible.gather(-1, by_score).long().argsort(dim=-1, descending=True, stable=True)
-    order = by_score.gather(-1, first)
+    scores = scores if scores.is_floating_point() else scores.double()
+    above = scores.clamp(min=torch.finfo(scores.dtype).min)  # so that eligible ones are never with the others
+    sorted_by = above.masked_fill(~eligible, -torch.inf)
+    order = sorted_by.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
