@@ -190,6 +190,11 @@ class DecodingConfig:
                 "model denoises at a time"
             )
         schedule = self.build_schedule()
+        if spec.attention == "written_first" and self.cfg_scale:
+            raise ValueError(
+                f"cfg_scale={self.cfg_scale} is not supported for attention='written_first', where a prompt of mask "
+                "tokens would stand behind what is written; it must be 0"
+            )
         if spec.attention not in BLOCK_KINDS:
             return self
         if isinstance(schedule, Schedule) and (schedule.whole or not schedule.blocks.on_grid):
