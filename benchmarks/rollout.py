@@ -39,6 +39,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import gpu  # noqa: E402
 from benchmarks.counting import Alive, costs, forwards  # noqa: E402
 from benchmarks.positions import FORMULAS, Grid, positions_fed  # noqa: E402
 from rl4dlm import DecodingConfig, RolloutEngine, attach_scoring, load_denoiser, tiny_llada  # noqa: E402
@@ -72,7 +73,7 @@ class Shape:
 
     size: str = "14M"
     vocabulary: int = 4096
-    rows: int = 2
+    rows: int = 1
     prompt: int = 256
     canvas: int = 256
     block: int = 32
@@ -297,9 +298,8 @@ def ratios(options: argparse.Namespace) -> dict[str, Any]:
     claims.append(asked("equal tokens of dual and dual refreshed at every block", equal, 1.0))
     groups = {"full attention": {"shape": about(shape), "variants": found}}
     for block, bound in ((32, 2.9), (4, 9.0)):
-        blocks = shaped(
-            options, rows=4, prompt=128, canvas=128, block=block, per_step=1, attention="block_causal"
-        )  # fmt: skip
+        sizes = {"rows": 2, "prompt": 128, "canvas": 128, "block": block, "per_step": 1, "attention": "block_causal"}
+        blocks = shaped(options, **sizes)
         found = measured(blocks, [NONE, Variant("exact block cache", "auto")], options.rounds)
         groups[f"block model, b={block}"] = {"shape": about(blocks), "variants": found}
         name = f"exact block cache against none, b={block}, k=1"
@@ -324,9 +324,8 @@ def _decoded(shape: Shape, variant: Variant) -> Rollout:
 
 def threshold_calls(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Forwards of a threshold schedule with a cache, against the steps of the longest row and the number of blocks."""
-    shape = shaped(
-        options, size="tiny", vocabulary=256, rows=16, prompt=32, canvas=128, block=16, spread=0.4, peaked=3.0
-    )
+    sizes = {"size": "tiny", "vocabulary": 256, "rows": 16, "prompt": 32, "canvas": 128, "block": 16}
+    shape = shaped(options, **sizes, spread=0.4, peaked=3.0)
     claims = []
     for cache in ("prefix", "dual"):
         variant = Variant(cache, cache, {}, "threshold", {"schedule_args": {"threshold": 0.9}})
@@ -396,8 +395,25 @@ def policies(options: argparse.Namespace) -> dict[str, Any]:
         "shape_of_waits": about(small),
         "shape_of_memory": about(alive),
         "variants": found,
+        "computed": computed(),
         "trained": trained(options),
     }
+
+
+def computed() -> list[dict[str, Any]]:
+    """By the formulas, not measured: positions fed per slot, and how fast LLaDA-8B can decode at most on an H200."""
+    results = []
+    blocks = Variant("exact block cache, attention in blocks", "prefix")
+    for variant in (*POLICIES, blocks):
+        result: dict[str, Any] = {"policy": variant.label}
+        for per_step in (1, 2, 4):
+            grid = Grid(256, 256, 32, per_step, left_to_right=variant is blocks)
+            arguments = dict(variant.cache_args)
+            positions = sum(positions_fed(grid, variant.cache, arguments)) / grid.canvas
+            seconds = gpu.bound(gpu.LLADA_8B, grid, variant.cache, arguments, 64, 790e12, 4.3e12)
+            result |= {f"positions_{per_step}": round(positions, 1), f"bound_{per_step}": round(64 * 256 / seconds)}
+        results.append(result)
+    return results
 
 
 WINDOWS = {"vicinity": {"before": 4, "after": 4, "warmup_steps": 1}, "dkv_greedy": {"window": 2}}
@@ -454,7 +470,7 @@ def trained(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def schedules(options: argparse.Namespace) -> dict[str, Any]:
     """Schedules of every class on a random model that is sure of itself, and block models with their exact cache."""
-    shape = shaped(options, rows=4, prompt=128, canvas=128, spread=0.1, peaked=4.0)
+    shape = shaped(options, prompt=128, canvas=128, spread=0.1, peaked=4.0)
     named: list[tuple[str, str, dict[str, Any]]] = [
         (f"fixed, k={shape.block // steps}", "low_confidence", {"steps": steps * (shape.canvas // shape.block)})
         for steps in sorted({shape.block // k for k in (1, 2, 4)})
@@ -472,17 +488,8 @@ def schedules(options: argparse.Namespace) -> dict[str, Any]:
     ]
     groups["full attention"] = {"shape": about(shape), "variants": measured(shape, variants, options.rounds)}
     for block in (4, 32):
-        blocks = shaped(
-            options,
-            rows=4,
-            prompt=128,
-            canvas=128,
-            block=block,
-            per_step=1,
-            attention="block_causal",
-            spread=0.1,
-            peaked=4.0,
-        )
+        sizes = {"rows": 2, "prompt": 128, "canvas": 128, "block": block, "per_step": 1, "attention": "block_causal"}
+        blocks = shaped(options, **sizes, spread=0.1, peaked=4.0)
         count = blocks.canvas // blocks.block
         kinds: list[tuple[str, str, dict[str, Any]]] = [
             (f"fixed, k={k}", "low_confidence", {"steps": blocks.block // k * count})
@@ -603,6 +610,8 @@ def in_words(suite: str, report: Mapping[str, Any]) -> str:
         lines += [f"{name}: {_shape(group['shape'])}.", "", *of_variants(group["variants"]), ""]
     if suite == "policies":
         lines += [f"{_shape(report['shape'])}.", "", *of_variants(report["variants"]), ""]
+        lines += ["P=L=256, b=32, computed; tokens/s at most of LLaDA-8B on an H200, 64 rows:", ""]
+        lines += [*table(report["computed"], COMPUTED), ""]
         lines += ["The demo's model, canvases of 16 slots:", "", *table(_flat(report["trained"]), TRAINED), ""]
     if suite == "queue":
         rows = [{"variant": name, **found} for name, found in report["variants"].items()]
@@ -632,6 +641,12 @@ TRAINED = {
     "positions_per_slot": "positions fed per slot",
     "equal_tokens": "equal tokens", "solved": "solved", "delta": "audit: delta", "effective_share": "effective share",
 }  # fmt: skip
+
+COMPUTED = {
+    "policy": "policy",
+    **{f"positions_{k}": f"positions fed per slot, k={k}" for k in (1, 2, 4)},
+    **{f"bound_{k}": f"tokens/s at most, k={k}" for k in (1, 2, 4)},
+}
 
 
 def _flat(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
