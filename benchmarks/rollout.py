@@ -678,7 +678,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axes.set(xlabel=name, xscale="log", yscale="log")
         ticks = [point["at"] for point in points]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(pyplot.NullLocator())
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.supylabel("tokens per CPU second")
