@@ -99,6 +99,13 @@ GROUPS: dict[str, list[Setting]] = {
             steps=(16,),
         ),
     ],
+    "several open blocks, and sub-blocks": [
+        *several(
+            "sub_blocks", {"sub_block_length": 4, "first_alone": False}, {"sub_block_length": 2, "threshold": 0.8}
+        ),
+        *several("d2f", {}, {"threshold": 0.8, "add_threshold": 0.5}, block_length=4),
+        *several("multi_block", {}, {"entropy_threshold": 1.0, "add_threshold": 0.5}, block_length=4),
+    ],
     "dInfer and latent refinement": [
         *several(
             "hierarchical",

@@ -100,8 +100,9 @@ SETTINGS = {
     "DiffusionPolicyConfig": (
         "schedule denoising_steps block_length cfg_scale cache stop_at_eos min_new_tokens eos_penalty "
         "eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
-        "kl_estimator kl_target negative_advantage_weight score_temperature one_view max_prompt_length "
-        "overlong_prompts log_replays"
+        "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
+        "overlong_prompts log_replays audit_share audit_bound audit_action rollout_correction "
+        "rollout_correction_clip_max"
     ),
     "DiffusionSFTConfig": (
         "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "
@@ -121,6 +122,11 @@ SETTINGS = {
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
 
 METRICS = {
+    "diffusion/audit_agreement",
+    "diffusion/audit_delta",
+    "diffusion/audit_effective_share",
+    "diffusion/audit_max_delta",
+    "diffusion/audit_ratio",
     "diffusion/early_eos_share",
     "diffusion/identical_completion_groups",
     "diffusion/masked_nll",

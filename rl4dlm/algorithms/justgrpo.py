@@ -12,9 +12,10 @@ in parallel. The price is one view per token (`rl4dlm.likelihood.left_to_right`)
 
 Exact they are where completions were drawn from the distribution that is scored, so that what changes the one and not
 the other is refused: a rollout at another temperature than `score_temperature`, cut distributions (`top_p`, `top_k`),
-tokens that are never, later or less often drawn, caches, and interventions, which give slots behind those that are
-being written. One thing is left: the mask token is never drawn, so that the log-probability of a draw is the score
-less log(1 - p(mask)), which is nothing in a trained denoiser.
+tokens that are never, later or less often drawn, caches (unless `rollout_correction` makes up for what they do to the
+draws), and interventions, which give slots behind those that are being written. One thing is left: the mask token is
+never drawn, so that the log-probability of a draw is the score less log(1 - p(mask)), which is nothing in a trained
+denoiser.
 
 With c tokens per step (`tokens_per_view`) rollouts and scores are c times cheaper, and the c tokens of a step are
 scored given what is before the first of them, which is how they were drawn: still exact.
@@ -100,6 +101,8 @@ class JustGRPOConfig(DiffusionPolicyConfig):
             )
         for name, off in _OFF.items():
             value = getattr(self, name)
+            if name == "cache" and (value == "auto" or self.rollout_correction != "none"):
+                continue  # "auto" is exact
             if value and value != off:
                 raise ValueError(
                     f"{name}={value!r} is not allowed: JustGRPO's scores are the probabilities that tokens were drawn "

@@ -22,8 +22,8 @@ ROLLOUT = (
     "max_prompt_length", "overlong_prompts", "chat_template_kwargs", "mask_truncated_completions",
 )  # fmt: skip
 LIKELIHOOD = (
-    "scope", "score_temperature", "one_view", "p_mask_prompt", "num_views", "num_mc_samples", "quadrature", "beta",
-    "kl_estimator", "kl_target", "use_bias_correction_kl", "disable_dropout",
+    "scope", "score_temperature", "one_view", "views_keyed_by", "p_mask_prompt", "num_views", "num_mc_samples",
+    "quadrature", "beta", "kl_estimator", "kl_target", "use_bias_correction_kl", "disable_dropout",
 )  # fmt: skip
 GROUPS = ("data and rewards", "rollout", "likelihood", "algorithm", "model", "TRL and transformers")
 

@@ -57,6 +57,11 @@ class Coupled(Estimator):
         return self.pairs > 0
 
     @property
+    def shares_masks(self) -> bool:  # type: ignore[override]
+        """Whether there are masks, of tokens at the same places of all completions of a prompt."""
+        return self.pairs > 0
+
+    @property
     def reweighted(self) -> bool:  # type: ignore[override]
         """True with pairs: weights add up to more than 1."""
         return self.pairs > 0

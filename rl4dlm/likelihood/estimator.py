@@ -24,12 +24,18 @@ class Estimator(ABC):
         noise: the corruption that its views are, as in `DiffusionSpec`.
         reweighted: whether the weights of a token do not add up to 1 on average, so that the sum of the scores is no
             estimate of a log-likelihood or of a bound of it, only proportional to one at best.
+        as_drawn: whether a token's score is its log-probability given what was written when it was drawn, in the order
+            of decoding that the estimator is meant for.
+        shares_masks: whether completions of a prompt may have the same masks, which leaves the estimate of each as it
+            is and correlates them: rows are then given the same `row_ids`.
     """
 
     scope: str = "valid"
     fresh: bool = True
     noise: ClassVar[str] = "mask"
     reweighted: bool = False
+    as_drawn: bool = False
+    shares_masks: bool = False
 
     @abstractmethod
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:

@@ -60,6 +60,8 @@ class IIDRatio(Estimator):
     weight: str = "one"
     scope: str = "valid"
 
+    shares_masks = True  # levels and masks of tokens at the same places
+
     def __post_init__(self) -> None:
         for name in ("num_iterations", "num_steps", "num_views"):
             check_count(name, getattr(self, name))

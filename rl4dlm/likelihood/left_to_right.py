@@ -37,6 +37,7 @@ class LeftToRight(Estimator):
     """
 
     fresh: ClassVar[bool] = False  # type: ignore[misc]
+    as_drawn: ClassVar[bool] = True  # type: ignore[misc]
     tokens_per_view: int = 1
     scope: str = "valid"
 

@@ -46,6 +46,11 @@ class MeanField(Estimator):
         """Whether the prompt masks of two iterations can differ."""
         return 0 < self.p_mask_prompt < 1
 
+    @property
+    def shares_masks(self) -> bool:  # type: ignore[override]
+        """Whether there are prompt masks: with the same one, completions of a prompt are scored in one input."""
+        return self.fresh
+
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """One view per row: `hidden` `[B, 1, T]`, `weight` `[B, 1, L]` of ones at the scored tokens."""
         # Positions count from the first real token, so that the amount of padding does not change what is hidden.

@@ -9,14 +9,21 @@ noisy ones: there every block of the canvas is scored given its own tokens as th
 tokens of all blocks before it, whatever the view hides of those; prompt tokens that a view hides stay hidden. One
 forward of a noisy and a clean copy gives all blocks (block diffusion, arXiv 2503.09573), so that a view is a state of
 every block at once, and K views replay K steps of all of them.
+
+Views that show the same are fed once. Where everything is hidden that completions of a prompt differ in, as in the mean
+field of diffu-GRPO and in the full view of coupled-GRPO, all of a group ask for one input, and each for the
+log-probabilities of its own tokens there. Only a model that is a function of its input can be asked like this: with
+dropout switched on every view is fed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.attention import BLOCK_KINDS
@@ -45,6 +52,8 @@ def score_views(
     next_tokens: Tensor | None = None,
     one_view: bool = False,
     unseen: Tensor | None = None,
+    share: bool = True,
+    in_step: bool = False,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
 
@@ -57,8 +66,9 @@ def score_views(
         temperature: divides the logits.
         cfg_scale: weight w of classifier-free guidance `u + (w + 1)(c - u)`, where u comes from the same view with the
             whole prompt hidden; 0 is off, otherwise the forward has twice the rows.
-        rows_per_forward: score so many rows at a time. Only where no gradient is wanted: several forwards before one
-            backward give wrong gradients under DDP and ZeRO with re-entrant checkpointing.
+        rows_per_forward: score so many rows, with all their views, or with `one_view` so many views, at a time. Only
+            where no gradient is wanted: several forwards before one backward give wrong gradients under DDP and ZeRO
+            with re-entrant checkpointing.
         prompt_lengths: long `[B]`, real tokens before each row's response, where a block grid may start. None: those
             before the last L positions.
         next_tokens: bool `[B, T]`, tokens also to be predicted from the clean ones before them, as a causal model does;
@@ -66,6 +76,10 @@ def score_views(
         one_view: score the views one after another inside the wrapped forward, each computed again in the backward
             pass: the memory of one view instead of K, for the time of one more forward. Numbers are the same.
         unseen: bool `[B, T, T]`, tokens that do not see each other besides; for full attention.
+        share: feed equal inputs once. Never done with `unseen`, or where dropout makes equal inputs score differently;
+            with `one_view` the inputs of a view are compared with each other, not with those of other views.
+        in_step: run as many forwards with `rows_per_forward` as there would be without sharing, of at least one input
+            each, so that all processes run the same number. Needed where parameters are gathered in forwards.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -92,78 +106,175 @@ def score_views(
     if prompt_lengths is None:
         prompt_lengths = attention_mask[:, : ids.shape[1] - views.weight.shape[2]].bool().sum(-1)
 
-    def forward(rows: slice) -> ViewScores:
-        batch = ids[rows], attention_mask[rows], views[rows], prompt_lengths[rows]
-        following = None if next_tokens is None else next_tokens[rows]
-        hidden_pairs = None if unseen is None else unseen[rows]
-        return _forward(model, spec, *batch, temperature, cfg_scale, following, one_view, hidden_pairs)
-
-    if rows_per_forward is None or rows_per_forward >= len(ids):
-        return forward(slice(None))
-    if torch.is_grad_enabled():
+    batch, num_views, length = views.hidden.shape
+    canvas = views.weight.shape[2]
+    share = share and unseen is None and not _is_random(model)
+    split = rows_per_forward is not None and rows_per_forward < batch
+    turns = num_views if one_view and not split else 1  # rows are b * K + k: every K-th is a view of each sequence
+    inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, unseen, turns)
+    scored = views.scored.flatten(0, 1)  # [B * K, L]
+    ask = {
+        "score_positions": torch.cat([scored.new_zeros(len(scored), length - canvas), scored], dim=1),
+        "score_targets": ids.repeat_interleave(num_views, dim=0),
+    }
+    if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
+        following = next_tokens.new_zeros(batch, num_views, length)
+        following[:, 0] = next_tokens
+        ask["score_next_tokens"] = following.flatten(0, 1)
+    settings: dict[str, Any] = {"score_temperature": temperature, "score_cfg_scale": cfg_scale}
+    if turns > 1:
+        settings["score_in_turn"] = turns
+    # Guidance hides the prompt from a second copy of every input.
+    bare = None
+    if cfg_scale > 0:
+        assert spec.mask_token_id is not None
+        bare = length - canvas, spec.mask_token_id
+    wanted, of = inputs.distinct() if share else inputs.all()
+    if not split:
+        found = _forward(model, inputs[wanted], of, ask, canvas, settings, bare, share)
+    elif torch.is_grad_enabled():
         raise ValueError(f"rows_per_forward={rows_per_forward} needs torch.no_grad(): gradients need a single forward")
-    parts = [forward(slice(start, start + rows_per_forward)) for start in range(0, len(ids), rows_per_forward)]
-    following = [p.next_log_probs for p in parts if p.next_log_probs is not None]
-    return ViewScores(
-        torch.cat([p.log_probs for p in parts]),
-        torch.cat([p.entropies for p in parts]),
-        torch.cat(following) if following else None,
-    )
+    else:
+        assert rows_per_forward is not None
+        size = rows_per_forward * (1 if one_view else num_views)
+        forwards = -(batch * num_views // -size)
+        size = -(len(wanted) // -forwards) if in_step else size
+        parts, order = [], []
+        for start in range(0, len(wanted), size):
+            rows = ((of >= start) & (of < start + size)).nonzero().squeeze(-1)
+            part, asked = inputs[wanted[start : start + size]], {name: value[rows] for name, value in ask.items()}
+            parts.append(_forward(model, part, of[rows] - start, asked, canvas, settings, bare, share))
+            order.append(rows)
+        for _ in range(forwards - len(parts) if in_step else 0):  # forwards that nothing is asked of
+            nothing = {name: torch.zeros_like(value[:1]) for name, value in ask.items()}
+            _forward(model, inputs[wanted[:1]], torch.zeros_like(of[:1]), nothing, canvas, settings, bare, share)
+        places = torch.cat(order).argsort()
+        found = [torch.cat(column)[places] for column in zip(*parts, strict=True)]
+    log_probs, entropies = (values.view(batch, num_views, canvas) for values in found[:2])
+    return ViewScores(log_probs, entropies, found[2].view(batch, num_views, length)[:, 0] if len(found) > 2 else None)
 
 
-def _forward(
-    model: Any,
+@dataclass
+class _Inputs:
+    """What is fed to a forward: R corrupted copies, and what else the scores of their tokens depend on."""
+
+    ids: Tensor  # long [R, T]
+    keys: Tensor  # bool [R, T]
+    turn: Tensor  # long [R], which of several forwards inside the call a row belongs to
+    finished: Tensor | None = None  # long [R, L], the clean canvas, for models that denoise block by block
+    prompt_lengths: Tensor | None = None  # long [R], for these, too
+    unseen: Tensor | None = None  # bool [R, T, T]
+    turns: int = 1  # so many forwards
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Tensor) -> _Inputs:
+        finished, lengths, unseen = (
+            None if value is None else value[rows] for value in (self.finished, self.prompt_lengths, self.unseen)
+        )
+        return _Inputs(self.ids[rows], self.keys[rows], self.turn[rows], finished, lengths, unseen, self.turns)
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """What `distinct` says of rows that all differ."""
+        rows = torch.arange(len(self), device=self.ids.device)
+        return rows, rows
+
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """Rows that differ, long `[U]`, by turn and then in their order, and which of these each row equals, `[R]`."""
+        parts = [self.turn[:, None], 2 * self.ids + self.keys]  # positions are counted from the first real token
+        if self.finished is not None and self.prompt_lengths is not None:
+            parts += [self.finished, self.prompt_lengths[:, None]]
+        unique, of = torch.unique(torch.cat(parts, dim=1), dim=0, return_inverse=True)
+        if len(unique) == len(self) and self.turns == 1:
+            return self.all()
+        rows = torch.arange(len(self), device=self.ids.device)
+        first = rows.new_full((len(unique),), len(self)).scatter_reduce_(0, of, rows, "amin")
+        order = (self.turn[first] * len(self) + first).argsort()
+        return first[order], order.argsort()[of]
+
+    def with_bare(self, prompt: int, mask_token_id: int) -> _Inputs:
+        """The rows, and behind them the same ones with the first `prompt` columns hidden: `[2 R]`."""
+        both = self[torch.arange(len(self), device=self.ids.device).repeat(2)]
+        both.ids[len(self) :, :prompt] = mask_token_id
+        return both
+
+
+def _inputs(
     spec: DiffusionSpec,
     ids: Tensor,
     attention_mask: Tensor,
     views: Views,
     prompt_lengths: Tensor,
-    temperature: float,
-    cfg_scale: float,
-    next_tokens: Tensor | None,
-    one_view: bool,
     unseen: Tensor | None,
-) -> ViewScores:
-    batch, num_views, length = views.hidden.shape
-    canvas = views.weight.shape[2]
-    inputs = views.apply(ids, spec.mask_token_id).flatten(0, 1)  # [B * K, T]
-    targets = ids.repeat_interleave(num_views, dim=0)
-    keys = attention_mask.bool().repeat_interleave(num_views, dim=0)
-    scored = views.scored.flatten(0, 1)  # [B * K, L]
-    positions = torch.cat([scored.new_zeros(batch * num_views, length - canvas), scored], dim=1)
-    copies = 2 if cfg_scale > 0 else 1
-    if cfg_scale > 0:
-        unconditional = inputs.clone()
-        unconditional[:, : length - canvas] = spec.mask_token_id
-        inputs, keys = torch.cat([inputs, unconditional]), torch.cat([keys, keys])
-    extra: dict[str, Any] = {}
-    if spec.attention in BLOCK_KINDS:
-        finished = targets[:, length - canvas :].repeat(copies, 1)
-        extra["score_clean_ids"] = torch.cat([inputs[:, : length - canvas], finished], dim=1)
-        extra["score_prompt_lengths"] = prompt_lengths.repeat_interleave(num_views).repeat(copies)
-    if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
-        extra["score_next_tokens"] = next_tokens.new_zeros(batch, num_views, length)
-        extra["score_next_tokens"][:, 0] = next_tokens
-        extra["score_next_tokens"] = extra["score_next_tokens"].flatten(0, 1)
-    if unseen is not None:
-        extra["score_unseen"] = unseen.repeat_interleave(num_views, dim=0).repeat(copies, 1, 1)
-    if one_view and num_views > 1:  # rows are b * K + k, so that every K-th row is a view of each sequence
-        extra["score_in_turn"] = num_views
-    scores = model(
-        input_ids=inputs,
-        attention_mask=keys,
-        score_positions=positions,
-        score_targets=targets,
-        score_temperature=temperature,
-        score_cfg_scale=cfg_scale,
-        **extra,
+    turns: int,
+) -> _Inputs:
+    """Those of all views, `[B * K]`."""
+    num_views, blocks = views.hidden.shape[1], spec.attention in BLOCK_KINDS
+
+    def of_views(values: Tensor) -> Tensor:
+        return values.repeat_interleave(num_views, dim=0)
+
+    corrupted = views.apply(ids, spec.mask_token_id).flatten(0, 1)
+    return _Inputs(
+        ids=corrupted,
+        keys=of_views(attention_mask.bool()),
+        turn=torch.arange(len(corrupted), device=ids.device) % turns,
+        finished=of_views(ids[:, ids.shape[1] - views.weight.shape[2] :]) if blocks else None,
+        prompt_lengths=of_views(prompt_lengths) if blocks else None,
+        unseen=None if unseen is None else of_views(unseen),
+        turns=turns,
     )
 
-    def place(values: Tensor) -> Tensor:
-        return values.new_zeros(scored.shape).masked_scatter(scored, values).view(batch, num_views, canvas)
 
-    if next_tokens is None:
-        return ViewScores(place(scores.log_probs), place(scores.entropies))
-    count = len(scores.log_probs) - int(next_tokens.sum())
-    following = scores.log_probs.new_zeros(next_tokens.shape).masked_scatter(next_tokens, scores.log_probs[count:])
-    return ViewScores(place(scores.log_probs[:count]), place(scores.entropies[:count]), following)
+def _forward(
+    model: Any,
+    inputs: _Inputs,
+    of: Tensor,
+    ask: dict[str, Tensor],
+    canvas: int,
+    settings: dict[str, Any],
+    bare: tuple[int, int] | None,
+    share: bool,
+) -> list[Tensor]:
+    """Log-probabilities and entropies `[N, L]`, and of next tokens `[N, T]` where they are asked for, in one call.
+
+    Args:
+        inputs: U rows. of: long `[N]`, which of them each row of `ask` is about. canvas: L.
+        bare: what guidance hides from a second copy of each: the first so many columns, behind this token.
+    """
+    if bare is not None:
+        of = torch.cat([of, of + len(inputs)])
+        inputs = inputs.with_bare(*bare)
+        if share:
+            wanted, found_at = inputs.distinct()
+            inputs, of = inputs[wanted], found_at[of]
+    apart = len(of) == len(inputs) and not (share and inputs.turns > 1)  # then they are in order, too
+    extra: dict[str, Any] = {} if apart else {"score_rows": of}
+    if inputs.finished is not None:
+        prompt = inputs.ids.shape[1] - inputs.finished.shape[1]
+        extra["score_clean_ids"] = torch.cat([inputs.ids[:, :prompt], inputs.finished], dim=1)
+        extra["score_prompt_lengths"] = inputs.prompt_lengths
+    if inputs.unseen is not None:
+        extra["score_unseen"] = inputs.unseen
+    scores = model(input_ids=inputs.ids, attention_mask=inputs.keys, **ask, **settings, **extra)
+    positions, following = ask["score_positions"], ask.get("score_next_tokens")
+    count = len(scores.log_probs) - (0 if following is None else int(following.sum()))
+    placed = [
+        values.new_zeros(positions.shape).masked_scatter(positions, values[:count])[:, -canvas:]
+        for values in (scores.log_probs, scores.entropies)
+    ]
+    if following is not None:
+        values = scores.log_probs[count:]
+        placed.append(values.new_zeros(following.shape).masked_scatter(following, values))
+    return placed
+
+
+def _is_random(model: Any) -> bool:
+    """Whether equal inputs may score differently: dropout is switched on somewhere."""
+    for module in model.modules():
+        if module.training:
+            share = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
+            if isinstance(share, float) and share > 0:
+                return True
+    return False

@@ -6,7 +6,7 @@ arXiv 2503.09573). Does not own caches or block schedules.
 
 Positions count from the first real token. A grid of blocks of `block_length` tokens starts at position zero, where a
 prompt that does not end on it shares a block with the first tokens of the canvas, or at the response, from where it is
-continued to the left through the prompt. A token sees
+continued to the left through the prompt, or before which the whole prompt is one block. A token sees
 
 - `full`: every token;
 - `block_causal`: its own block and those before it;
@@ -103,9 +103,23 @@ def block_starts(spec: DiffusionSpec, positions: Tensor, prompt_lengths: Tensor 
     if spec.grid_origin == "position_zero":
         return positions.div(spec.block_length, rounding_mode="floor") * spec.block_length
     if prompt_lengths is None:
-        raise ValueError("the block grid starts at the response (grid_origin='response'): prompt_lengths are needed")
+        raise ValueError(
+            f"the block grid starts at the response (grid_origin={spec.grid_origin!r}): prompt_lengths are needed"
+        )
     origin = prompt_lengths[:, None]
-    return (positions - origin).div(spec.block_length, rounding_mode="floor") * spec.block_length + origin
+    starts = (positions - origin).div(spec.block_length, rounding_mode="floor") * spec.block_length + origin
+    return torch.where(starts < origin, 0, starts) if spec.grid_origin == "whole_prompt" else starts
+
+
+def _block_ends(spec: DiffusionSpec, starts: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+    """The position behind the last one of blocks, from where they start: long `[R, T]`."""
+    assert spec.block_length is not None
+    ends = starts + spec.block_length
+    if spec.grid_origin != "whole_prompt":
+        return ends
+    assert prompt_lengths is not None
+    origin = prompt_lengths[:, None]
+    return torch.where(starts < origin, origin, ends)
 
 
 def one_copy(
@@ -126,8 +140,7 @@ def one_copy(
         return None
     if spec.attention == "causal":
         return Sight(positions, positions + 1)
-    assert spec.block_length is not None
-    ends = block_starts(spec, positions, prompt_lengths) + spec.block_length
+    ends = _block_ends(spec, block_starts(spec, positions, prompt_lengths), prompt_lengths)
     if spec.attention == "block_causal":
         return Sight(positions, ends)
     if active is None:
@@ -147,9 +160,8 @@ def two_copies(spec: DiffusionSpec, positions: Tensor, prompt_lengths: Tensor | 
         prompt_lengths: long `[R]`, real tokens before the response; needed where the grid starts there.
         first: the noisy copy has the columns from this one on, the clean copy all of them.
     """
-    assert spec.block_length is not None
     starts = block_starts(spec, positions, prompt_lengths)  # [R, T]
-    clean = positions + 1 if spec.attention == "context_causal" else starts + spec.block_length
+    clean = positions + 1 if spec.attention == "context_causal" else _block_ends(spec, starts, prompt_lengths)
     nowhere = torch.full_like(starts, NOWHERE)
     return Sight(
         places=torch.cat([nowhere[:, first:], positions], dim=1),

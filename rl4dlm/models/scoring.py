@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rl4dlm.models.attention import (
@@ -30,20 +29,11 @@ from rl4dlm.models.attention import (
 )
 from rl4dlm.models.canvas import canvas_states, denoises_canvases
 from rl4dlm.models.checkpoint import listed, unfinite
+from rl4dlm.models.reductions import Reduction, TokenScores, log_prob_reduction
 from rl4dlm.models.spec import DiffusionSpec
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in elements: 256 MiB in float32."""
-
-Reduction = Callable[..., tuple[Tensor, ...]]
-"""Maps logits `[c, V]` of some scored positions, and which slice of all of them they are, to tensors `[c, ...]`."""
-
-
-class TokenScores(NamedTuple):
-    """What the default reduction returns, one entry per scored position in row-major order."""
-
-    log_probs: Tensor  # [n]
-    entropies: Tensor  # [n], in nats
 
 
 def attach_scoring(model: Any) -> Any:
@@ -76,9 +66,14 @@ def attach_scoring(model: Any) -> Any:
 
     - `score_unseen`: bool `[R, T, T]`, for full attention: pairs of a query and a key that are hidden from each other
       besides;
+    - `score_rows`: long `[N]`, or `[2 N]` with guidance: rows that ask for the same input share a forward. Positions,
+      targets and `score_next_tokens` are then `[N, T]`, row i of them is about the fed row `score_rows[i]`, and with
+      guidance u comes from the fed row `score_rows[N + i]`. Positions that several rows ask for go through the head
+      once, whatever their targets are; with `score_reduce` the head is not shared;
     - `score_in_turn`: int K; the rows are scored in K forwards of every K-th row each, one after the other, and each is
       computed again in the backward pass, so that activations of one forward at a time are in memory. It is still one
-      call of the wrapped model before one backward pass. Not together with `score_next_tokens`.
+      call of the wrapped model before one backward pass. With `score_rows` it is every K-th of the N rows, and the fed
+      rows are in the order of the turns that ask for them. Not together with `score_next_tokens`.
 
     A model that denoises canvases over an encoded prefix needs the mask, targets, prompt lengths and clean ids; each
     canvas is a forward of its own there, and positions are always counted from the first real token.
@@ -134,9 +129,20 @@ def _score_in_turn(
     rest = {name: value for name, value in kwargs.items() if name not in rows}
     rows["input_ids"] = input_ids
     row = score_positions.nonzero(as_tuple=True)[0]  # [n]
+    shared = rows.pop("score_rows", None)
+    ends: list[int] = []
+    if shared is not None:  # [N / turns or 2 N / turns, turns]
+        shared = shared.view(-1, turns)
+        ends = [0, *(shared.amax(0) + 1).tolist()]
     parts, places = [], []
     for turn in range(turns):
-        chosen = {name: value[turn::turns] for name, value in rows.items()}
+        if shared is None:
+            chosen = {name: value[turn::turns] for name, value in rows.items()}
+        else:
+            fed = slice(ends[turn], ends[turn + 1])
+            asked = ("score_targets",)
+            chosen = {name: value[turn::turns] if name in asked else value[fed] for name, value in rows.items()}
+            chosen["score_rows"] = shared[:, turn] - ends[turn]
         positions = score_positions[turn::turns]
 
         def forward(chosen: dict[str, Tensor] = chosen, positions: Tensor = positions) -> tuple[Tensor, ...]:
@@ -166,9 +172,11 @@ def _score(
     score_clean_ids: Tensor | None = None,
     score_next_tokens: Tensor | None = None,
     score_unseen: Tensor | None = None,
+    score_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     rows, columns = score_positions.nonzero(as_tuple=True)
+    fed = _fed(rows, score_rows)  # [n], which of the fed rows
     sources = (columns - spec.logit_shift).clamp(min=0)  # [n], which of the fed columns predicts each position
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -191,11 +199,12 @@ def _score(
         first = _first_noisy(spec, keys, score_prompt_lengths, columns)
         sight = two_copies(spec, position_ids, score_prompt_lengths, first)
         # The token before a block is finished when the block is denoised: a shifted model predicts from its clean copy.
-        finished = position_ids[rows, sources] < starts[rows, columns]
+        finished = position_ids[fed, sources] < starts[fed, columns]
         sources = sources - first + finished.long() * input_ids.shape[1]
         if score_next_tokens is not None:
             followers = score_next_tokens.nonzero(as_tuple=True)
             rows, columns = torch.cat([rows, followers[0]]), torch.cat([columns, followers[1]])
+            fed = _fed(rows, score_rows)
             sources = torch.cat([sources, input_ids.shape[1] - first + followers[1] - 1])
         input_ids = torch.cat([input_ids[:, first:], score_clean_ids], dim=1)
         position_ids = torch.cat([position_ids[:, first:], position_ids], dim=1)
@@ -216,15 +225,57 @@ def _score(
     hidden = model.base_model(
         attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
     ).last_hidden_state  # [R, T, D]
-    picked = hidden[rows, sources]  # [n, D]
-    guide = hidden[rows + len(score_positions), sources] if score_cfg_scale > 0 else None
+    if score_reduce is None and score_targets is None:
+        raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
+    guides = _fed(rows + len(score_positions), score_rows) if score_cfg_scale > 0 else None
+    if score_reduce is None and score_rows is not None:
+        assert score_targets is not None
+        wanted = score_targets[rows, columns]
+        return _score_shared(model, hidden, fed, sources, guides, wanted, score_temperature, score_cfg_scale)
+    picked = hidden[fed, sources]  # [n, D]
+    guide = None if guides is None else hidden[guides, sources]
     if score_reduce is None:
-        if score_targets is None:
-            raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
-        score_reduce = _log_prob_reduction(score_targets[rows, columns])
+        assert score_targets is not None
+        score_reduce = log_prob_reduction(score_targets[rows, columns])
     return reduce_hidden(
         model, picked, guide, score_reduce, score_temperature, score_cfg_scale, sees_own=score_reduce_sees_own
     )
+
+
+def _fed(rows: Tensor, score_rows: Tensor | None) -> Tensor:
+    return rows if score_rows is None else score_rows[rows]
+
+
+def _score_shared(
+    model: Any,
+    hidden: Tensor,
+    rows: Tensor,
+    sources: Tensor,
+    guides: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    cfg_scale: float,
+) -> TokenScores:
+    """Scores of n tokens, of which several may be predicted from the same state: the head sees each state once.
+
+    Args:
+        hidden: `[U, S, D]`. rows, sources: long `[n]`, where in it each token is predicted from. targets: the tokens.
+        guides: long `[n]`, rows of the states that guide; the same for all tokens of a state.
+    """
+    width = hidden.shape[1]
+    place = rows * width + sources  # [n]
+    used = torch.zeros(hidden.shape[0] * width, dtype=torch.bool, device=hidden.device)
+    used[place] = True
+    states = used.nonzero().squeeze(-1)  # [m]
+    state = (used.cumsum(0) - 1)[place]  # [n], into the m
+    guide = None
+    if guides is not None:
+        guide_of = torch.zeros_like(states).index_put((state,), guides)
+        guide = hidden[guide_of, states % width]
+    order = state.argsort(stable=True)
+    reduction = log_prob_reduction(targets[order], state[order])
+    found = reduce_hidden(model, hidden.flatten(0, 1)[states], guide, reduction, temperature, cfg_scale)
+    return TokenScores(found[0][order.argsort()], found[1][state])
 
 
 def _score_canvases(
@@ -240,6 +291,7 @@ def _score_canvases(
     score_temperature: float = 1.0,
     score_cfg_scale: float = 0.0,
     score_next_tokens: Tensor | None = None,
+    score_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """`_score` for models that denoise canvases over an encoded prefix."""
@@ -252,7 +304,10 @@ def _score_canvases(
     hidden, first = canvas_states(
         model, spec, input_ids, score_clean_ids, attention_mask.bool(), score_prompt_lengths, **kwargs
     )
-    reduction = _log_prob_reduction(score_targets[rows, columns])
+    targets = score_targets[rows, columns]
+    if score_rows is not None:
+        return _score_shared(model, hidden, score_rows[rows], columns - first, None, targets, score_temperature, 0.0)
+    reduction = log_prob_reduction(targets)
     return reduce_hidden(model, hidden[rows, columns - first], None, reduction, score_temperature, 0.0)
 
 
@@ -295,45 +350,6 @@ def _first_noisy(spec: DiffusionSpec, keys: Tensor, prompt_lengths: Tensor | Non
     first = int(torch.cat([responses, columns]).min())
     assert spec.block_length is not None
     return max(0, first - spec.block_length + 1)
-
-
-def _log_prob_reduction(targets: Tensor) -> Reduction:
-    def reduce(logits: Tensor, part: slice) -> TokenScores:
-        return TokenScores(*_LogProbsAndEntropies.apply(logits, targets[part]))
-
-    return reduce
-
-
-class _LogProbsAndEntropies(torch.autograd.Function):
-    """Log-probabilities of targets and entropies, `[c]` each, from logits `[c, V]`, as one node of the graph.
-
-    Of two nodes, that of the entropies has no gradient in most losses. It would never run, and hold what checkpointing
-    computes again for it until the whole backward pass is over: logits of all chunks and views at once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        log_probs = logits.log_softmax(-1)
-        entropies = -(log_probs.exp() * log_probs).sum(-1)
-        ctx.save_for_backward(log_probs, targets, entropies)
-        return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, None]:
-        log_probs, targets, entropies = ctx.saved_tensors
-        if of_log_probs is None and of_entropies is None:
-            return None, None
-        gradient: Tensor = log_probs.exp()  # [c, V]
-        if of_entropies is not None:
-            slope = -of_entropies[:, None] * (log_probs + entropies[:, None])
-            gradient.mul_(slope if of_log_probs is None else slope.sub_(of_log_probs[:, None]))
-        elif of_log_probs is not None:
-            gradient.mul_(-of_log_probs[:, None])
-        if of_log_probs is not None:
-            gradient.scatter_add_(-1, targets[:, None], of_log_probs[:, None])
-        return gradient, None
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 ATTENTION_KINDS = ("full", "block_causal", "context_causal", "causal")
-GRID_ORIGINS = ("response", "position_zero")
+GRID_ORIGINS = ("response", "position_zero", "whole_prompt")
 NOISE_KINDS = ("mask", "uniform")
 
 
@@ -26,7 +26,8 @@ class DiffusionSpec:
         logit_shift: 0 if the logits at position i predict token i (LLaDA), 1 if those at i - 1 do (Dream).
         attention: which positions see which: `"full"`, `"block_causal"`, `"context_causal"` or `"causal"`.
         block_length: length of the attention blocks in tokens; `None` for `"full"` attention.
-        grid_origin: where the block grid starts: at the `"response"` or at `"position_zero"`.
+        grid_origin: where the block grid starts: at the `"response"`, from where it goes on to the left through the
+            prompt, at `"position_zero"`, or at the response with the `"whole_prompt"` as one block before it.
         noise: what corruption the model was trained on: `"mask"` or `"uniform"`.
     """
 

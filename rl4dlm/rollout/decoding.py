@@ -211,6 +211,13 @@ class DecodingConfig:
         object.__setattr__(settings, "known_tokens", tokens)
         return settings
 
+    def exactly(self) -> DecodingConfig:
+        """These settings with the cache that loses nothing; those of a model stay those of that model."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "cache", "auto")
+        object.__setattr__(settings, "cache_args", {})
+        return settings
+
     def _check_steps(self) -> None:
         if self.steps is not None and (self.steps < self.num_blocks or self.steps % self.num_blocks):
             raise ValueError(

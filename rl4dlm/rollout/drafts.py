@@ -8,14 +8,15 @@ decoding without guesses, and there are as many forwards or fewer. Each has up t
 which costs next to nothing where a forward is bound by the weights it reads, and more than it saves where it is bound
 by arithmetic.
 
-The chain of most likely states is that of FreeDave (arXiv 2510.00294). The model rarely changes its opinion of a token,
-but often the order in which it is sure of them, so that states in which the next best slot goes first are worth guessing
-too (`draft_width`), as in the trees of Self Speculative Decoding (SSD, arXiv 2510.04147). Here such a state is not the
-root of a tree of its own: once the slot that waited is written, too, it is on the chain again. Differences from
-FreeDave's released code: any number of rows and of tokens per step; above temperature 0 the guesses draw with the
-noise of the steps they stand for, so that they come true as often as the model's opinion stays the same; with a
-threshold only a guess that is the same state is kept (there one that holds a part of it, which changes the result).
-Guesses end with the block, as there by default.
+The chain of most likely states is that of FreeDave (arXiv 2510.00294). A model rarely changes its opinion of a token,
+but often the order in which it is sure of them, so that states in which the next best slot goes first are worth
+guessing too (`draft_width`), as in the trees of Self Speculative Decoding (SSD, arXiv 2510.04147). Here such a state is
+not the root of a tree of its own: once the slot that waited is written, too, it is on the chain again.
+
+Differences from FreeDave's released code: any number of rows and of tokens per step; above temperature 0 the guesses
+draw with the noise of the steps they stand for, so that they come true as often as the model's opinion stays the same;
+with a threshold only a guess that is the same state is kept (there one that holds a part of it, which changes the
+result). Guesses end with the block, as there by default.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from torch import Tensor
 from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored
+from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.rows import Rows
-from rl4dlm.rollout.schedules.parts import CanvasInput, Step
+from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
 SHADOW = "shadow"
 
@@ -50,7 +51,8 @@ class Feed(Rows):
             start=self.start,
             stop=self.stop,
             block=self.block,
-            eligible=self.open,
+            reach=self.reach,
+            eligible=self.eligible,
             seen=wanted,
             drawn=drawn,
             read=values,
@@ -69,6 +71,8 @@ class Feed(Rows):
 
     def _wanted(self) -> Tensor:
         """bool `[R, W]`, slots of the schedule's scope."""
+        if self.cache.foresees:
+            return self._upcoming() >= 0
         scope, exists = self.schedule.scope, self.offsets < self.length[:, None]
         if scope == "canvas":
             return exists
@@ -76,15 +80,21 @@ class Feed(Rows):
             return self.masked
         if scope == "block":
             inside = (self.offsets >= self.start[:, None]) & (self.offsets < self.stop[:, None])
-            return self.open | inside
-        return self.open
+            return self.eligible | inside
+        return self.eligible
+
+    def _upcoming(self) -> Tensor:
+        """long `[R, W]`, the order of the slots that the step will write; -1 elsewhere."""
+        assert self.schedule.upcoming is not None
+        fields = (self.open, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
+        return self.schedule.upcoming(Ahead(*fields))
 
     def _parts(self, wanted: Tensor) -> list[_Part]:
         """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
         columns, shift = self.tokens.shape[1], self.spec.logit_shift
         seen: Tensor | None = None  # [R], behind the last column that the active block can see
         if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
-            seen = self.width + self.stop
+            seen = self.width + torch.maximum(self.stop, self.reach)
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
             return [_Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
@@ -136,12 +146,13 @@ class Feed(Rows):
             total_step=self.total_step,
             block=self.block,
             start=start,
-            stop=self.width + self.stop,
+            stop=self.width + torch.maximum(self.stop, self.reach),
             before=self.before,
             refreshed=self.refreshed,
             open=self.masked,
             tokens=self.tokens,
             fed=self.fed,
+            upcoming=self._upcoming() if self.cache.foresees else None,
             row_ids=self.row_ids,
             memory=self.cache_memory,
         )
@@ -276,33 +287,16 @@ class Feed(Rows):
 
     def _adjusted(self, logits: Tensor, places: Places) -> Tensor:
         """Logits after the options that change the model's distribution."""
-        if self.config.suppress_token_ids:
-            ids = torch.tensor(self.config.suppress_token_ids, device=logits.device)
-            logits = logits.index_fill(-1, ids, -torch.inf)
-        if self.config.eos_penalty:
-            penalty = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-            penalty[list(self.spec.eos_token_ids)] = self.config.eos_penalty
-            share: Tensor | float = 1.0
-            if self.config.eos_penalty_decay:
-                open_slots = self.masked.sum(-1)[places.rows, None]
-                share = open_slots.to(logits.dtype) / self.config.canvas_length
-            logits = logits - share * penalty
-        return logits
+        return adjusted(logits, self.config, self.spec.eos_token_ids, self.masked.sum(-1)[places.rows])
 
     def _banned(self, logits: Tensor, places: Places) -> Tensor | None:
         """bool `[c, V]`, tokens that may not be drawn at their slot; None if there are none."""
-        banned: Tensor | None = None
-        if self.choices is not None:
-            index = self.choice[places.rows, places.positions]
-            banned = ~self.choices.sets[index.clamp(min=0)] & (index >= 0)[:, None]
-        if self.config.min_new_tokens and self.spec.eos_token_ids:
-            early = torch.zeros_like(logits, dtype=torch.bool)
-            early[:, list(self.spec.eos_token_ids)] = (places.positions < self.config.min_new_tokens)[:, None]
-            banned = early if banned is None else banned | early
-        if self.config.known_tokens is not None and self.config.known_tokens < logits.shape[-1]:
-            unknown = torch.arange(logits.shape[-1], device=logits.device) >= self.config.known_tokens
-            banned = unknown.expand_as(logits) if banned is None else banned | unknown
-        return banned
+        found = banned(logits, self.config, self.spec.eos_token_ids, places.positions)
+        if self.choices is None:
+            return found
+        index = self.choice[places.rows, places.positions]
+        others = ~self.choices.sets[index.clamp(min=0)] & (index >= 0)[:, None]
+        return others if found is None else found | others
 
     def _shadow(self) -> _Shadow:
         start, stop = self.start, self.stop

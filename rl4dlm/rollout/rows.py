@@ -30,8 +30,8 @@ CANDIDATES = "candidates"
 
 PER_ROW = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
-    "length", "start", "stop", "block", "block_step", "total_step", "masked_at_start", "before", "refreshed", "stalled",
-    "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
+    "length", "start", "stop", "reach", "block", "block_step", "total_step", "masked_at_start", "before", "refreshed",
+    "stalled", "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
 )  # fmt: skip
 """What is kept per row, first axis R."""
 
@@ -47,6 +47,7 @@ class Progress:
         slots: long `[r]`, which rows of the call they are. canvas: long `[r, W]`. masked: bool `[r, W]`.
         length: long `[r]`, slots of each row; what lies behind does not exist.
         step: long `[r]`, steps made. start, stop: long `[r]`, the block that was active.
+        reach: long `[r]`, the slot behind the last one that could be written.
         commit_step: long `[r, W]`. raw_log_prob: `[r, W]`. Both as in `Trace`, so far.
     """
 
@@ -57,6 +58,7 @@ class Progress:
     step: Tensor
     start: Tensor
     stop: Tensor
+    reach: Tensor
     commit_step: Tensor
     raw_log_prob: Tensor
 
@@ -92,6 +94,7 @@ class Rows:
     length: Tensor
     start: Tensor  # canvas offsets of the active block
     stop: Tensor
+    reach: Tensor  # canvas offset behind the last slot that a step may write
     block: Tensor
     block_step: Tensor
     total_step: Tensor
@@ -200,6 +203,7 @@ class Rows:
             "length": numbers(length),
             "start": numbers(),
             "stop": numbers(),
+            "reach": numbers(),
             "block": numbers(-1),
             "block_step": numbers(),
             "total_step": numbers(),
@@ -225,6 +229,11 @@ class Rows:
         """bool `[R, W]`, masked slots up to the end of the active block."""
         return self.masked & (self.offsets < self.stop[:, None])
 
+    @property
+    def eligible(self) -> Tensor:
+        """bool `[R, W]`, masked slots that a step may write."""
+        return self.masked & (self.offsets < self.reach[:, None])
+
     def _finished(self) -> Tensor:
         """bool `[R]`: every slot is written, or every slot up to the first end-of-sequence token is."""
         finished = (~self.masked.any(-1) & ~self.staying) | self.done
@@ -235,7 +244,8 @@ class Rows:
             settled = exists & ~self.masked & (self.masked.cumsum(-1) == 0)
             ended = (torch.isin(canvas, ends) & settled).any(-1)
             if self.config.stop_at_eos == "block" or not self.schedule.monotone:
-                ended &= ~self.open.any(-1) & ~self.staying  # until then its tokens may still change
+                still_open = self.open | self.eligible
+                ended &= ~still_open.any(-1) & ~self.staying  # until then its tokens may still change
             finished |= ended
         return finished
 
@@ -385,6 +395,7 @@ class Rows:
             step=self.total_step,
             start=self.start,
             stop=self.stop,
+            reach=self.reach,
             commit_step=self.commit_step,
             raw_log_prob=self.raw_log_prob,
         )

@@ -16,7 +16,7 @@ from rl4dlm.rollout.constraints.automata import constrain
 from rl4dlm.rollout.feed import Feed
 from rl4dlm.rollout.record import DEAD_END, KEPT, STEP_CAP
 from rl4dlm.rollout.rollout import EventKind
-from rl4dlm.rollout.schedules.parts import Step, top
+from rl4dlm.rollout.schedules.parts import BlockState, Step, top
 
 
 class Batch(Feed):
@@ -48,6 +48,19 @@ class Batch(Feed):
             else:
                 break
         self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+        self.reach = self._reach()
+
+    def _reach(self) -> Tensor:
+        """How far the step may write: long `[R]`. Where that would be nowhere, it is the end of the block."""
+        if self.schedule.reach is None:
+            return self.stop
+        at = (self.start, self.block, self.offset, self.length, self.masked, self.memory)
+        ends = torch.tensor(self.spec.eos_token_ids, dtype=self.tokens.dtype, device=self.tokens.device)
+        ended = (torch.isin(self.tokens[:, self.width :], ends) & ~self.masked).any(-1)
+        reach = self.schedule.reach(BlockState(*at, self.stop, self.reach, self.block_step, ended))
+        reach = torch.minimum(reach, self.length)
+        nowhere = ~(self.masked & (self.offsets < reach[:, None])).any(-1)
+        return torch.where(nowhere, self.stop, reach)
 
     def _step(self) -> None:
         schedule = self.schedule
@@ -56,7 +69,9 @@ class Batch(Feed):
         if stop is not None:
             self.stop = torch.where(self.block_step == 0, torch.minimum(stop, self.length), self.stop)
             self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
-            step.stop, step.eligible, step.masked_at_start = self.stop, self.open, self.masked_at_start
+            self.reach = self._reach()
+            step.stop, step.reach, step.eligible = self.stop, self.reach, self.eligible
+            step.masked_at_start = self.masked_at_start
         if schedule.propose is not None:
             step.drawn = schedule.propose(step)
         scores = schedule.confidence(step)

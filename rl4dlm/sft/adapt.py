@@ -63,7 +63,8 @@ def adapt_causal_lm(
         attention: a kind of `DiffusionSpec`: `"full"`, `"block_causal"`, `"context_causal"` or `"causal"`. None:
             `"block_causal"` with blocks of `block_length`, or of `BLOCK_LENGTH` where that is None too.
         block_length: of the attention blocks in tokens, for the kinds that have blocks.
-        grid_origin: where the block grid starts: at `"position_zero"` or at the `"response"`.
+        grid_origin: where the block grid starts: at `"position_zero"`, at the `"response"`, or there behind the
+            `"whole_prompt"` as one block.
         logit_shift: 1: the logits at position i - 1 go on predicting token i, as they were trained to; 0: those at i.
         mask_token: text of the mask token. One that the vocabulary has is used as it is. A new one takes the next free
             id, for which the embedding often has a spare row (in Qwen2.5, 151665) and is extended otherwise; its rows

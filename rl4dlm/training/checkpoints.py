@@ -67,7 +67,10 @@ _OF_THE_BATCH = (
     "seed", "max_completion_length", "num_generations", "temperature", "top_p", "top_k", "scale_rewards",
     "reward_weights", "mask_truncated_completions", "disable_dropout", "model_init_kwargs",
 )  # fmt: skip
-_NO_MATTER = ("one_view", "log_replays", "rollout_batch_size", "max_prompt_length", "overlong_prompts")
+_NO_MATTER = (
+    "one_view", "log_replays", "rollout_batch_size", "max_prompt_length", "overlong_prompts", "audit_share",
+    "audit_bound", "audit_action", "rollout_correction", "rollout_correction_clip_max",
+)  # fmt: skip
 
 
 class CheckpointingTrainer(Trainer):

@@ -12,16 +12,18 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
-from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.estimator import SCOPES, Estimator
 from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.training.audit_settings import AuditSettings, check_audit
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
 from rl4dlm.training.precision import check_precision, settle
 
 OVERLONG_PROMPTS = ("error", "filter")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_TARGETS = ("reference", "old")
+VIEW_KEYS = ("row", "prompt")
 
 _CAUSAL_GENERATION = "it belongs to left-to-right generation; completions come from the rollout engine here"
 _NOT_SUPPORTED = {
@@ -55,6 +57,7 @@ OWN_LOSS = {
     "off_policy_mask_threshold": _OWN_LOSS,
     "top_entropy_quantile": _OWN_LOSS,
     "use_bias_correction_kl": _OWN_LOSS,
+    "rollout_correction": _OWN_LOSS,
     "entropy_coef": _NO_ENTROPY,
     "use_adaptive_entropy": _NO_ENTROPY,
     "entropy_coef_min": _NO_ENTROPY,
@@ -66,11 +69,11 @@ OWN_LOSS = {
 
 
 @dataclass
-class DiffusionPolicyConfig(GRPOConfig):
+class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
     """Settings of a `DiffusionPolicyTrainer`: those of `trl.GRPOConfig`, with these added or changed.
 
     `temperature`, `top_p`, `top_k`, `seed` and `max_completion_length` (the canvas) keep TRL's names. TRL's settings
-    for left-to-right generation are refused when set.
+    for left-to-right generation are refused when set. Those of inexact rollouts are `AuditSettings`'.
 
     Args:
         schedule: which tokens are written when; see `available_schedules()`.
@@ -98,6 +101,9 @@ class DiffusionPolicyConfig(GRPOConfig):
         score_temperature: divides the logits that losses are computed from. The papers use 1 whatever `temperature` is.
         one_view: score the views of a completion one after another instead of at once: the memory of one view, for one
             forward more. Losses and gradients are the same.
+        views_keyed_by: `"row"`, the papers': each completion has masks of its own; or `"prompt"`: the completions of a
+            prompt have the same ones, where the estimator allows that (diffu-GRPO, wd1, coupled-GRPO, UniGRPO). Each
+            estimate stays what it is. The inputs of diffu-GRPO and wd1 are then equal, and fed once for all of a group.
         max_prompt_length: longest prompt allowed, in tokens of the rendered prompt. None: what the model can hold.
         overlong_prompts: `"error"`, or `"filter"` to leave longer ones out. Prompts are never truncated.
         log_replays: rows of a logged batch that get a replay of their denoising, a page in `<output_dir>/replays`; the
@@ -189,6 +195,10 @@ class DiffusionPolicyConfig(GRPOConfig):
         default=False,
         metadata={"help": "Score the views of a completion one after another: less memory, one forward more."},
     )
+    views_keyed_by: str = field(
+        default="row",
+        metadata={"help": "What has masks of its own: each row, or each prompt.", "choices": list(VIEW_KEYS)},
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt allowed, in tokens. Default: what the model's positions hold."}
     )
@@ -244,6 +254,7 @@ class DiffusionPolicyConfig(GRPOConfig):
                 f"{', '.join(OVERLONG_PROMPTS)}"
             )
         check_scope(self.scope)
+        check_choice("views_keyed_by", self.views_keyed_by, VIEW_KEYS)
         if self.scope == "canvas" and self.stop_at_eos:
             raise ValueError(
                 "scope='canvas' is not allowed with stop_at_eos=True: what is behind the end would be scored without "
@@ -252,6 +263,7 @@ class DiffusionPolicyConfig(GRPOConfig):
         if self.eos_penalty_decay and not self.eos_penalty:
             raise ValueError("eos_penalty_decay=True has no effect with eos_penalty=0; set a penalty, or leave it out")
         _check_delta(self)
+        check_audit(self)
         self._check_kl()
         if isinstance(self.schedule_args, str):
             raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
@@ -341,6 +353,15 @@ def _check_delta(config: DiffusionPolicyConfig) -> None:
         raise ValueError(
             f"delta={config.delta} is not allowed; it must be larger than 1 + epsilon_high = {1 + high:g}, where "
             "ratios are clipped, or None"
+        )
+
+
+def check_view_key(config: DiffusionPolicyConfig, estimator: Estimator) -> None:
+    """Refuses masks that completions share where the estimator has none that mean the same for all of them."""
+    if config.views_keyed_by != "row" and not estimator.shares_masks:
+        raise ValueError(
+            f"views_keyed_by={config.views_keyed_by!r} is not supported: {estimator} has no masks that the completions "
+            "of a prompt could share; allowed here: 'row'"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.backward_per_view import loss_per_view
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.interventions.trainer import places
 from rl4dlm.training.loss_parts import LossParts, PolicyScores, resized
 from rl4dlm.training.metrics import rollout_gap
 
@@ -31,7 +33,7 @@ check_contract(
         "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep"],
         "_compute_loss": ["model", "inputs"],
     },
-    attributes=["_step", "_metrics", "num_iterations", "ref_model"],
+    attributes=["_step", "_metrics", "num_generations", "num_generations_eval", "num_iterations", "ref_model"],
     keys={"_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"]},
     module=grpo,
     names=["disable_gradient_checkpointing", "use_adapter"],
@@ -138,7 +140,11 @@ class ScoringTrainer(LossParts):
                 self.accelerator.backward(value)
 
     def _draw(self, rows: Rows, iteration: int) -> Views:
-        views = self.estimator.draw(rows, seed=self.args.seed, iteration=iteration)
+        keyed = rows
+        if self.args.views_keyed_by == "prompt":  # by the id of the group's first row
+            size = self.num_generations if self.model.training else self.num_generations_eval
+            keyed = replace(rows, row_ids=rows.row_ids - places(rows.row_ids) % size)
+        views = self.estimator.draw(keyed, seed=self.args.seed, iteration=iteration)
         return views if rows.given is None or self.scores_hints else views.without(rows.given)
 
     def _view_scores(self, model: Any, rows: Rows, views: Views, rows_per_forward: int | None = None) -> ViewScores:
@@ -153,6 +159,7 @@ class ScoringTrainer(LossParts):
                 cfg_scale=self.args.cfg_scale,
                 rows_per_forward=rows_per_forward,
                 one_view=self.args.one_view,
+                in_step=self.accelerator.num_processes > 1,
             )
 
     def _reduced(self, found: ViewScores, views: Views, width: int) -> PolicyScores:

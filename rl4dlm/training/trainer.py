@@ -11,7 +11,8 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rl4dlm.rollout.schedules import registry
 from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
+from rl4dlm.training.auditing import AuditingTrainer
 from rl4dlm.training.batch import BatchTrainer
 from rl4dlm.training.checks import (
     RESERVED_COLUMNS,
@@ -40,7 +42,7 @@ from rl4dlm.training.checks import (
     check_prompts,
     checked_rewards,
 )
-from rl4dlm.training.config import DiffusionPolicyConfig
+from rl4dlm.training.config import DiffusionPolicyConfig, check_view_key
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
@@ -76,7 +78,7 @@ _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation 
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
 
 
-class DiffusionPolicyTrainer(BatchTrainer):
+class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
@@ -165,6 +167,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
                 f"{type(self).__name__} estimates likelihoods of models with noise={self.estimator.noise!r}, but this "
                 f"one has noise={self.spec.noise!r}"
             )
+        self._check_correction()
         if args.beta and args.kl_target == "old" and not self.uses_old_policy:
             raise ValueError(f"kl_target='old' is not supported: {type(self).__name__} does not score the old policy")
         if args.scope not in ("valid", self.estimator.scope):
@@ -172,6 +175,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
                 f"scope={args.scope!r} is not supported: {type(self).__name__} builds an estimator of "
                 f"{self.estimator.scope!r} tokens"
             )
+        check_view_key(args, self.estimator)
         schedule = self.decoding.build_schedule()
         if self.estimator.scope == "canvas" and getattr(schedule, "resize", None) is not None:
             raise ValueError(
@@ -288,6 +292,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
     def rollout(self, prompts: list[Any]) -> Rollout:
         """Decodes one completion for each of this process's prompts (already repeated `num_generations` times)."""
         training = self.model.training
+        self._fall_back_if_told()
         ids = self._tokenize_prompts(prompts)[0]
         for i, prompt in enumerate(ids):
             check_prompt(prompt, f"prompt {i}", self.spec.mask_token_id)
@@ -296,6 +301,8 @@ class DiffusionPolicyTrainer(BatchTrainer):
         started = time.perf_counter()
         rollout = self._decode(ids, self._row_ids(len(ids), training))
         seconds = time.perf_counter() - started
+        if training:
+            self._audit(rollout)
         for name, value in rollout_metrics(rollout, seconds, self.accelerator.num_processes).items():
             self._log_metric(name, value)
         if self.args.log_completions:
@@ -311,6 +318,19 @@ class DiffusionPolicyTrainer(BatchTrainer):
         self, ids: list[list[int]], row_ids: list[int], hints: Sequence[Mapping[int, int]] | None = None
     ) -> Rollout:
         """One completion of each prompt, by the policy as it is. All processes decode together, if only nothing."""
+        with self._policy_that_decodes() as model:
+            engine = RolloutEngine(
+                model,
+                self.spec,
+                max_batch_rows=self.args.rollout_batch_size,
+                progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+                in_step=self._any_process if self._forwards_differ else None,
+            )
+            engine.weight_version = self.state.global_step
+            return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)
+
+    @contextmanager
+    def _policy_that_decodes(self) -> Iterator[Any]:
         with (
             grpo.unwrap_model_for_generation(
                 self.model_wrapped,
@@ -322,15 +342,7 @@ class DiffusionPolicyTrainer(BatchTrainer):
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
         ):
-            engine = RolloutEngine(
-                model,
-                self.spec,
-                max_batch_rows=self.args.rollout_batch_size,
-                progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
-                in_step=self._any_process if self._forwards_differ else None,
-            )
-            engine.weight_version = self.state.global_step
-            return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)
+            yield model
 
     def _row_ids(self, rows: int, training: bool) -> list[int]:
         """Ids of this process's rows: unique in the run, and the same however rows are shared out over processes."""

@@ -31,11 +31,17 @@ COVERED = {
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
     "daedal": "DAEDAL's variable length",
-    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix cache",
+    "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
     "llada": "LLaDA's sampler and its table of counts",
     "d1": "diffu-GRPO: samplers, log-probabilities, losses, rewards",
-    "fastdllm": "confidence threshold, without cache and with prefix cache; the factor rule",
+    "fastdllm": "confidence threshold and the factor rule, without cache and with prefix and dual cache",
+    "fastdllmdream": "Fast-dLLM's samplers for Dream, with prefix and dual cache",
+    "dkvdecode": "dKV-Cache's decoding",
+    "dkvgreedy": "dKV-Cache's greedy decoding",
+    "dkvdream": "dKV-Cache on Dream: prefill, decoding, and both",
+    "freecache": "FreeCache's frozen prompt and blocks",
+    "dinfer": "dInfer's decoders, without cache, with prefix and dual cache, and with the vicinity",
     "sdar": "SDAR's sampler, on checkpoints of models/",
     "llada2gen": "LLaDA2.0's sampler, on checkpoints of models/",
     "llada21gen": "LLaDA2.1's sampler with editing, on checkpoints of models/",
@@ -43,6 +49,9 @@ COVERED = {
     "klass": "KLASS: confident and stable",
     "saber": "Saber: faster, and back",
     "pcsampler": "PC-Sampler: position and information",
+    "d2f": "D2F's pipeline of blocks",
+    "fastdllmv2": "Fast-dLLM v2's sub-blocks, single prompts, on checkpoints of models/",
+    "d3multiblock": "d3LLM's multi-block decoding",
     "ebsampler": "the entropy bound",
     "learn2pd": "Learn2PD's filter",
     "freedave": "FreeDave's draft and verify, and the block decoding that it is compared with",
@@ -52,12 +61,12 @@ COVERED = {
 
 NOT_COVERED = {
     **dict.fromkeys(
-        ("dkvdecode", "dkvgreedy", "dkvdream", "freecache", "dinfer", "d2f", "fastdllmv2", "fastdllmdream", "d3cache"),
+        ("d3cache",),
         "decoding with approximate caches of keys and values",
     ),
     **dict.fromkeys(
-        ("wedlm", "wedlmblock", "s2d2", "d3multiblock"),
-        "decoders that are no schedule here: causal windows, self-speculation, pipelined blocks",
+        ("wedlm", "wedlmblock", "s2d2"),
+        "decoders that are no schedule here: causal windows, self-speculation",
     ),
     **dict.fromkeys(
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),
@@ -109,21 +118,23 @@ class Case:
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
-            if self.cache not in ("none", "prefix"):
-                return f"not covered: the {self.cache} cache"
+            if self.family == "fastdllmv2" and self.cache == "sub_block":
+                return "not covered: the cache of sub-blocks"
+            if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
+                return "not covered: rows of different lengths that share their steps"
             for name in ("eager_acceptance_mode", "dual_cache", "temperature"):
                 if self.family == "freedave" and self.settings.get(name):
                     return f"not covered: FreeDave with {name}={self.settings[name]}"
             if self.family == "dream" and (self.settings.get("temperature") or self.settings.get("alg_temp")):
                 return "not covered: draws whose randomness is torch's own"
-            if self.settings.get("factor") is not None and self.cache != "none":
-                return f"not covered: the factor rule with the {self.cache} cache"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
 
     @property
     def cache(self) -> str:
         """The cache of a recorded sampler, from the name of the recorded function."""
+        if self.settings.get("use_block_cache"):
+            return "sub_block"
         function = str(self.source.get("function") or self.name)
         return next((kind for kind in ("prefix", "dual") if kind in function), "none")
 

@@ -5,8 +5,11 @@ What is particular to a family of cases is in `literals/`; this knows only what 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,6 +98,7 @@ class Run:
     ids: Tensor  # long [B, T]
     states: list[list[Tensor]] = field(default_factory=list)  # [B][nfe] of [T]: what the row was before each forward
     nfe: list[int] = field(default_factory=list)  # [B], forwards that wrote something; guidance counts once
+    fed: list[Tensor] | None = None  # long [1, n] each, what each forward was fed, of a single row with a cache
 
 
 @dataclass
@@ -113,7 +117,8 @@ class Literal:
             [state[row] for state, wrote in zip(self.states, self.wrote, strict=True) if wrote[row]]
             for row in range(len(self.ids))
         ]
-        return Run(self.ids, states, [len(row) for row in states])
+        fed = [fed for fed, wrote in zip(self.forwards, self.wrote, strict=True) if bool(wrote.any())]
+        return Run(self.ids, states, [len(row) for row in states], fed if len(self.ids) == 1 else None)
 
 
 class Family(Protocol):
@@ -169,10 +174,27 @@ def run_engine(recorded: Recorded, family: Family) -> Run:
     config = family.config(recorded)
     noise = getattr(family, "noise", lambda recorded: None)(recorded)
     build = getattr(family, "model", lambda recorded: (denoiser(recorded.case), spec_of(recorded.case)))
-    rollout = RolloutEngine(*build(recorded)).generate(prompts, config, noise=noise)
+    built, spec = build(recorded)
+    with fed_to(built) as fed:
+        rollout = RolloutEngine(built, spec).generate(prompts, config, noise=noise)
     assert config.stop_at_eos or all(reason == "complete" for reason in rollout.stop_reason)
-    assert rollout.exact == (config.cache in ("none", "auto"))
-    return getattr(family, "rows", rows_of)(recorded, rollout)
+    assert rollout.exact == (config.cache in ("auto", "none"))
+    run = getattr(family, "rows", rows_of)(recorded, rollout)
+    cached = config.cache not in ("none", "auto") and len(prompts) == 1 and not recorded.guidance
+    return dataclasses.replace(run, fed=fed) if cached else run
+
+
+@contextmanager
+def fed_to(model: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """The token ids of every forward of a model, in the order in which they are made."""
+    fed: list[Tensor] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
+    try:
+        yield fed
+    finally:
+        hook.remove()
 
 
 def rows_of(recorded: Recorded, rollout: Rollout) -> Run:
@@ -229,8 +251,12 @@ class ReplayedNoise:
         found = []
         for row, step, position in keys:
             at = values[min(self.forward_of(row, step, position), len(values) - 1)][row]
-            found.append(at[len(at) - self.recorded.length + position])
+            found.append(at[self.index(len(at), position)])
         return torch.stack(found)
+
+    def index(self, values: int, position: int) -> int:
+        """Which of a forward's numbers of positions is that of a canvas offset; by default they are the last ones."""
+        return values - self.recorded.length + position
 
     def forward_of(self, row: int, step: int, position: int) -> int:
         """By default a row makes the same steps as the reference."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conformance.literals import family_of
 from tests.conformance.literals.tools import MASK_IN_PROMPT
@@ -38,6 +39,8 @@ def verdict(recorded: Recorded) -> set[str]:
     predicted = family.literal(recorded, deviations=False).working()
     assert torch.equal(ours.ids, predicted.ids), f"{theirs.rules} do not predict our ids"
     assert ours.nfe == predicted.nfe, f"{theirs.rules} do not predict our forwards"
+    if ours.fed is not None and predicted.fed is not None:
+        assert not _first_unequal(ours.fed, predicted.fed), f"{theirs.rules} do not predict what we feed"
     for mine, expected in zip(ours.states, predicted.states, strict=True):
         assert torch.equal(torch.stack(mine), torch.stack(expected)), f"{theirs.rules} do not predict our states"
     return theirs.rules
@@ -53,8 +56,19 @@ def difference(recorded: Recorded, ours: Run | None) -> str:
         return f"forwards differ: {ours.nfe} and {recorded.nfe}"
     if recorded.forwards is not None and len(recorded.forwards) != recorded.nfe:
         return f"the record counts {recorded.nfe} forwards and lists {len(recorded.forwards)}"
+    if ours.fed is not None and recorded.forwards is not None:
+        return _first_unequal(ours.fed, recorded.forwards)
     for step, fed in enumerate(recorded.forwards or ()):
         state = torch.stack([row[step] for row in ours.states])[:, -fed.shape[1] :]
         if not torch.equal(state, fed):
             return f"states differ before forward {step}"
     return ""
+
+
+def _first_unequal(fed: list[Tensor], expected: list[Tensor]) -> str:
+    """Which forwards are fed something else than expected; empty when none is."""
+    if len(fed) != len(expected):
+        return f"{len(fed)} forwards are made and {len(expected)} expected"
+    pairs = zip(fed, expected, strict=True)
+    found = [step for step, (mine, other) in enumerate(pairs) if not torch.equal(mine, other)]
+    return f"what is fed differs at forwards {found}" if found else ""

@@ -23,6 +23,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
 from tests.likelihood.tabular import Tabular, rows_of
+from tests.models.float64 import exactly_float64
 
 ESTIMATORS: list[Estimator] = [
     MeanField(0.3),
@@ -177,9 +178,8 @@ def test_tokens_behind_the_end_matter_in_scope_canvas_alone(estimator: Any) -> N
     ids=name,
 )
 def test_one_view_at_a_time_gives_the_same_gradients(estimator: Estimator) -> None:
-    model = attach_scoring(
-        tiny_llada(vocab_size=8, mask_token_id=7, eos_token_id=1, pad_token_id=None, dtype=torch.float64)
-    )
+    sizes: Any = {"vocab_size": 8, "mask_token_id": 7, "eos_token_id": 1, "pad_token_id": None}
+    model = attach_scoring(exactly_float64(tiny_llada(**sizes, dtype=torch.float64)))
     batch = rows(9)
     views = estimator.draw(batch, seed=0, iteration=0)
     found = []

@@ -19,6 +19,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
 from tests.likelihood.test_estimators import ESTIMATORS, name, rows
+from tests.models.float64 import exactly_float64
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "one_view_memory.py"
 SIZES = {"rows": 4, "prompt": 16, "canvas": 96, "vocabulary": 4000, "hidden": 64, "layers": 3}
@@ -27,7 +28,7 @@ SIZES = {"rows": 4, "prompt": 16, "canvas": 96, "vocabulary": 4000, "hidden": 64
 @pytest.fixture(scope="module")
 def model() -> Any:
     sizes: dict[str, Any] = {"vocab_size": 8, "mask_token_id": 7, "eos_token_id": 1, "pad_token_id": None}
-    return attach_scoring(tiny_llada(**sizes, hidden_size=16, dtype=torch.float64)).train()
+    return attach_scoring(exactly_float64(tiny_llada(**sizes, hidden_size=16, dtype=torch.float64))).train()
 
 
 def gradients(

@@ -24,7 +24,11 @@ PROMPTS = [
 ]
 """Lengths of 0, 1, b - 1 and 2 modulo the block; the canvas ends with a partial block or a whole one."""
 
-KINDS = [(kind, origin) for kind in ("block_causal", "context_causal") for origin in ("position_zero", "response")]
+KINDS = [
+    (kind, origin)
+    for kind in ("block_causal", "context_causal")
+    for origin in ("position_zero", "response", "whole_prompt")
+]
 
 
 @functools.cache
@@ -43,7 +47,9 @@ def block_denoiser(
 def block_of(spec: DiffusionSpec, prompt: int, position: int) -> int:
     """The block of a position, by the definition of the grid."""
     assert spec.block_length is not None
-    return (position - (prompt if spec.grid_origin == "response" else 0)) // spec.block_length
+    if spec.grid_origin == "whole_prompt" and position < prompt:
+        return -1
+    return (position - (0 if spec.grid_origin == "position_zero" else prompt)) // spec.block_length
 
 
 def sees(spec: DiffusionSpec, prompt: int, active: int, query: int, key: int) -> bool:

@@ -84,10 +84,10 @@ def forwards_of(monkeypatch: pytest.MonkeyPatch, places: int, lengths: list[int]
 
 def test_a_place_is_taken_as_soon_as_it_is_free(monkeypatch: pytest.MonkeyPatch):
     """Mixed lengths: forwards stay within 1.15 of the ideal count, which has no place empty."""
-    lengths = [(7 * row) % 40 + 4 for row in range(64)]
+    lengths = [(7 * row) % 40 + 4 for row in range(128)]
     fed = forwards_of(monkeypatch, 16, lengths, steps=48)
     assert len(fed) <= 1.15 * -(-sum(fed) // 16)
-    assert len(forwards_of(monkeypatch, 64, lengths, steps=48)) < len(fed)  # more places, fewer forwards
+    assert len(forwards_of(monkeypatch, 128, lengths, steps=48)) < len(fed)  # more places, fewer forwards
 
 
 def test_places_are_closed_and_padding_is_cut_off(monkeypatch: pytest.MonkeyPatch):

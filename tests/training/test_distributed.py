@@ -70,7 +70,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
         torch.testing.assert_close(value, b["weights"][name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["full", "accumulated", "adapter", "evaluated"])
+@pytest.mark.parametrize("name", ["full", "accumulated", "adapter", "audited", "evaluated"])
 def test_two_processes_equal_one(two: Any, one: dict[str, Any], name: str) -> None:
     found = two[1][name]
     assert_same(found, one[name], tolerance=3e-6)
@@ -81,6 +81,9 @@ def test_two_processes_equal_one(two: Any, one: dict[str, Any], name: str) -> No
         for key in theirs.keys() & ours.keys():
             if not key.startswith(averaged) and not any(word in key for word in timed):
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-5), key
+    if name == "audited":  # the first batch is found out, and what follows is decoded exactly, on both
+        gaps = [entry["diffusion/audit_delta"] for entry in found["log"] if "loss" in entry]
+        assert gaps[0] > 1e-4 and max(gaps[1:]) < 1e-6
 
 
 def test_two_processes_link_the_first_one_s_rows_to_replays(two: Any) -> None:
@@ -131,6 +134,8 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process(one: dict[str, Any], tmp_path: Path, stage: int) -> None:
     found = train(tmp_path, stage)
-    for name in ("full", "adapter"):
+    for name in ("full", "adapter", "audited"):
         assert_same(found[name], one[name], tolerance=1e-5)
+    said = [entry.get("diffusion/audit_delta") for entry in found["audited"]["log"]]
+    assert said == pytest.approx([entry.get("diffusion/audit_delta") for entry in one["audited"]["log"]], abs=1e-5)
     assert found["resumed"]["losses"] == pytest.approx(found["unbroken"]["losses"], abs=1e-6)

@@ -47,6 +47,16 @@ def runs(world_size: int) -> dict[str, dict[str, Any]]:
         "full": {**common, "log_completions": True, "log_replays": 3},
         "accumulated": {**common, "per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2},
         "adapter": {**common, "adapter": True, "activation_checkpointing": True},
+        "audited": {
+            **common,
+            "num_iterations": 1,
+            "block_length": 4,
+            "cache": "prefix",
+            "audit_share": 0.3,  # three rows of eight, wherever they are
+            "audit_bound": 1e-9,
+            "audit_action": "exact",
+            "stop_at_eos": False,  # the same forwards on each process, but for those of audits
+        },
         "evaluated": {
             **common,
             "max_steps": 2,
@@ -66,8 +76,9 @@ def run(folder: Path, resume: str | None = None, **options: Any) -> dict[str, An
     evaluation = toy.prompts(4) if options.pop("eval", False) else None
     model: Any = toy.tiny_llada()
     if options.pop("from_path", False):
-        model = str(folder.with_name(f"{folder.name}-model-{os.environ.get('RANK', 0)}"))
-        save_denoiser(toy.tiny_llada(), model, toy.tiny_tokenizer())
+        model = str(folder.with_name(f"model-{os.environ.get('RANK', 0)}"))
+        if not os.path.exists(model):  # once processes know of each other, only the first one saves
+            save_denoiser(toy.tiny_llada(), model, toy.tiny_tokenizer())
     trainer = toy.RecordingTrainer(
         model,
         toy.reward,
@@ -148,9 +159,10 @@ def main(results: Path, deepspeed: str | None) -> None:
     options = {} if deepspeed is None else {"deepspeed": deepspeed}
     found: dict[str, Any] = {}
     for name, changes in runs(world_size).items():
-        if deepspeed is None or name in ("full", "adapter"):
-            from_path = deepspeed is not None and name == "full"
-            found[name] = run(folder / name, from_path=from_path, **changes, **options)
+        if deepspeed is None or name in ("full", "adapter", "audited"):
+            from_path = deepspeed is not None and name != "adapter"
+            sharded = {"ds3_gather_for_generation": False} if name == "audited" else {}
+            found[name] = run(folder / name, from_path=from_path, **changes, **sharded, **options)
     cycle = {"num_iterations": 3, "save_strategy": "steps", "save_steps": 2, **options}
     cycle |= {"per_device_train_batch_size": 8 // world_size, "max_steps": 4}
     found["unbroken"] = run(folder / "cycle", **cycle)

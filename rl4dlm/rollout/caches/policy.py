@@ -26,13 +26,15 @@ class Now:
         block_step: long `[R]`, steps already made in the active block. total_step: long `[R]`, in all.
         block: long `[R]`, number of the active block, from 0.
         start, stop: long `[R]`, first column of the active block, which may lie in the prompt where the model's own
-            attention has blocks, and the one behind its last.
+            attention has blocks, and the one behind its last, or behind that of the last block that is open.
         before: long `[R]`, `start` at the step before, -1 before the first: what was written since lies behind it.
         refreshed: long `[R]`, the block in which the row was last refreshed; -1: never.
         open: bool `[R, W]`, canvas slots that hold the mask token.
         tokens: long `[R, T]`, as they are to be fed.
         fed: long `[R, T]`, what each column held when it was last fed, -1 where it never was. Only there for policies
             that say `tracks`.
+        upcoming: long `[R, W]`, canvas slots that the step will write, in their order from 0; -1 for all others. Only
+            there for policies that say `foresees`.
         row_ids: long `[R]`.
         memory: of these rows, for the policy alone.
     """
@@ -49,6 +51,7 @@ class Now:
     open: Tensor
     tokens: Tensor
     fed: Tensor | None
+    upcoming: Tensor | None
     row_ids: Tensor
     memory: Memory
 
@@ -104,6 +107,7 @@ class CachePolicy(ABC):
         shares: rows that are refreshed and rows that are not are fed in one forward, the shorter ones padded. Good
             where both are of similar length.
         tracks: the policy looks at what has changed.
+        foresees: the policy looks at what the next step will write, and candidates are drawn for these slots alone.
     """
 
     name: ClassVar[str]
@@ -111,6 +115,7 @@ class CachePolicy(ABC):
     uses_store: ClassVar[bool] = True
     shares: ClassVar[bool] = False
     tracks: ClassVar[bool] = False
+    foresees: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, now: Now) -> Plan:
@@ -143,6 +148,13 @@ def check_period(policy: object, *names: str, low: int = 1) -> None:
         value: Any = getattr(policy, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise ValueError(f"{name}={value!r} is not allowed; it must be an integer, {low} or larger, or None")
+
+
+def check_count(policy: object, name: str, low: int) -> None:
+    """Raises ValueError unless a setting is an integer of at least `low`."""
+    value: Any = getattr(policy, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be an integer, {low} or larger")
 
 
 _policies: dict[str, type[CachePolicy]] = {}

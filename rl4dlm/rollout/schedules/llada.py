@@ -12,9 +12,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rl4dlm.rollout.schedules.parts import FixedBlocks, Schedule, Step, even_top, probability, random_order
+from rl4dlm.rollout.schedules.parts import (
+    Ahead,
+    FixedBlocks,
+    Schedule,
+    Step,
+    even_top,
+    foreseen,
+    keyed_uniform,
+    probability,
+    random_order,
+)
 from rl4dlm.rollout.schedules.registry import register
 
 
@@ -32,18 +43,33 @@ def low_confidence(arguments: LLaDAArguments, config: Any) -> Schedule:
 @register("random", LLaDAArguments, fixed_forwards=True)
 def random(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in random order, whatever their confidence."""
-    return Schedule(fixed_blocks(config), random_order, even_top(config.steps_per_block), memoryless=True)
+    steps = config.steps_per_block
+    return Schedule(
+        fixed_blocks(config), random_order, even_top(steps), upcoming=foreseen(_coming_order, steps), memoryless=True
+    )
 
 
 @register("left_to_right", LLaDAArguments, fixed_forwards=True)
 def left_to_right(arguments: LLaDAArguments, config: Any) -> Schedule:
     """Commits positions in reading order, whatever their confidence."""
-    return Schedule(fixed_blocks(config), reading_order, even_top(config.steps_per_block), memoryless=True)
+    steps = config.steps_per_block
+    return Schedule(
+        fixed_blocks(config), reading_order, even_top(steps), upcoming=foreseen(_left_first, steps), memoryless=True
+    )
 
 
 def reading_order(step: Step) -> Tensor:
     """Scores `[R, W]` that fall from left to right."""
     return -step.offsets.to(step.drawn.confidence).expand(step.tokens.shape)
+
+
+def _coming_order(ahead: Ahead) -> Tensor:
+    """The scores that `random_order` will give, `[R, W]`."""
+    return keyed_uniform(ahead.noise, "order", ahead.row_ids, ahead.total_step, ahead.eligible)
+
+
+def _left_first(ahead: Ahead) -> Tensor:
+    return -torch.arange(ahead.eligible.shape[1], device=ahead.eligible.device).double().expand(ahead.eligible.shape)
 
 
 def fixed_blocks(config: Any) -> FixedBlocks:

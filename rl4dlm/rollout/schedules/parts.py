@@ -21,8 +21,8 @@ from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
 
 Scope = Literal["eligible", "masked", "block", "canvas"]
-"""Which slots a step draws candidates for and reads: the masked ones up to the end of the active block, all masked
-ones, the masked ones up to there and the written ones of the block, or all there are."""
+"""Which slots a step draws candidates for and reads: the masked ones that may be written (up to the end of the active
+block, or to the schedule's reach), all masked ones, the first and the written ones of the block, or all there are."""
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Step:
         length: long `[R]`, slots of each row; what lies behind does not exist.
         start: long `[R]`, first slot of the active block. stop: long `[R]`, the one behind its last.
         block: long `[R]`, its number, from 0.
-        eligible: bool `[R, W]`, masked slots before `stop`: what may be written now.
+        reach: long `[R]`, the slot behind the last one that may be written; `stop` unless the schedule has a rule.
+        eligible: bool `[R, W]`, masked slots before `reach`: what may be written now.
         seen: bool `[R, W]`, slots that have a candidate; `drawn` and `read` are undefined elsewhere.
         drawn: candidates, tensors `[R, W]`.
         read: what the schedule's `reads` gave, by name, `[R, W, ...]`.
@@ -56,6 +57,7 @@ class Step:
     start: Tensor
     stop: Tensor
     block: Tensor
+    reach: Tensor
     eligible: Tensor
     seen: Tensor
     drawn: Drawn
@@ -98,9 +100,27 @@ class Step:
             purpose: streams of different purposes are independent.
             where: bool `[R, W]`, slots that need one, 0 elsewhere; None: all.
         """
-        rows, slots = (torch.ones_like(self.masked) if where is None else where).nonzero(as_tuple=True)
-        drawn = self.noise.uniform(purpose, self.row_ids[rows], self.total_step[rows], slots)
-        return torch.zeros(self.masked.shape, dtype=drawn.dtype, device=drawn.device).index_put((rows, slots), drawn)
+        where = torch.ones_like(self.masked) if where is None else where
+        return keyed_uniform(self.noise, purpose, self.row_ids, self.total_step, where)
+
+
+def keyed_uniform(noise: NoiseSource, purpose: str, row_ids: Tensor, steps: Tensor, where: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) at slots `where`, bool `[R, W]`, 0 elsewhere; float64 `[R, W]`."""
+    rows, slots = where.nonzero(as_tuple=True)
+    drawn = noise.uniform(purpose, row_ids[rows], steps[rows], slots)
+    return torch.zeros(where.shape, dtype=drawn.dtype, device=drawn.device).index_put((rows, slots), drawn)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of a step before its forward. All but `noise` are as in `Step`."""
+
+    eligible: Tensor
+    step: Tensor
+    total_step: Tensor
+    masked_at_start: Tensor
+    row_ids: Tensor
+    noise: NoiseSource
 
 
 @dataclass(frozen=True)
@@ -142,6 +162,27 @@ class BlockPolicy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class BlockState(BlockStart):
+    """Rows on their way into a step, as a reach sees them.
+
+    Args:
+        stop: long `[R]`, the slot behind the last one of the active block.
+        reach: long `[R]`, that of the step before, 0 before the first.
+        step: long `[R]`, steps already made in this block.
+        ended: bool `[R]`, whether an end of sequence is written anywhere.
+    """
+
+    stop: Tensor
+    reach: Tensor
+    step: Tensor
+    ended: Tensor
+
+
+ReachRule = Callable[[BlockState], Tensor]
+"""From rows before a step to the slot behind the last one that the step may write: long `[R]`. It may lie inside the
+active block or behind it, where the blocks that follow are then open too."""
+
 Confidence = Callable[[Step], Tensor]
 """Scores `[R, W]`; higher is written earlier."""
 
@@ -158,6 +199,9 @@ Only slots in `step.seen` that were not given count."""
 
 RowRule = Callable[[Step], Tensor]
 """From the step to bool `[R]`."""
+
+Foresight = Callable[[Ahead], Tensor]
+"""From what is known before a step to long `[R, W]`: the order, from 0, of the slots that it writes; -1 elsewhere."""
 
 SoftInput = Callable[["CanvasInput"], Tensor]
 """From the canvas as it is about to be fed to its input embeddings `[R, W, D]`."""
@@ -206,6 +250,8 @@ class Schedule:
         resize: how the canvas changes its length.
         stay: rows that make another step in their block though nothing in it is masked.
         finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
+        reach: how far a step may write, where that is not the end of the active block.
+        upcoming: which slots the step will write, where that does not depend on its candidates.
         scope: slots that candidates are drawn for.
         reads: more to be had from the logits of these slots, by name.
         transform: changes logits before candidates are drawn.
@@ -232,6 +278,8 @@ class Schedule:
     resize: Callable[[Step], Resize | None] | None = None
     stay: RowRule | None = None
     finish: RowRule | None = None
+    reach: ReachRule | None = None
+    upcoming: Foresight | None = None
     scope: Scope = "eligible"
     reads: Mapping[str, Reading] = field(default_factory=dict)
     transform: Transform | None = None
@@ -326,6 +374,17 @@ def even_top(steps: int) -> CommitRule:
 
     def rule(step: Step, scores: Tensor) -> Tensor:
         return top(scores, step.eligible, even_counts(step.masked_at_start, steps, step.step))
+
+    return rule
+
+
+def foreseen(scores: Callable[[Ahead], Tensor], steps: int) -> Foresight:
+    """What `even_top(steps)` commits by scores that do not depend on candidates."""
+
+    def rule(ahead: Ahead) -> Tensor:
+        place = ranks(scores(ahead), ahead.eligible)
+        counts = even_counts(ahead.masked_at_start, steps, ahead.step)
+        return torch.where(ahead.eligible & (place < counts[:, None]), place, -1)
 
     return rule
 

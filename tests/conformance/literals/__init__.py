@@ -9,7 +9,23 @@ module has, `samplers.Optional` what it may have.
 from __future__ import annotations
 
 from tests.conformance.cases import Case
-from tests.conformance.literals import adablock, blocks, daedal, dream, eoser, freedave, llada, mdpo, parallel
+from tests.conformance.literals import (
+    adablock,
+    blocks,
+    daedal,
+    dinfer,
+    dkv,
+    dream,
+    eoser,
+    fast_dllm_v2,
+    fastdllmdream,
+    freecache,
+    freedave,
+    llada,
+    mdpo,
+    parallel,
+    pipelines,
+)
 from tests.conformance.samplers import Family, Recorded
 
 FAMILIES: dict[str, Family] = {
@@ -24,7 +40,13 @@ FAMILIES: dict[str, Family] = {
     "ass": eoser,
     "mdpo": mdpo,
     **dict.fromkeys(("sdar", "llada2gen", "llada21gen"), blocks),
+    **dict.fromkeys(("dkvdecode", "dkvgreedy", "dkvdream"), dkv),
+    "freecache": freecache,
+    "dinfer": dinfer,
+    "fastdllmdream": fastdllmdream,
     **dict.fromkeys(("wino", "klass", "saber", "pcsampler", "ebsampler", "learn2pd"), parallel),
+    **dict.fromkeys(("d2f", "d3multiblock"), pipelines),
+    "fastdllmv2": fast_dllm_v2,
 }
 """The first word of a case's name to the module of its family."""
 

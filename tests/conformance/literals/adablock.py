@@ -58,14 +58,15 @@ def literal(recorded: Recorded, *, deviations: bool = True) -> Literal:
     while low < ids.shape[1]:
         high, step = ids.shape[1], 0
         while step == 0 or bool(((ids == mask) if deviations else open_slots)[:, low:high].any()):
-            cached = step > 0 and recorded.case.cache == "prefix"
+            cached = step > 0 and recorded.case.cache != "none"
+            stop = high if cached and recorded.case.cache == "dual" else ids.shape[1]
             result.states.append(ids.clone())
-            result.forwards.append(ids[:, low if cached else 0 :].clone())
+            result.forwards.append(ids[:, low if cached else 0 : stop].clone())
             result.wrote.append(torch.tensor([True]))
-            logits, forward = model(ids, low, cached), len(result.forwards) - 1
+            logits, forward = model(ids, low, cached, stop), len(result.forwards) - 1
             noised = logits.clone()
             if recorded.temperature:
-                noised += recorded.temperature * padded(gumbel(at(tokens, forward)), ids)
+                noised += recorded.temperature * padded(gumbel(at(tokens, forward)), ids, stop)
             if not deviations:
                 noised[..., mask] = -torch.inf
             drawn = noised.argmax(-1)
@@ -75,11 +76,11 @@ def literal(recorded: Recorded, *, deviations: bool = True) -> Literal:
                 at_start = ((ids == mask) if deviations else open_slots)[:, low:high].sum(-1)
             eligible = ((ids == mask) if deviations else open_slots).clone()
             eligible[:, high:] = False
-            if cached:  # the reference looks at the block and what follows only
+            if cached:  # the reference looks at the block, or at it and what follows, only
                 eligible[:, :low] = False
             if bool(((drawn == mask) & eligible).any()):
                 result.rules.add(MASK_DRAWN)
-            scores = padded(at(order, forward), ids) if settings.get("remasking") == "random" else probability
+            scores = padded(at(order, forward), ids, stop) if settings.get("remasking") == "random" else probability
             scores = scores.masked_fill(~eligible, -torch.inf)
             counts = torch.tensor([1])
             if settings.get("threshold") is None:

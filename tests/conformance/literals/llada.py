@@ -28,7 +28,7 @@ from tests.conformance.samplers import Literal, Recorded, ReplayedNoise, gumbel,
 
 DEFAULT_EOT = 2  # what the recorded functions' hard-coded end-of-turn id was replaced by
 
-FULL_BLOCK = "with prefix cache the reference runs one more forward in a block that its first step has filled"
+FULL_BLOCK = "with a cache the reference runs one more forward in a block that its first step has filled"
 EOS_CONFIDENCE = (
     "confidence_eos_eot_inf edits the reference's logits: at temperature 0 the softmax is renormalised without both "
     "tokens and their confidence is 0, above that only end-of-turn is taken out; here both are deferred"
@@ -99,19 +99,20 @@ def literal(recorded: Recorded, *, deviations: bool = True) -> Literal:
             eligible[:, high:] = False
             counts = even_counts(masked_at_start, recorded.steps_per_block, torch.tensor(step))
             wrote = eligible.any(-1) if threshold is not None or factor is not None else eligible.any(-1) & (counts > 0)
-            cached = step > 0 and recorded.case.cache == "prefix"
-            if cached:  # the reference looks at the block and what follows only
+            cached = step > 0 and recorded.case.cache != "none"
+            stop = high if cached and recorded.case.cache == "dual" else width + length
+            if cached:  # the reference looks at the block, or at it and what follows, only
                 eligible[:, :low] = False
             result.states.append(ids.clone())
-            result.forwards.append(ids[:, low if cached else 0 :].clone())
+            result.forwards.append(ids[:, low if cached else 0 : stop].clone())
             result.wrote.append(wrote)
-            logits, forward = model(ids, low, cached), len(result.forwards) - 1
+            logits, forward = model(ids, low, cached, stop), len(result.forwards) - 1
 
             if settings.get("logits_eos_inf"):
                 logits[..., list(recorded.eos)] = -torch.inf
             noised = logits.clone()
             if recorded.temperature:
-                noised += recorded.temperature * padded(gumbel(at(tokens, forward)), ids)
+                noised += recorded.temperature * padded(gumbel(at(tokens, forward)), ids, stop)
             if not deviations:
                 noised[..., mask] = -torch.inf
             drawn = noised.argmax(-1)
@@ -123,7 +124,7 @@ def literal(recorded: Recorded, *, deviations: bool = True) -> Literal:
                     logits[..., list(recorded.eos)] = -torch.inf
             confidence = logits.double().softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
             if _is_random(recorded):
-                confidence = padded(at(order, forward), ids)
+                confidence = padded(at(order, forward), ids, stop)
             if confident_eos and not deviations:
                 confidence[torch.isin(drawn, torch.tensor((*recorded.eos, _eot(recorded))))] = -torch.inf
             confidence = confidence.masked_fill(~eligible, -torch.inf)
@@ -143,11 +144,11 @@ def literal(recorded: Recorded, *, deviations: bool = True) -> Literal:
                     break
             else:
                 left = ((ids == mask) if deviations else open_slots)[:, low:high]
-                if not bool(left.any()) and step >= (2 if recorded.case.cache == "prefix" else 1):
+                if not bool(left.any()) and step >= (1 if recorded.case.cache == "none" else 2):
                     break
     if not all(bool(wrote.all()) for wrote in result.wrote):
-        prefix = recorded.case.cache == "prefix"
-        result.rules.add(IDLE_STEPS if _runs_all_steps(recorded) else FULL_BLOCK if prefix else LOCKSTEP)
+        alone = LOCKSTEP if recorded.case.cache == "none" else FULL_BLOCK
+        result.rules.add(IDLE_STEPS if _runs_all_steps(recorded) else alone)
     return result
 
 
@@ -179,7 +180,7 @@ class _Noise(ReplayedNoise):
         if _runs_all_steps(recorded):
             made = min(recorded.steps_per_block, recorded.block_length)
             return step // made * recorded.steps_per_block + step % made
-        if recorded.case.cache != "prefix":
+        if recorded.case.cache == "none":
             return step
         block = position // recorded.block_length
         entered = self.entered.setdefault(row, [(block, step)])
@@ -188,6 +189,12 @@ class _Noise(ReplayedNoise):
         starts = [first for _, first in entered]
         made_before = (after - before for before, after in itertools.pairwise(starts))
         return sum(max(2, steps) for steps in made_before) + step - starts[-1]
+
+    def index(self, values: int, position: int) -> int:
+        recorded = self.recorded
+        if recorded.case.cache == "dual" and values == recorded.block_length:
+            return position % values
+        return super().index(values, position)
 
 
 def _runs_all_steps(recorded: Recorded) -> bool:
@@ -215,7 +222,7 @@ def check_counts(case: Case) -> None:
 def made_up(seed: int) -> Recorded:
     """A case of any of the samplers, the seeds taking turns."""
     rng, generator = random.Random(f"llada {seed}"), torch.Generator().manual_seed(seed)
-    kind = ("llada", "d1", "fastdllm", "fastdllm_prefix", "fastdllm_factor")[seed % 5]
+    kind = ("llada", "d1", "fastdllm", "fastdllm_prefix", "fastdllm_factor", "fastdllm_dual")[seed % 6]
     fixed = kind in ("llada", "d1")
     blocks, block_length = rng.randint(1, 3), rng.choice([1, 2, 4, 5, 8])
     length, rows, width = blocks * block_length, rng.randint(1, 3) if fixed else 1, rng.randint(1, 12)
@@ -230,7 +237,7 @@ def made_up(seed: int) -> Recorded:
     }
     if kind == "llada":
         settings["logits_eos_inf"], settings["confidence_eos_eot_inf"] = rng.random() < 0.3, rng.random() < 0.4
-    if kind == "fastdllm_factor":
+    if kind == "fastdllm_factor" or (not fixed and rng.random() < 0.2):
         settings["factor"] = rng.choice([0.0, 0.5, 1.0, 1.6, 4.0])
     elif not fixed:
         settings["threshold"] = rng.choice([None, 0.0, 0.2, 0.6, 1.0])
@@ -240,10 +247,11 @@ def made_up(seed: int) -> Recorded:
         for row in range(rows):
             keys[row, : rng.randint(0, width - 1)] = False
     total, forwards = width + length, 2 * (blocks * per_block + length)  # more than are needed
-    noise = {
+    noise: dict[str, Any] = {
         "tokens": torch.rand(forwards, rows, total, 64, generator=generator, dtype=torch.float64).tolist(),
         "order": torch.rand(forwards, rows, total, generator=generator, dtype=torch.float64).tolist(),
     }
-    source = {"function": "generate_with_prefix_cache" if "prefix" in kind else "generate"}
+    cache = kind.split("_")[-1]
+    source = {"function": f"generate_with_{cache}_cache" if cache in ("prefix", "dual") else "generate"}
     case = Case(folder(), f"{kind}_made_up", source, settings, {}, noise, {})
     return Recorded(case, prompts, keys, prompts, None, nfe=10**9)

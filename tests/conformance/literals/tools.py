@@ -20,7 +20,8 @@ TIES = "among equal scores the reference's topk takes any; here the lower positi
 
 
 class Forwards:
-    """The references' forwards: whole rows with the recorded attention mask, guidance, and the prefix cache.
+    """The references' forwards: whole rows with the recorded attention mask and guidance, or some of their columns
+    against stored keys and values of the others.
 
     Logits are those that predict the position they are at, also where the model predicts the next one.
     """
@@ -31,24 +32,41 @@ class Forwards:
         self.keys = torch.cat([recorded.keys, torch.ones(len(recorded.keys), recorded.length).bool()], dim=1)
         written = torch.zeros(len(recorded.keys), recorded.length).bool()
         self.prompt = torch.cat([recorded.prompts != self.mask, written], dim=1)  # hidden from the unconditional copy
-        self.cache = DynamicCache()
+        self.stored: list[tuple[Tensor, Tensor]] = []  # per layer, of every column; [B, heads, T, head_dim]
 
-    def __call__(self, ids: Tensor, low: int = 0, cached: bool = False) -> Tensor:
-        """Logits `[B, T, V]`; before `low` they are undefined in a cached step."""
-        if cached:
-            self.cache.crop(low - self.cache.get_seq_length())
-            logits = self._forward(ids[:, low:], self.keys, low, past_key_values=self.cache)
-            return torch.cat([logits.new_zeros(len(ids), low, logits.shape[-1]), logits], dim=1)
-        self.cache = DynamicCache()
-        logits = self._forward(ids, self.keys, 0, past_key_values=self.cache)
-        if self.guidance:
-            other = self._forward(torch.where(self.prompt, self.mask, ids), self.keys, 0)
+    def __call__(self, ids: Tensor, low: int = 0, cached: bool = False, high: int | None = None) -> Tensor:
+        """Logits `[B, T, V]`; a cached step feeds columns `low` to `high` and leaves the others undefined."""
+        at = torch.arange(ids.shape[1])
+        return self.part(ids, (at >= low) & (at < (high or len(at))) if cached else at >= 0)
+
+    def part(self, ids: Tensor, fed: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, V]` of a forward of the columns `fed`, bool `[T]`; elsewhere they are minus infinity.
+
+        Of what is fed it stores the columns `keep`, bool `[T]`; None: all of them.
+        """
+        columns, others = fed.nonzero()[:, 0], (~fed).nonzero()[:, 0]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.stored if len(others) else ()):
+            cache.update(keys[:, :, others], values[:, :, others], layer)
+        seen = self.keys[:, torch.cat([others, columns])]
+        logits = self._forward(ids[:, columns], seen, columns, past_key_values=cache)
+        kept = (fed if keep is None else fed & keep)[columns]
+        for layer, filled in enumerate(cache.layers):
+            fresh = [tensor[:, :, len(others) :] for tensor in (filled.keys, filled.values)]
+            if layer == len(self.stored):
+                self.stored.append(tuple(f.new_zeros(*f.shape[:2], len(fed), f.shape[3]) for f in fresh))
+            for stored, new in zip(self.stored[layer], fresh, strict=True):
+                stored[:, :, columns[kept]] = new[:, :, kept]
+        if self.guidance and not len(others):
+            other = self._forward(torch.where(self.prompt, self.mask, ids), self.keys, columns)
             logits = other + (self.guidance + 1) * (logits - other)
-        return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.shift else logits
+        whole = logits.new_full((*ids.shape, logits.shape[-1]), -torch.inf)
+        whole[:, columns] = logits
+        return torch.cat([whole[:, :1], whole[:, :-1]], dim=1) if self.shift else whole
 
-    def _forward(self, ids: Tensor, keys: Tensor, start: int, **kwargs: DynamicCache) -> Tensor:
-        mask = keys[:, None, None, : start + ids.shape[1]].expand(-1, 1, ids.shape[1], -1)
-        positions = torch.arange(start, start + ids.shape[1]).expand_as(ids)
+    def _forward(self, ids: Tensor, keys: Tensor, columns: Tensor, **kwargs: DynamicCache) -> Tensor:
+        mask = keys[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        positions = columns.expand_as(ids)
         return self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache="past_key_values" in kwargs, **kwargs
         ).logits
@@ -73,10 +91,12 @@ def at(values: list[Tensor], forward: int) -> Tensor:
     return values[min(forward, len(values) - 1)]
 
 
-def padded(values: Tensor, ids: Tensor) -> Tensor:
-    """Recorded values `[B, n, …]` of the last n positions as `[B, T, …]`; a cached step has none for what precedes."""
-    missing = ids.shape[1] - values.shape[1]
-    return torch.cat([values.new_zeros(len(ids), missing, *values.shape[2:]), values], dim=1)
+def padded(values: Tensor, ids: Tensor, stop: int | None = None) -> Tensor:
+    """Recorded values `[B, n, …]` of the n positions before `stop` as `[B, T, …]`; a cached step has no others."""
+    behind = ids.shape[1] - (stop or ids.shape[1])
+    before = max(0, ids.shape[1] - behind - values.shape[1])
+    parts = [values.new_zeros(len(ids), n, *values.shape[2:]) for n in (before, behind)]
+    return torch.cat([parts[0], values, parts[1]], dim=1)[:, : ids.shape[1]]
 
 
 def blank(recorded: Recorded) -> Tensor:

@@ -71,6 +71,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {**WHOLE, "schedule_args": {"sizes": (1, 2, 3), "threshold": 0.4}},
         {**WHOLE, "schedule_args": {"sizes": (2, 5), "threshold": 0.6}, "temperature": 0.7},
     ),
+    "d2f": (
+        {"block_length": 2, "schedule_args": {"threshold": 0.4, "add_threshold": 0.5, "active_threshold": 0.5}},
+        {"schedule_args": {"threshold": 0.5, "add_threshold": 0.25}, "temperature": 0.8},
+    ),
     "daedal": (
         {**WHOLE, "schedule_args": {"start_length": 2, "window": 3, "growth": 2, "end_slots": 2, "low": 0.4}},
         {
@@ -168,6 +172,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "left_to_right": ({"steps": 6}, {**WHOLE, "steps": 3, "temperature": 1.0}),
     "low_confidence": ({"steps": 4}, {**WHOLE, "steps": 3, "temperature": 0.8, "top_p": 0.9}),
+    "multi_block": (
+        {"block_length": 2, "schedule_args": {"entropy_threshold": 1.2, "add_threshold": 0.5}},
+        {"schedule_args": {"entropy_threshold": 0.8, "add_threshold": 0.25}, "temperature": 0.8},
+    ),
     "pc_sampler": (
         {"steps": 6},
         {
@@ -199,6 +207,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
             "schedule_args": {"threshold": 0.3, "start_threshold": 0.6, "threshold_decay": 0.1, "max_weight": 0.8},
             "temperature": 0.7,
         },
+    ),
+    "sub_blocks": (
+        {"schedule_args": {"sub_block_length": 2, "threshold": 0.4}},
+        {**WHOLE, "schedule_args": {"sub_block_length": 3, "threshold": 0.3, "first_alone": False}, "temperature": 0.8},
     ),
     "threshold": (
         {"schedule_args": {"threshold": 0.4}},
@@ -271,7 +283,12 @@ class Run:
 @contextmanager
 def watched(model: Any) -> Iterator[list[Mapping[str, Any]]]:
     seen: list[Mapping[str, Any]] = []
-    hook = model.base_model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        # What is fed may be a view of rows that are written to afterwards.
+        seen.append({name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()})
+
+    hook = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:

@@ -101,17 +101,18 @@ def check_tokens(rollout: Rollout) -> None:
 
 
 def check_blocks(run: Run) -> None:
-    """Each block starts where the one before ended, and nothing is written behind the active one."""
-    spans = [(int(p.start), int(p.stop)) for p in run.progress]
+    """Each block starts where the one before ended, and nothing is written behind the active one and what is open."""
+    spans, reaches = [(int(p.start), int(p.stop)) for p in run.progress], [int(p.reach) for p in run.progress]
+    assert run.schedule.reach is not None or reaches == [stop for _, stop in spans]
     if run.schedule.resize is None:
         for (start, stop), (next_start, next_stop) in itertools.pairwise(spans):
             assert (next_start, next_stop) == (start, stop) or next_start >= stop
-    for (start, stop), before, after in zip(spans, run.states, run.states[1:], strict=False):
+    for (start, stop), reach, before, after in zip(spans, reaches, run.states, run.states[1:], strict=False):
         assert 0 <= start <= stop
         if run.schedule.resize is None:
             assert stop <= LENGTH
             new = [i for i, (old, token) in enumerate(zip(before, after, strict=True)) if old == MASK != token]
-            assert all(i < stop for i in new)
+            assert all(i < reach for i in new)
 
 
 def check_written_once(run: Run) -> None:
@@ -438,7 +439,7 @@ def test_deferred_tokens_wait_for_all_others(name: str, i: int):
             logits = row_logits(denoiser(), prompt, torch.tensor(before), config.cfg_scale)
             logits[:, MASK] = -torch.inf
             candidates = logits.argmax(-1).tolist()
-            eligible = [slot for slot in range(int(progress.stop)) if before[slot] == MASK]
+            eligible = [slot for slot in range(int(progress.reach)) if before[slot] == MASK]
             early = [slot for slot in eligible if candidates[slot] in deferred and after[slot] != MASK]
             left = [slot for slot in eligible if candidates[slot] not in deferred and after[slot] == MASK]
             came += len(early)

@@ -58,6 +58,7 @@ ONE_AT_A_TIME: dict[str, dict[str, Any]] = {
     "smoothing": {"weight": 0, "weight_growth": 0, "threshold": INF},
     "latent_refinement": {"feedback": 0, "threshold": INF},
     "wino": {"threshold": INF},
+    "d2f": {"threshold": INF, "add_threshold": 1},
 }
 """Schedules that take as many steps as they need, set to be sure of nothing."""
 
@@ -86,6 +87,9 @@ AT_ONCE: dict[str, dict[str, Any]] = {
     "guided": {"guide": judge, "top_k": VOCAB, "ratio": 0},
     "saber": {"min_tokens": LENGTH},
     "wino": {"threshold": 0, "fraction": 1, "verify_threshold": 0},
+    "d2f": {"threshold": 0},
+    "sub_blocks": {"threshold": 0, "sub_block_length": LENGTH, "first_alone": False},
+    "multi_block": {"entropy_threshold": INF},
 }
 """Schedules that take as many steps as they need, set to be sure of everything."""
 
