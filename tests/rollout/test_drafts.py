@@ -192,7 +192,7 @@ def second_first(tokens: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("draft_width", "per_block"), [(1, BLOCK), (2, 1 + BLOCK // 2), (3, 1 + BLOCK // 2)])
 def test_another_order_is_a_guess_too(draft_width: int, per_block: int):
-    """What was third is next, never what was second; so the first state guessed is wrong, and the one beside it right."""
+    """What was third is next, never what was second: the likely state is wrong, and the one beside it right."""
     model = TableModel(second_first, VOCAB, mask_token_id=MASK)
     plain = decoded(model, steps=LENGTH)
     drafted = decoded(model, 1, steps=LENGTH, draft_width=draft_width)
@@ -202,11 +202,10 @@ def test_another_order_is_a_guess_too(draft_width: int, per_block: int):
 
 def test_guesses_of_several_slots_differ_by_the_weakest():
     """Two slots a step: the stronger one stays, and the weaker one gives way to the next."""
-    fed: list[list[int]] = []
     model = TableModel(constant_table([0.0] * 7 + [5.0] + [0.0] * (VOCAB - 8)), VOCAB, mask_token_id=MASK)
     decoded(model, 1, [[9]], canvas_length=8, steps=4, draft_width=3)
-    for tokens in model.rows_seen:
-        fed.append([place for place, token in enumerate(tokens[1:]) if token != MASK])
+    rows = [tokens[1:] for tokens in model.rows_seen if len(tokens) == 9]
+    fed = [[place for place, token in enumerate(tokens) if token != MASK] for tokens in rows]
     assert fed[:5] == [[], [0, 1], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 5]]
 
 
@@ -242,16 +241,8 @@ def test_a_row_does_not_depend_on_its_batch(cache: str):
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_rows_that_wait_take_places_between_those_that_are_guessed(capacity: int, cache: str):
     """Of different lengths, so that rows leave and come while others are in the middle of a block."""
-    config = DecodingConfig(
-        canvas_length=LENGTH,
-        block_length=BLOCK,
-        steps=LENGTH,
-        temperature=0.8,
-        cache=cache,
-        draft_steps=2,
-        draft_width=2,
-    )
-    plain = dataclasses.replace(config, draft_steps=0, draft_width=1)
+    plain = DecodingConfig(canvas_length=LENGTH, block_length=BLOCK, steps=LENGTH, temperature=0.8, cache=cache)
+    config = dataclasses.replace(plain, draft_steps=2, draft_width=2)
     prompts = [[*range(3, 3 + n)] for n in (19, 2, 1, 20, 3)]
     together = RolloutEngine(denoiser()).generate(prompts, plain, num_generations=2, seed=1)
     drafted = RolloutEngine(denoiser(), max_batch_rows=capacity).generate(prompts, config, num_generations=2, seed=1)
