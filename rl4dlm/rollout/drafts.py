@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rl4dlm.rollout.drawing import Reading, Scored
 from rl4dlm.rollout.record import KEPT
-from rl4dlm.rollout.schedules.parts import Step, top
+from rl4dlm.rollout.schedules.parts import Step, ranks, top
 from rl4dlm.rollout.step import Batch
 
 AHEAD = "ahead"
@@ -130,7 +130,8 @@ class DraftBatch(Batch):
                 commit, scores = self._rules(dataclasses.replace(step, eligible=allowed))
                 going = real & commit.any(-1) & (eligible & ~commit).any(-1)
                 beside.append(_Guess(torch.where(commit, drawn.token, canvas), masked & ~commit, going, ahead))
-                allowed = allowed & ~top(-scores, commit, torch.ones_like(self.block))
+                rank = ranks(scores, allowed).masked_fill(~commit, -1)
+                allowed = allowed & ~(commit & (rank == rank.amax(-1, keepdim=True)))
             guesses += beside
             canvas, masked, real = beside[0].canvas, beside[0].masked, beside[0].real
         return guesses
