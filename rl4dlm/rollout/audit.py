@@ -197,7 +197,8 @@ def _compared(model: Any, spec: DiffusionSpec, rollout: Rollout, states: Tensor)
         blank[:, :width] = torch.where(keys[:, :width], mask, blank[:, :width])
         tokens, keys = torch.cat([tokens, blank]), keys.repeat(2, 1)
         positions, lengths = positions.repeat(2, 1), lengths.repeat(2)
-    sight = one_copy(spec, positions, lengths, _active(spec, positions, lengths, score))
+    still = torch.cat([torch.zeros_like(score[:, :width]), ~written], dim=1)
+    sight = one_copy(spec, positions, lengths, _active(spec, positions, lengths, still))
     at, slots = committed.nonzero(as_tuple=True)  # as the scored positions, row by row
     reduction = _reduction(config, spec, mask, rollout.canvas[row[at], slots], (~written).sum(-1)[at], slots)
     exact, drawn, agrees = model(
@@ -233,13 +234,17 @@ def _compared(model: Any, spec: DiffusionSpec, rollout: Rollout, states: Tensor)
     }
 
 
-def _active(spec: DiffusionSpec, positions: Tensor, lengths: Tensor, score: Tensor) -> Tensor | None:
-    """long `[f]`, where the block that is being denoised starts, which is that of the tokens that are scored."""
+def _active(spec: DiffusionSpec, positions: Tensor, lengths: Tensor, open_columns: Tensor) -> Tensor | None:
+    """long `[f]`, where the block starts that is being denoised, or the first of those: that of the first open slot.
+
+    Args:
+        positions: long `[f, T]`. lengths: long `[f]`, of prompts. open_columns: bool `[r, T]`; f is r or, guided, 2 r.
+    """
     if spec.attention != "context_causal":
         return None
     starts = block_starts(spec, positions, lengths)
-    scored = score.repeat(len(starts) // len(score), 1)
-    return starts.masked_fill(~scored, torch.iinfo(starts.dtype).max).amin(-1)
+    still = open_columns.repeat(len(starts) // len(open_columns), 1)
+    return starts.masked_fill(~still, torch.iinfo(starts.dtype).max).amin(-1)
 
 
 def _reduction(

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from rl4dlm.rollout.memory import Memory
-from rl4dlm.rollout.noise import NoiseSource
+from rl4dlm.rollout.noise import BLOCK, NoiseSource, per_block
+
+NUCLEUS = 1024
+"""Tokens that top-p looks at first."""
+
+NEIGHBOURS = 64
+"""Tokens that top-k looks at besides those it keeps, to see that no others are as probable."""
+
+GROWTH = 8
+"""How many times as many are looked at next, in rows where they are not enough."""
+
+PART_ELEMENTS = 2**21
+"""Logits reduced at once on a CPU, in elements: 8 MiB in float32."""
 
 
 class Drawn(NamedTuple):
@@ -25,7 +37,7 @@ class Drawn(NamedTuple):
     confidence: Tensor  # its probability under the untempered softmax over the whole vocabulary
     raw_log_prob: Tensor  # log-probability under the model's own untempered softmax, before options and guidance
     log_prob: Tensor  # its log-probability under the distribution really drawn from; 0 at temperature 0
-    entropy: Tensor  # nats, of the untempered softmax
+    entropy: Tensor  # nats, of the untempered softmax; NaN where neither the schedule nor the record wants it
 
 
 @dataclass(frozen=True)
@@ -107,19 +119,22 @@ class Scored:
     @cached_property
     def allowed(self) -> Tensor:
         """`[n, V]`, logits with -inf at tokens that are not to be drawn."""
-        allowed = self.logits.index_fill(-1, torch.tensor([self.mask_token_id], device=self.logits.device), -torch.inf)
-        return allowed if self.banned is None else allowed.masked_fill(self.banned, -torch.inf)
+        return self._without_banned(self.logits.clone())
 
     @cached_property
     def sampling(self) -> Tensor:
         """`[n, V]`, log-probabilities of the distribution that candidates are drawn from: without the tokens that are
         not to be drawn, tempered (temperature 0 counts as 1 here), filtered."""
-        return filtered((self.allowed / (self.temperature or 1.0)).log_softmax(-1), self.top_p, self.top_k)
+        warm = self.logits.clone() if self.temperature in (0, 1) else self.logits / self.temperature
+        return filtered(self._without_banned(warm).log_softmax(-1), self.top_p, self.top_k)
 
     @cached_property
     def tempered(self) -> Tensor:
         """`[n, V]`, the same over the whole vocabulary, mask token included: where Dream's confidences come from."""
-        return filtered((self.logits / (self.temperature or 1.0)).log_softmax(-1), self.top_p, self.top_k)
+        warm = self.log_probs
+        if self.temperature not in (0, 1):
+            warm = (self.logits / self.temperature).log_softmax(-1)
+        return filtered(warm, self.top_p, self.top_k)
 
     @property
     def held_log_prob(self) -> Tensor:
@@ -135,14 +150,22 @@ class Scored:
             self.sampling.exp(), self.places.row_ids, self.places.steps, self.places.positions
         )
 
-    def drawn(self) -> Drawn:
-        """The candidates."""
+    def drawn(self, *, entropy: bool = True) -> Drawn:
+        """The candidates; without `entropy`, which costs a good part of all this, it is NaN."""
         chosen = self.log_probs.gather(-1, self.token[:, None]).squeeze(-1)
-        own = self.own_log_probs.gather(-1, self.token[:, None]).squeeze(-1)
+        own = chosen
+        if self.own_log_probs is not self.log_probs:
+            own = self.own_log_probs.gather(-1, self.token[:, None]).squeeze(-1)
         log_prob = torch.zeros_like(chosen)
         if self.temperature > 0:
             log_prob = self.sampling.gather(-1, self.token[:, None]).squeeze(-1)
-        return Drawn(self.token, chosen.exp(), own, log_prob, self.entropy)
+        spread = self.entropy if entropy else torch.full_like(chosen, torch.nan)
+        return Drawn(self.token, chosen.exp(), own, log_prob, spread)
+
+    def _without_banned(self, fresh: Tensor) -> Tensor:
+        """The same tensor `[n, V]`, which nobody else holds, with -inf at tokens that are not to be drawn."""
+        fresh[:, self.mask_token_id] = -torch.inf
+        return fresh if self.banned is None else fresh.masked_fill_(self.banned, -torch.inf)
 
 
 Reading = Callable[[Scored], Tensor]
@@ -152,10 +175,37 @@ Transform = Callable[[Tensor, Places], Tensor]
 """From logits `[n, V]` and the slots they belong to, to other logits."""
 
 
+Reduction = Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]
+"""From logits `[c, V]` of some slots, which of all slots they are, and the model's own logits, to `[c, ...]` each."""
+
+
+def in_parts(reduce: Reduction) -> Reduction:
+    """The same reduction, on a CPU over a few rows at a time.
+
+    What it makes on the way is then small enough to stay in the cache, and the next rows write to the same memory: for
+    tensors as large as the logits, fetching fresh memory costs more than the arithmetic.
+    """
+
+    def parts(logits: Tensor, part: slice, own: Tensor) -> tuple[Tensor, ...]:
+        size = max(1, PART_ELEMENTS // logits.shape[-1])
+        if logits.device.type != "cpu" or len(logits) <= size:
+            return reduce(logits, part, own)
+        found = []
+        for start in range(0, len(logits), size):
+            some = logits[start : start + size]
+            here = slice(part.start + start, part.start + start + len(some))
+            found.append(reduce(some, here, some if own is logits else own[start : start + size]))
+        return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+    return parts
+
+
 def entropy_of(log_probs: Tensor) -> Tensor:
     """Entropies `[n]` in nats of log-probabilities `[n, V]`, some of which may be -inf."""
-    probabilities = log_probs.exp()
-    return -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)
+    # softmax gives the probabilities back, and unlike exp it is no slower where they vanish. The lowest finite number
+    # stands in for -inf, so that 0 times it is 0.
+    probabilities = log_probs.softmax(-1)
+    return -probabilities.mul_(log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
 def coarse_divergence(log_probs: Tensor, tokens: Tensor, before: Tensor) -> Tensor:
@@ -176,21 +226,75 @@ def coarse_divergence(log_probs: Tensor, tokens: Tensor, before: Tensor) -> Tens
 
 
 def lowest_argmax(logits: Tensor) -> Tensor:
-    """argmax with ties broken by the lower id, which `torch.argmax` does not promise."""
-    best = logits.amax(-1, keepdim=True)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits >= best, ids, logits.shape[-1] - 1).amin(-1)
+    """argmax over the last dimension with ties broken by the lower id, long; any id where there are NaN.
+
+    The lowest id of the first block that holds the maximum, so that the vocabulary is read once and nothing as large as
+    it is written.
+    """
+    size = logits.shape[-1]
+    if size <= BLOCK:
+        return logits.argmax(-1)  # which returns the first of equals
+    best = per_block(logits, lambda part: part.amax(-1))  # [..., V / BLOCK]
+    columns = best.argmax(-1, keepdim=True) * BLOCK + torch.arange(BLOCK, device=logits.device)
+    # Columns behind the vocabulary repeat the last one, which comes before them.
+    inside = logits.gather(-1, columns.clamp(max=size - 1)).argmax(-1, keepdim=True)
+    return columns.gather(-1, inside).squeeze(-1).clamp(max=size - 1)
 
 
 def filtered(log_probs: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Log-probabilities `[n, V]` renormalised over the tokens that top-k and then top-p keep."""
-    if (top_k <= 0 or top_k >= log_probs.shape[-1]) and top_p >= 1.0:
+    """Log-probabilities `[n, V]` renormalised over the tokens that top-k and then top-p keep; -inf elsewhere.
+
+    Top-k keeps the k most probable tokens; top-p of what is left the most probable ones up to the first with which
+    their mass, summed in float64, reaches `top_p`. Of equally probable tokens the lower id comes first.
+
+    The vocabulary is not sorted: the most probable tokens are enough where the last one kept is more probable than the
+    last one looked at. Rows where it is not are looked at in more of them, and at last in all.
+    """
+    size = log_probs.shape[-1]
+    if (top_k <= 0 or top_k >= size) and top_p >= 1.0:
         return log_probs
-    ordered, ids = log_probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(ordered.shape[-1], device=ordered.device)
-    drop = (rank >= top_k).expand_as(ordered) if top_k > 0 else torch.zeros_like(ordered, dtype=torch.bool)
+    first = top_k + NEIGHBOURS if top_k > 0 else NUCLEUS
+    kept, rows = log_probs, torch.empty(0)
+    for count in (first, GROWTH * first, size):
+        if count > size:
+            continue
+        part = log_probs if kept is log_probs else log_probs[rows]
+        values, ids, settled = _most_probable(part, count, top_p, top_k)
+        found = torch.full_like(part, -torch.inf).scatter_(-1, ids, values)
+        kept = found if kept is log_probs else kept.index_copy_(0, rows, found)
+        if count == size:
+            break
+        left = (~settled).nonzero().squeeze(-1)
+        if not len(left):
+            break
+        rows = rows[left] if len(rows) else left
+    return kept.log_softmax(-1)
+
+
+def _most_probable(log_probs: Tensor, count: int, top_p: float, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What top-k and top-p make of the `count` most probable tokens.
+
+    Returns:
+        values: `[n, count]` in descending order, -inf where they drop a token. ids: long `[n, count]`. settled: bool
+        `[n]`, whether it is what they make of all tokens.
+    """
+    whole = count == log_probs.shape[-1]
+    if whole:
+        values, ids = log_probs.sort(dim=-1, descending=True, stable=True)
+    else:  # topk does not say which of equals it returns, nor in which order
+        ids = log_probs.topk(count, sorted=False).indices.sort(dim=-1).values
+        values, order = log_probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(-1, order)
+    drop = torch.zeros_like(values, dtype=torch.bool)
+    if top_k > 0:
+        drop[:, top_k:] = True
     if top_p < 1.0:
-        kept = ordered.masked_fill(drop, -torch.inf).softmax(-1)
-        drop = drop | (kept.cumsum(-1) - kept >= top_p)
-    dropped = torch.zeros_like(drop).scatter(-1, ids, drop)
-    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)
+        if whole or top_k > 0:
+            mass = values.masked_fill(drop, -torch.inf).double().softmax(-1)
+        else:
+            mass = values.double().exp()
+            mass = mass / torch.where(values[:, -1:].isneginf(), mass.sum(-1, keepdim=True), 1.0)
+        drop |= mass.cumsum(-1) - mass >= top_p
+    last = values.gather(-1, (~drop).sum(-1, keepdim=True) - 1)
+    settled = (last > values[:, -1:]) | values[:, -1:].isneginf()
+    return values.masked_fill(drop, -torch.inf), ids, settled.squeeze(-1)

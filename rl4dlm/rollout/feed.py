@@ -14,12 +14,15 @@ from torch import Tensor
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
-from rl4dlm.rollout.drawing import Drawn, Places, Scored
+from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
 SHADOW = "shadow"
+DRAWN = "drawn"
+NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
+"""What is drawn besides the token; the first two are looked at for whether they are numbers."""
 
 
 class Feed(Rows):
@@ -29,9 +32,13 @@ class Feed(Rows):
         """One forward of every row: the step as the schedule sees it."""
         wanted, size = self._wanted(), self.masked.shape[1]
         values: dict[str, Tensor] = {}
+        self.broken = self.slot.new_zeros((), dtype=torch.bool)
         for part in self._parts(wanted):
             places, flat = self._forward(part, wanted)
             index = places.rows * size + places.slots
+            numbers = [flat.pop(name) for name in NUMBERS]  # of one dtype, so put in place together
+            flat[DRAWN] = torch.stack(numbers, dim=-1)
+            self.broken = self.broken | flat[DRAWN][:, :2].isnan().any()
             for name, value in flat.items():
                 if name not in values:
                     values[name] = value.new_zeros(self.masked.numel(), *value.shape[1:])
@@ -41,8 +48,7 @@ class Feed(Rows):
                     chosen = places.shadow if name == SHADOW else ~places.shadow
                     values[name][index[chosen]] = value[chosen]
         values = {name: value.view(*self.masked.shape, *value.shape[1:]) for name, value in values.items()}
-        drawn = Drawn(**{name: values.pop(name) for name in Drawn._fields})
-        self.broken = ((drawn.raw_log_prob + drawn.confidence).isnan() & wanted).any()
+        drawn = Drawn(values.pop("token"), **dict(zip(NUMBERS, values.pop(DRAWN).unbind(-1), strict=True)))
         return Step(
             tokens=self.tokens[:, self.width :].clone(),
             masked=self.masked,
@@ -86,7 +92,7 @@ class Feed(Rows):
     def _upcoming(self) -> Tensor:
         """long `[R, W]`, the order of the slots that the step will write; -1 elsewhere."""
         assert self.schedule.upcoming is not None
-        fields = (self.open, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
+        fields = (self.eligible, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
         return self.schedule.upcoming(Ahead(*fields))
 
     def _parts(self, wanted: Tensor) -> list[_Part]:
@@ -206,16 +212,17 @@ class Feed(Rows):
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            score_positions=score,
+            score_positions=places.at,
             score_cfg_scale=self.config.cfg_scale,
             score_reduce=self._reduction(places),
             score_reduce_sees_own=True,
             **extra,
         )
+        each = 1 + self.guided
         if part.rows is None:
-            self.record.nfe[self.slot] += 1 + self.guided
+            self.nfe = self.nfe + each
         else:
-            self.record.nfe[self.slot[part.rows]] += 1 + self.guided
+            self.nfe = self.nfe.index_add(0, part.rows, torch.full_like(part.rows, each))
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
 
@@ -250,6 +257,7 @@ class Feed(Rows):
     def _reduction(self, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
+        entropy = config.record_entropy or self.schedule.reads_entropy
         row = at.rows
         places = Places(
             rows=row,
@@ -277,13 +285,13 @@ class Feed(Rows):
                 model_logits=logits,
                 own_logits=own,
             )
-            drawn = scored.drawn()
+            drawn = scored.drawn(entropy=entropy)
             read = [reading(scored) for reading in self.reads.values()]
             if self.schedule.shadow:
                 read.append(scored.log_probs.gather(-1, here.held[:, None]).squeeze(-1))
             return (*drawn, *read)
 
-        return reduce
+        return in_parts(reduce)
 
     def _adjusted(self, logits: Tensor, places: Places) -> Tensor:
         """Logits after the options that change the model's distribution."""
@@ -374,13 +382,14 @@ class _Part:
             slots = self.columns[rows, columns] - width
         if self.shadow is not None:
             slots = torch.where(beside, self.shadow.slots[rows, (columns - feed).clamp(min=0)], slots)
-        return _Scores(rows if self.rows is None else self.rows[rows], slots, beside)
+        return _Scores((rows, columns), rows if self.rows is None else self.rows[rows], slots, beside)
 
 
 @dataclass(frozen=True)
 class _Scores:
     """Which slots the scored columns of a forward stand for, in row-major order."""
 
+    at: tuple[Tensor, Tensor]  # long [n], row and column of the forward
     rows: Tensor  # long [n], among the rows alive
     slots: Tensor  # long [n], canvas offsets
     shadow: Tensor  # bool [n]

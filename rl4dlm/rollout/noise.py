@@ -5,12 +5,17 @@ Owns the counter-based generator and the `NoiseSource` that decoding draws from.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+BLOCK = 256
+"""Entries of a vocabulary that are summed up, or compared, before anything is looked at one by one."""
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -28,12 +33,23 @@ def keyed_uniform(seed: int, purpose: str, *keys: Tensor) -> Tensor:
         float64 tensor of the broadcast shape with 53 random bits per entry (SplitMix64 finaliser, keys absorbed one by
         one).
     """
+    return _absorbed(seed, purpose, *(_finalise(key + _signed(_GAMMA)) for key in torch.broadcast_tensors(*keys)))
+
+
+def _absorbed(seed: int, purpose: str, *mixed: Tensor) -> Tensor:
+    """The uniform numbers of keys that are mixed already, one after another."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     state: Tensor | int = _signed(int.from_bytes(digest, "little"))
-    for key in torch.broadcast_tensors(*keys):
-        state = _finalise(_finalise(key + _signed(_GAMMA)) ^ state)
+    for key in mixed:
+        state = _finalise(key ^ state)
     assert isinstance(state, Tensor), "keyed_uniform needs at least one key"
     return (_shift(state, 11).double() + 0.5) * 2.0**-53
+
+
+@functools.lru_cache(maxsize=8)
+def _mixed_numbers(limit: int, device: torch.device) -> Tensor:
+    """long `[limit]`, what is made of each number before it is absorbed."""
+    return _finalise(torch.arange(limit, device=device) + _signed(_GAMMA))
 
 
 class NoiseSource(Protocol):
@@ -53,12 +69,22 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """The noise of production: one keyed uniform per (row, step, position), and an inverse-CDF draw from it."""
+    """The noise of production: one keyed uniform per (row, step, position), and an inverse-CDF draw from it.
+
+    Args:
+        seed: of the run.
+        limit: steps and positions are below this; what is made of each such number is then looked up. 0: they may be
+            any. The numbers drawn are the same.
+    """
 
     seed: int
+    limit: int = 0
 
     def uniform(self, purpose: str, rows: Tensor, steps: Tensor, positions: Tensor) -> Tensor:
-        return keyed_uniform(self.seed, purpose, rows, steps, positions)
+        if not self.limit:
+            return keyed_uniform(self.seed, purpose, rows, steps, positions)
+        mixed = _mixed_numbers(self.limit, rows.device)
+        return _absorbed(self.seed, purpose, _finalise(rows + _signed(_GAMMA)), mixed[steps], mixed[positions])
 
     def draw(self, probabilities: Tensor, rows: Tensor, steps: Tensor, positions: Tensor) -> Tensor:
         return inverse_cdf(probabilities, self.uniform("token", rows, steps, positions))
@@ -72,13 +98,45 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: float64 `[n]` in (0, 1).
 
     Returns:
-        long `[n]`. The sums run in float64: in float32 the tail of a large vocabulary would be lost. Where
-        probabilities are not numbers it is any id, so that the caller can say so.
+        long `[n]`: the first id whose cumulative probability exceeds `uniforms` times the total. The sums run in
+        float64: in float32 the tail of a large vocabulary would be lost. Where probabilities are not numbers, or all 0,
+        it is any id, so that the caller can say so.
+
+    Sums are taken per block of `BLOCK` entries, and inside the one block that the draw falls into. A running sum over
+    all entries would draw the same but where a uniform number is within its rounding, V 2^-52, of a boundary.
     """
-    cumulative = probabilities.double().cumsum(-1)
-    total = cumulative[:, -1:]
-    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    size = probabilities.shape[-1]
+    if size <= BLOCK:
+        cumulative = probabilities.double().cumsum(-1)
+        return _first_above(cumulative, _below(uniforms[:, None] * cumulative[:, -1:], cumulative)).squeeze(-1)
+    cumulative = per_block(probabilities, lambda part: part.sum(-1, dtype=torch.float64)).cumsum(-1)  # [n, V / BLOCK]
+    threshold = _below(uniforms[:, None] * cumulative[:, -1:], cumulative)
+    block = _first_above(cumulative, threshold)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * BLOCK + torch.arange(BLOCK, device=block.device)
+    inside = probabilities.gather(-1, columns.clamp(max=size - 1)).double().masked_fill(columns >= size, 0.0).cumsum(-1)
+    token = block * BLOCK + _first_above(inside, _below(threshold - before, inside))
+    return token.squeeze(-1).clamp(max=size - 1)
+
+
+def per_block(values: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """`[..., ceil(V / BLOCK)]`: what a reduction over the last dimension makes of each block of values `[..., V]`."""
+    whole = values.shape[-1] // BLOCK * BLOCK
+    parts = [reduce(values[..., :whole].unflatten(-1, (-1, BLOCK)))]
+    if whole < values.shape[-1]:
+        parts.append(reduce(values[..., None, whole:]))
+    return torch.cat(parts, dim=-1)
+
+
+def _below(threshold: Tensor, cumulative: Tensor) -> Tensor:
+    """Thresholds `[n, 1]` below the last of cumulative sums `[n, k]`, so that rounding leads behind none of them."""
+    last = cumulative[:, -1:]
+    return torch.minimum(threshold, torch.nextafter(last, torch.zeros_like(last)))
+
+
+def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
+    """long `[n, 1]`, where cumulative sums `[n, k]` first exceed a threshold `[n, 1]`; the last if they never do."""
+    return torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[-1] - 1)
 
 
 def _signed(value: int) -> int:

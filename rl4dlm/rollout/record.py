@@ -113,9 +113,10 @@ class Record:
         views = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return type(self)(**{**vars(self), **views, "first": self.first + (rows.start or 0)})
 
-    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, entropy: bool) -> Trace:
         """How the rows came about; `drawn`: at a temperature above 0, `monotone`: each slot is written once,
-        `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write."""
+        `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write, `entropy`:
+        it was kept."""
         steps = int(self.steps.max()) if len(self.steps) else 0
         dtype = self.raw_log_prob.dtype
         return Trace(
@@ -128,7 +129,7 @@ class Record:
             start_length=self.start_length if resizes else None,
             length=self.length if resizes else None,
             confidence=self.confidence,
-            entropy=self.entropy,
+            entropy=self.entropy if entropy else None,
             block_stop=self.block_stop,
         )
 

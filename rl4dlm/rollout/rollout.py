@@ -112,7 +112,7 @@ class Trace:
         length: long `[N]`, slots that it ended with; None: all of the canvas.
         confidence: float `[N, L]`, probability of each token when it was committed, under the untempered softmax after
             guidance and options, which schedules look at; 0 at -1. None where a canvas of random tokens is refined.
-        entropy: float `[N, L]`, of that softmax, in nats. None likewise.
+        entropy: float `[N, L]`, of that softmax, in nats. None likewise, and with `record_entropy=False`.
         block_stop: long `[N, L]`, end of the block that was active when each token was committed, a canvas offset, so
             that blocks that are not on a grid can be told; -1 at -1. None likewise.
     """

@@ -31,7 +31,8 @@ CANDIDATES = "candidates"
 PER_ROW = (
     "tokens", "keys", "positions", "prompt_lengths", "offset", "masked", "locked", "choice", "row_ids", "slot",
     "length", "start", "stop", "reach", "block", "block_step", "total_step", "masked_at_start", "before", "refreshed",
-    "stalled", "staying", "done", "reason", "commit_step", "block_stop", *KEPT,
+    "stalled", "staying", "done", "reason", "nfe", "extra_forwards", "commit_step", "block_stop",
+    *KEPT,
 )  # fmt: skip
 """What is kept per row, first axis R."""
 
@@ -75,6 +76,16 @@ class Choices:
     index: Tensor
 
 
+def step_cap(config: DecodingConfig, schedule: Schedule) -> int:
+    """Steps that a row may make; after that it writes all it may at every step."""
+    return 4 * config.canvas_length + schedule.patience * config.num_blocks + (config.steps or 0)
+
+
+def most_steps(config: DecodingConfig, schedule: Schedule) -> int:
+    """More steps than any row can make, guesses of further ones included; and more than it has slots."""
+    return step_cap(config, schedule) + config.num_blocks + config.draft_steps + config.canvas_length
+
+
 class Rows:
     """Rows that are decoded together, and a queue of those that wait for a place.
 
@@ -105,6 +116,8 @@ class Rows:
     staying: Tensor
     done: Tensor
     reason: Tensor
+    nfe: Tensor
+    extra_forwards: Tensor
     commit_step: Tensor
     block_stop: Tensor
     raw_log_prob: Tensor
@@ -133,11 +146,14 @@ class Rows:
         self.record, self.config, self.schedule, self.cache, self.noise = record, config, schedule, cache, noise
         self.choices, self.constraint, self.on_step, self.in_step = choices, constraint, on_step, in_step
         self.all_prompts, self.all_row_ids = prompts, row_ids
+        self.counts = False  # whether steps are asked how many slots they settle
+        self._ranges: dict[int, Tensor] = {}
+        self._looked_up: list[tuple[Tensor, Tensor, Tensor]] = []
         self.capacity = max(1, len(prompts)) if capacity is None else capacity
         self.waiting = list(range(len(prompts)))
         if self.capacity < len(prompts):  # the longest first, so that those who come later fit
             self.waiting.sort(key=lambda row: -len(prompts[row]))
-        self.step_cap = 4 * config.canvas_length + schedule.patience * config.num_blocks + (config.steps or 0)
+        self.step_cap = step_cap(config, schedule)
         self.guided = config.cfg_scale > 0
         self.reads: dict[str, Reading] = dict(schedule.reads)
         if constraint is not None:
@@ -154,6 +170,7 @@ class Rows:
             setattr(self, name, value)
         self.padded = not bool(self.keys.all())
         self.memory, self.cache_memory = Memory(), Memory()
+        self.steps_made = 0
         self.fed = torch.full_like(self.tokens, -1) if self.cache.tracks else None
         self.store: KeyValueStore | None = None
         if self.cache.uses_store:
@@ -214,6 +231,8 @@ class Rows:
             "staying": flags(),
             "done": flags(),
             "reason": numbers(COMPLETE),
+            "nfe": numbers(),
+            "extra_forwards": numbers(),
             "commit_step": slots(),
             "block_stop": slots(),
             **{name: torch.zeros(count, length, dtype=real_dtype, device=device) for name in KEPT},
@@ -222,31 +241,55 @@ class Rows:
     @property
     def offsets(self) -> Tensor:
         """long `[W]`, canvas offsets."""
-        return torch.arange(self.masked.shape[1], device=self.masked.device)
+        return self._range(self.masked.shape[1])
+
+    def _range(self, count: int) -> Tensor:
+        """long `[count]`, from 0; kept."""
+        if count not in self._ranges:
+            self._ranges[count] = torch.arange(count, device=self.slot.device)
+        return self._ranges[count]
 
     @property
     def open(self) -> Tensor:
         """bool `[R, W]`, masked slots up to the end of the active block."""
-        return self.masked & (self.offsets < self.stop[:, None])
+        return self._masked_before(self.stop)
 
     @property
     def eligible(self) -> Tensor:
         """bool `[R, W]`, masked slots that a step may write."""
-        return self.masked & (self.offsets < self.reach[:, None])
+        return self._masked_before(self.reach)
+
+    def _masked_before(self, limit: Tensor) -> Tensor:
+        """bool `[R, W]`; looked up several times in a step, so the last ones are kept. Nothing changes in place."""
+        for masked, before, found in self._looked_up:
+            if masked is self.masked and before is limit:
+                return found
+        found = self.masked & (self.offsets < limit[:, None])
+        self._looked_up = [(self.masked, limit, found), *self._looked_up[:1]]
+        return found
+
+    def _is_end(self, tokens: Tensor) -> Tensor:
+        """bool of the shape of `tokens`: which are end-of-sequence tokens."""
+        if len(self.spec.eos_token_ids) == 1:
+            return tokens == self.spec.eos_token_ids[0]
+        return torch.isin(tokens, torch.tensor(self.spec.eos_token_ids, dtype=tokens.dtype, device=tokens.device))
 
     def _finished(self) -> Tensor:
         """bool `[R]`: every slot is written, or every slot up to the first end-of-sequence token is."""
-        finished = (~self.masked.any(-1) & ~self.staying) | self.done
+        finished = ~self.masked.any(-1)
+        if self.schedule.stay is not None:
+            finished = finished & ~self.staying
+        if self.schedule.finish is not None or self.constraint is not None:
+            finished = finished | self.done
         if self.config.stop_at_eos and not self.schedule.reopens:
-            canvas = self.tokens[:, self.width :]
-            ends = torch.tensor(self.spec.eos_token_ids, dtype=canvas.dtype, device=canvas.device)
-            exists = self.offsets < self.length[:, None]
-            settled = exists & ~self.masked & (self.masked.cumsum(-1) == 0)
-            ended = (torch.isin(canvas, ends) & settled).any(-1)
+            settled = self.masked.cumsum(-1) == 0
+            if self.schedule.resize is not None:
+                settled = settled & (self.offsets < self.length[:, None])
+            ended = (self._is_end(self.tokens[:, self.width :]) & settled).any(-1)
             if self.config.stop_at_eos == "block" or not self.schedule.monotone:
                 still_open = self.open | self.eligible
-                ended &= ~still_open.any(-1) & ~self.staying  # until then its tokens may still change
-            finished |= ended
+                ended = ended & ~still_open.any(-1) & ~self.staying  # until then its tokens may still change
+            finished = finished | ended
         return finished
 
     def _retire(self, finished: Tensor) -> None:
@@ -266,6 +309,7 @@ class Rows:
         early = masked.any(-1) | (length < record.start_length[slots])
         record.reason[slots] = torch.where((reason == COMPLETE) & early, EOS, reason)
         record.steps[slots] = self.total_step[finished]
+        record.nfe[slots], record.extra_forwards[slots] = self.nfe[finished], self.extra_forwards[finished]
         record.length[slots] = length
         self._fill(finished.nonzero().squeeze(-1))
 
@@ -332,7 +376,8 @@ class Rows:
 
     def _leaving(self) -> Tensor:
         """bool `[R]`, rows that have nothing to write in their block and do not stay there."""
-        return ~self.open.any(-1) & ~self.staying
+        leaving = ~self.open.any(-1)
+        return leaving if self.schedule.stay is None else leaving & ~self.staying
 
     def _enter_blocks(self, moved: Tensor) -> None:
         """Moves rows on to their next block; it may have no masked slots."""

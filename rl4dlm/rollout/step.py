@@ -16,47 +16,65 @@ from rl4dlm.rollout.constraints.automata import constrain
 from rl4dlm.rollout.feed import Feed
 from rl4dlm.rollout.record import DEAD_END, KEPT, STEP_CAP
 from rl4dlm.rollout.rollout import EventKind
-from rl4dlm.rollout.schedules.parts import BlockState, Step, top
+from rl4dlm.rollout.schedules.parts import BlockState, Step, best
+
+TIMES = ("commit_step", "block_stop")
 
 
 class Batch(Feed):
     """Rows that are decoded until every one of them is finished."""
 
     def decode(self) -> Iterator[int]:
-        """Runs until every row is finished; yields how many slots each step settled."""
+        """Runs until every row is finished; yields how many slots each step settled, 0 unless `counts` is set."""
         self._settle()
         while len(self.slot):
-            before = self.masked.sum()
+            before = self.masked.sum() if self.counts else None
             self._step()
-            settled, broken = torch.stack([before - self.masked.sum(), self.broken.long()]).tolist()
-            if broken:
-                raise ValueError("the model's logits are not numbers (NaN) at a masked position; decoding cannot go on")
-            if self.on_step is not None:
-                self.on_step(self._progress())
-            self._settle()
-            yield max(0, settled)
+            yield self._settle(before, after_step=True)
 
-    def _settle(self) -> None:
-        """Rows that are finished leave, others take their places, and rows whose block is complete enter the next."""
+    def _settle(self, before: Tensor | None = None, *, after_step: bool = False) -> int:
+        """Rows that are finished leave, others take their places, and rows whose block is complete enter the next.
+
+        Returns how many slots were settled since there were `before` open ones. All that the host must know of a step
+        comes in one transfer.
+        """
+        settled, entered = 0, False
         while len(self.slot):
             finished, moved = self._finished(), self._leaving()
-            any_finished, any_moved = torch.stack([finished.any(), moved.any()]).tolist()
+            flags = [finished.any(), moved.any()]
+            if after_step:
+                flags.append(self.broken)
+            if before is not None:
+                flags.append(before - self.masked.sum())
+            any_finished, any_moved, *more = torch.stack(flags).tolist()
+            if after_step:
+                after_step = False
+                if more.pop(0):
+                    raise ValueError(
+                        "the model's logits are not numbers (NaN) at a masked position; decoding cannot go on"
+                    )
+                if self.on_step is not None:
+                    self.on_step(self._progress())
+            if before is not None:
+                settled, before = max(0, more.pop()), None
             if any_finished:
                 self._retire(finished)
             elif any_moved:
                 self._enter_blocks(moved)
             else:
                 break
-        self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+            entered = True
+        if entered:
+            self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
         self.reach = self._reach()
+        return settled
 
     def _reach(self) -> Tensor:
         """How far the step may write: long `[R]`. Where that would be nowhere, it is the end of the block."""
         if self.schedule.reach is None:
             return self.stop
         at = (self.start, self.block, self.offset, self.length, self.masked, self.memory)
-        ends = torch.tensor(self.spec.eos_token_ids, dtype=self.tokens.dtype, device=self.tokens.device)
-        ended = (torch.isin(self.tokens[:, self.width :], ends) & ~self.masked).any(-1)
+        ended = (self._is_end(self.tokens[:, self.width :]) & ~self.masked).any(-1)
         reach = self.schedule.reach(BlockState(*at, self.stop, self.reach, self.block_step, ended))
         reach = torch.minimum(reach, self.length)
         nowhere = ~(self.masked & (self.offsets < reach[:, None])).any(-1)
@@ -78,23 +96,34 @@ class Batch(Feed):
         if self.config.defer_token_ids:
             deferred = torch.isin(step.drawn.token, torch.tensor(self.config.defer_token_ids, device=scores.device))
             scores = scores.masked_fill(deferred, -torch.inf)
-        capped = self.total_step >= self.step_cap
-        self.reason = torch.where(capped, STEP_CAP, self.reason)
-        commit = (schedule.commit(step, scores) | capped[:, None]) & step.eligible
+        eligible = step.eligible
+        commit = schedule.commit(step, scores) & eligible
+        capped: Tensor | None = None  # bool [R], rows that have made too many steps, and write all they may
+        self.steps_made += 1 + self.config.draft_steps
+        if self.steps_made > self.step_cap:  # no row can have made more
+            capped = self.total_step >= self.step_cap
+            self.reason = torch.where(capped, STEP_CAP, self.reason)
+            commit = commit | (capped[:, None] & eligible)
         commit = self._admissible(step, scores, commit)
-        none = torch.zeros_like(commit)
-        changeable = step.seen & step.written & ~self.locked & ~capped[:, None]
-        replace = none if schedule.replace is None else schedule.replace(step, commit) & changeable
-        remask = none if schedule.remask is None else schedule.remask(step, commit)
-        remask = remask & (step.written | commit) & ~self.locked & ~replace & ~capped[:, None]
-        gained = commit.sum(-1) > remask.sum(-1)
-        can_gain = step.eligible.any(-1)
-        self.stalled = torch.where(gained | ~can_gain, 0, self.stalled + 1)
-        forced = self.stalled > schedule.patience
-        self.stalled = torch.where(forced, 0, self.stalled)
-        remask &= ~forced[:, None]
-        best = top(scores, step.eligible, torch.ones_like(self.block))
-        commit |= self._admissible(step, scores, best & (forced & ~commit.any(-1))[:, None])
+        replace: Tensor | None = None
+        remask: Tensor | None = None
+        if schedule.replace is not None:
+            replace = schedule.replace(step, commit) & step.seen & step.written & ~self.locked
+            replace = replace if capped is None else replace & ~capped[:, None]
+        if schedule.remask is not None:
+            remask = schedule.remask(step, commit) & (step.written | commit) & ~self.locked
+            remask = remask if replace is None else remask & ~replace
+            remask = remask if capped is None else remask & ~capped[:, None]
+        gained = commit.any(-1) if remask is None else commit.sum(-1) > remask.sum(-1)
+        if schedule.patience or remask is not None:
+            self.stalled = torch.where(gained | ~eligible.any(-1), 0, self.stalled + 1)
+            forced = self.stalled > schedule.patience
+            self.stalled = torch.where(forced, 0, self.stalled)
+            remask = remask if remask is None else remask & ~forced[:, None]
+            forced = forced & ~commit.any(-1)
+        else:
+            forced = ~gained
+        commit = commit | self._admissible(step, scores, best(scores, eligible) & forced[:, None])
         self._write(step, commit, replace, remask)
         self._after(step, capped)
 
@@ -106,31 +135,35 @@ class Batch(Feed):
         self.reason, self.done = torch.where(dead, DEAD_END, self.reason), self.done | dead
         return commit
 
-    def _write(self, step: Step, commit: Tensor, replace: Tensor, remask: Tensor) -> None:
+    def _write(self, step: Step, commit: Tensor, replace: Tensor | None, remask: Tensor | None) -> None:
         """Records and applies what happens to slots in this step."""
         if not self.schedule.monotone:
             self._log(EventKind.COMMIT, commit, step, step.drawn.token)
             self._log(EventKind.REPLACE, replace, step, step.drawn.token)
             self._log(EventKind.REMASK, remask, step, torch.where(commit, step.drawn.token, step.tokens))
-        new = commit | replace
-        canvas = torch.where(new, step.drawn.token, step.tokens)
-        self.tokens[:, self.width :] = torch.where(remask, self.spec.mask_token_id, canvas)
-        self.masked = (self.masked & ~commit) | remask
-        kept, lost = new & ~remask, remask
-        dtype = self.raw_log_prob.dtype
-        self.commit_step = torch.where(kept, self.total_step[:, None], self.commit_step).masked_fill(lost, -1)
-        self.block_stop = torch.where(kept, self.stop[:, None], self.block_stop).masked_fill(lost, -1)
-        for name in KEPT:
-            drawn = getattr(step.drawn, name).to(dtype)
-            setattr(self, name, torch.where(kept, drawn, getattr(self, name)).masked_fill(lost, 0.0))
-        slots = self.slot + self.record.first
+        kept = commit if replace is None else commit | replace
+        canvas = torch.where(kept, step.drawn.token, step.tokens)
+        self.masked = self.masked & ~commit
+        if remask is not None:
+            canvas = canvas.masked_fill(remask, self.spec.mask_token_id)
+            self.masked, kept = self.masked | remask, kept & ~remask
+        self.tokens[:, self.width :] = canvas
+        values = {"commit_step": self.total_step[:, None], "block_stop": self.stop[:, None]}
+        values |= {name: getattr(step.drawn, name) for name in KEPT}
+        for name, value in values.items():
+            before = getattr(self, name)
+            value = torch.where(kept, value if name in TIMES else value.to(before.dtype), before)
+            setattr(self, name, value if remask is None else value.masked_fill(remask, -1 if name in TIMES else 0.0))
         if self.schedule.draws_positions:
+            slots = self.slot + self.record.first
             self.record.log.selections.append((slots, self.total_step, step.selection_log_prob))
-        self.record.extra_forwards[self.slot] += step.extra_forwards
+        self.extra_forwards = self.extra_forwards + step.extra_forwards
         self.block_step = self.block_step + 1
         self.total_step = self.total_step + 1
 
-    def _log(self, kind: EventKind, where: Tensor, step: Step, tokens: Tensor) -> None:
+    def _log(self, kind: EventKind, where: Tensor | None, step: Step, tokens: Tensor) -> None:
+        if where is None:
+            return
         rows, columns = where.nonzero(as_tuple=True)
         if not len(rows):
             return
@@ -141,12 +174,13 @@ class Batch(Feed):
         slots = self.slot[rows] + self.record.first
         self.record.log.add(kind, slots, step.total_step[rows], columns, tokens[rows, columns], **numbers)
 
-    def _after(self, step: Step, capped: Tensor) -> None:
+    def _after(self, step: Step, capped: Tensor | None) -> None:
         """Changes of length, and whether rows stay in their block or are finished."""
         schedule = self.schedule
         if schedule.resize is None and schedule.stay is None and schedule.finish is None:
             return
         step = dataclasses.replace(step, tokens=self.tokens[:, self.width :], masked=self.masked)
+        capped = torch.zeros_like(self.done) if capped is None else capped
         if schedule.stay is not None:
             self.staying = schedule.stay(step) & ~self.open.any(-1) & ~capped
         if schedule.finish is not None:

@@ -22,7 +22,7 @@ from rl4dlm.models.canvas import canvas_inputs
 from rl4dlm.models.scoring import CHUNK_ELEMENTS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
-from rl4dlm.rollout.drawing import lowest_argmax
+from rl4dlm.rollout.drawing import entropy_of, lowest_argmax
 from rl4dlm.rollout.noise import NoiseSource
 from rl4dlm.rollout.record import EOS, Record
 from rl4dlm.rollout.rollout import Refinement, StopReason, Trace
@@ -50,7 +50,7 @@ class CanvasRecord(Record):
             unsettled=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, entropy: bool) -> Trace:
         made = int(self.steps.max()) if len(self.steps) else 0
         # Copies: a slice would keep room for all the steps that were never needed.
         states = Refinement(self.tokens[:, :made].clone(), self.accepted[:, :made].clone())
@@ -180,8 +180,7 @@ class CanvasBatch:
         for begin in range(0, len(flat), size):
             part = slice(begin, begin + size)
             log_probs = flat[part].log_softmax(-1)
-            probabilities = log_probs.exp()
-            entropy = -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)
+            probabilities, entropy = log_probs.exp(), entropy_of(log_probs)
             known = self.config.known_tokens or self.vocabulary
             best = lowest_argmax(raw[part][:, :known])
             chosen = raw[part].log_softmax(-1).gather(-1, best[:, None]).squeeze(-1)

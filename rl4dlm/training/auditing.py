@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.audit import audit, count_forwards, summary, why_not
-from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.training.audit_settings import AUDIT_SHARE
 from rl4dlm.training.contract import check_contract
-from rl4dlm.training.loss_parts import LossParts, PolicyScores, resized
+from rl4dlm.training.decoder import DecoderTrainer
+from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.setup import swapped
 
 logger = logging.getLogger(__name__)
@@ -31,7 +28,7 @@ logger = logging.getLogger(__name__)
 check_contract(
     GRPOTrainer,
     parameters={"_log_metric": ["name", "value"]},
-    attributes=["_dist", "use_vllm", "vllm_importance_sampling_correction"],
+    attributes=["use_vllm", "vllm_importance_sampling_correction"],
     keys={"_compute_loss": ["importance_sampling_ratio"]},
 )
 
@@ -48,18 +45,12 @@ FALLBACK = "RolloutFallback"
 """Where the state of training, and so a checkpoint, says that rollouts are decoded exactly from now on."""
 
 
-class AuditingTrainer(LossParts, ABC):
+class AuditingTrainer(DecoderTrainer):
     """Measures what an inexact cache does to rollouts, and what to do about it."""
 
-    spec: DiffusionSpec
-    decoding: DecodingConfig
     _current_scores: PolicyScores | None
     _warned_of: float = 0.0
     _told_why_not: bool = False
-
-    @abstractmethod
-    def _policy_that_decodes(self) -> AbstractContextManager[Any]:
-        """The policy, whole and without gradients, as rollouts are decoded by it. All processes enter it together."""
 
     def _audit(self, rollout: Rollout) -> None:
         """Audits a share of a generation batch, of which `rollout` has this process's rows, and acts on what it finds.
@@ -77,8 +68,7 @@ class AuditingTrainer(LossParts, ABC):
             return
         rows, size = self._audited_rows(rollout.row_ids, share), self.args.per_device_train_batch_size
         forwards: int | None = None
-        if self.is_fsdp_enabled or (self._dist.is_zero3 and not self.args.ds3_gather_for_generation):
-            # Sharded models run in step: every process makes as many forwards as the one that has most to do.
+        if self._sharded:  # every process makes as many forwards as the one that has most to do
             count = torch.tensor([count_forwards(rollout, rows, size)], device=self.accelerator.device)
             forwards = int(self.accelerator.gather(count).max())
         with self._policy_that_decodes() as model:

@@ -11,12 +11,10 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
@@ -28,7 +26,6 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
-from rl4dlm.rollout.schedules import registry
 from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
@@ -67,11 +64,11 @@ check_contract(
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
     },
-    attributes=["_dist", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+    attributes=["_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
         "chat_template_kwargs", "eos_token_ids", "num_iterations",
     ],
     module=grpo,
-    names=["create_model_from_path", "print_prompt_completions_sample", "unwrap_model_for_generation"],
+    names=["create_model_from_path", "print_prompt_completions_sample"],
 )  # fmt: skip
 
 _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation batches never meet
@@ -329,21 +326,6 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             engine.weight_version = self.state.global_step
             return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)
 
-    @contextmanager
-    def _policy_that_decodes(self) -> Iterator[Any]:
-        with (
-            grpo.unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            self.accelerator.autocast(),
-        ):
-            yield model
-
     def _row_ids(self, rows: int, training: bool) -> list[int]:
         """Ids of this process's rows: unique in the run, and the same however rows are shared out over processes."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -409,11 +391,6 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         if self.accelerator.is_main_process:
             self._replays.prune()
 
-    @property
-    def _sharded(self) -> bool:
-        """Whether the model is sharded over processes while it decodes."""
-        return self.is_fsdp_enabled or (self._dist.is_zero3 and not self.args.ds3_gather_for_generation)
-
     def _check_sharded(self) -> None:
         if self._sharded and self.spec.noise == "uniform":
             raise ValueError(
@@ -421,17 +398,6 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
                 "ds3_gather_for_generation=False, since processes make different numbers of forwards; use DDP, ZeRO-2, "
                 "or ds3_gather_for_generation=True"
             )
-
-    @property
-    def _forwards_differ(self) -> bool:
-        """Whether processes may need different numbers of forwards of a sharded model, each of which all must make."""
-        fixed = registry.lookup(self.decoding.schedule).fixed_forwards and not self.decoding.stop_at_eos
-        return self._sharded and not (fixed and self.spec.attention == "full")
-
-    def _any_process(self, working: bool) -> bool:
-        """Whether any process says True; all call it together."""
-        count = torch.tensor(float(working), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
 
 
 def _print_table(prompts: Any, completions: Any, rewards: Any, advantages: Any, *args: Any, **kwargs: Any) -> None:

@@ -40,6 +40,7 @@ COVERED = {
     "dkvdecode": "dKV-Cache's decoding",
     "dkvgreedy": "dKV-Cache's greedy decoding",
     "dkvdream": "dKV-Cache on Dream: prefill, decoding, and both",
+    "d3cache": "d3LLM's multi-block decoding with its delayed prefix cache",
     "freecache": "FreeCache's frozen prompt and blocks",
     "dinfer": "dInfer's decoders, without cache, with prefix and dual cache, and with the vicinity",
     "sdar": "SDAR's sampler, on checkpoints of models/",
@@ -60,10 +61,6 @@ COVERED = {
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    **dict.fromkeys(
-        ("d3cache",),
-        "decoding with approximate caches of keys and values",
-    ),
     **dict.fromkeys(
         ("wedlm", "wedlmblock", "s2d2"),
         "decoders that are no schedule here: causal windows, self-speculation",
@@ -120,6 +117,8 @@ class Case:
         if "ids" in self.outputs:
             if self.family == "fastdllmv2" and self.cache == "sub_block":
                 return "not covered: the cache of sub-blocks"
+            if self.family == "d3cache" and self.settings.get("early_stop"):
+                return "not covered: d3LLM's early stop with a cache"
             if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
                 return "not covered: rows of different lengths that share their steps"
             for name in ("eager_acceptance_mode", "dual_cache", "temperature"):

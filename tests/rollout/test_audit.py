@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.audit import Audit, audit, count_forwards, summary
-from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.audit import Audit, audit, count_forwards, summary, why_not
+from rl4dlm.rollout.decoding import DecodingConfig, available_schedules
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
 from tests.models.block_denoisers import KINDS, LENGTH, PROMPTS as BLOCK_PROMPTS, block_denoiser, decoding_log_probs
@@ -266,3 +266,40 @@ def test_bad_settings_are_named():
         audit(denoiser(), rollout, rows_per_forward=0)
     with pytest.raises(ValueError, match="does not say how it was decoded"):
         audit(denoiser(), dataclasses.replace(rollout, decoding=None))
+
+
+NEED_MODELS = ("edlm", "guided", "learn2pd")
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("name", [name for name in available_schedules() if name not in NEED_MODELS])
+@pytest.mark.parametrize("kind", ["full", "block_causal", "context_causal"])
+def test_no_schedule_has_anything_to_find_where_logits_are_exact(kind: str, name: str, shift: int):
+    """Every schedule that can be audited, drawing and not, with what `auto` chooses."""
+    model = denoiser(shift=shift) if kind == "full" else block_denoiser(kind, shift=shift)
+    prompts, audited = PROMPTS if kind == "full" else BLOCK_PROMPTS, 0
+    for temperature, hints, block in ((0.0, None, 4), (1.0, HINTS, 4), (1.0, None, None)):
+        settings = {"canvas_length": 12, "schedule": name, "stop_at_eos": False, "temperature": temperature}
+        try:
+            config = DecodingConfig(**settings, block_length=block)
+            rollout = RolloutEngine(model).generate(prompts, config, seed=2, hints=hints)
+        except ValueError:  # not for this model, or not with these settings
+            continue
+        if why_not(rollout.decoding) is not None:
+            with pytest.raises(ValueError, match="the rollout cannot be audited"):
+                audit(model, rollout)
+            continue
+        assert_nothing_found(audit(model, rollout, rows_per_forward=11), rollout)
+        audited += 1
+    if not audited:
+        pytest.skip(f"{name} does not decode such a model, or cannot be audited")
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("kind", ["full", "block_causal", "context_causal"])
+def test_drafts_have_nothing_to_find(kind: str, shift: int):
+    model = denoiser(shift=shift) if kind == "full" else block_denoiser(kind, shift=shift)
+    config = DecodingConfig(canvas_length=12, block_length=4, steps=12, stop_at_eos=False, draft_steps=3)
+    rollout = RolloutEngine(model).generate(PROMPTS if kind == "full" else BLOCK_PROMPTS, config)
+    assert bool((rollout.nfe < rollout.trace.steps).any())  # some steps were guessed right
+    assert_nothing_found(audit(model, rollout), rollout)

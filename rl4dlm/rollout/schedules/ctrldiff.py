@@ -160,7 +160,8 @@ class CtrlDiffArguments:
 def ctrldiff(arguments: CtrlDiffArguments, config: Any) -> Schedule:
     """Draws each block's size from a policy, then commits candidates whose probability reaches the threshold."""
     refuse_block_length(config, "sizes")
-    return Schedule(ChosenBlocks(arguments.chosen), probability, above(arguments.threshold), draws_positions=True)
+    blocks = ChosenBlocks(arguments.chosen)
+    return Schedule(blocks, probability, above(arguments.threshold), draws_positions=True, reads_entropy=True)
 
 
 @dataclass(frozen=True)

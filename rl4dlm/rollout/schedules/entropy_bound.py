@@ -39,7 +39,7 @@ class EntropyBoundArguments:
 @register("entropy_bound", EntropyBoundArguments, takes_steps=False)
 def entropy_bound(arguments: EntropyBoundArguments, config: Any) -> Schedule:
     """Commits the candidates of lowest entropy, as many as the bound allows."""
-    return Schedule(fixed_blocks(config), lowest_entropy, bounded(arguments.gamma), memoryless=True)
+    return Schedule(fixed_blocks(config), lowest_entropy, bounded(arguments.gamma), memoryless=True, reads_entropy=True)
 
 
 def lowest_entropy(step: Step) -> Tensor:

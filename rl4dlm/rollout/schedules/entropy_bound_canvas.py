@@ -53,7 +53,7 @@ class EntropyBoundCanvasArguments:
 def entropy_bound_canvas(arguments: EntropyBoundCanvasArguments, config: Any) -> CanvasSchedule:
     """Accepts the proposals of lowest entropy and renews all other tokens."""
     without = {
-        "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "cache": "none", "suppress_token_ids": (), "defer_token_ids": (),
+        "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "suppress_token_ids": (), "defer_token_ids": (),
         "min_new_tokens": 0, "eos_penalty": 0.0,
     }  # fmt: skip
     for name, off in without.items():
@@ -61,6 +61,10 @@ def entropy_bound_canvas(arguments: EntropyBoundCanvasArguments, config: Any) ->
             raise ValueError(
                 f"{name}={getattr(config, name)!r} has no meaning for schedule='entropy_bound_canvas'; allowed: {off!r}"
             )
+    if config.cache not in ("none", "auto"):
+        raise ValueError(
+            f"cache={config.cache!r} has no meaning for schedule='entropy_bound_canvas'; allowed: 'none' and 'auto'"
+        )
     if not arguments.t_min <= config.temperature < math.inf:
         raise ValueError(
             f"temperature={config.temperature} is not allowed for schedule='entropy_bound_canvas': it falls from "

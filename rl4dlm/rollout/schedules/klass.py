@@ -74,7 +74,7 @@ def divergence(scored: Scored) -> Tensor:
     """`[n]`, divergence in nats of each distribution from that of the step before; meaningless where there is none."""
     kept = scored.places.memory.slots
     if TOKENS not in kept:
-        return torch.full_like(scored.entropy, torch.inf)
+        return torch.full_like(scored.logits[:, 0], torch.inf)
     at = (scored.places.rows, scored.places.positions)
     return coarse_divergence(scored.log_probs, kept[TOKENS][at], kept[LOG_PROBS][at])
 

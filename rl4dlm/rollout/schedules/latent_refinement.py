@@ -134,7 +134,7 @@ def _change(scored: Scored) -> Tensor:
     """`[n]`, the divergence from the last prediction at the slot; infinite where there is none."""
     places = scored.places
     if BELIEF not in places.memory.slots:
-        return torch.full_like(scored.entropy, torch.inf)
+        return torch.full_like(scored.logits[:, 0], torch.inf)
     tokens, before = places.memory.slots[BELIEF][places.rows, places.positions].unbind(-1)
     return coarse_divergence(scored.log_probs, tokens.long(), before.to(scored.log_probs.dtype))
 

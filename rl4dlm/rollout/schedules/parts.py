@@ -265,6 +265,7 @@ class Schedule:
         reopens: the rules take back slots of earlier blocks too.
         memoryless: no part remembers anything between steps or adds to what a step records, so that what a step does
             follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
+        reads_entropy: some part looks at `step.drawn.entropy`, which is NaN else if the record does not keep it either.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
@@ -290,6 +291,7 @@ class Schedule:
     reopens: bool = False
     draws_positions: bool = False
     memoryless: bool = False
+    reads_entropy: bool = False
     check: Callable[[Any], None] | None = None
 
     @property
@@ -399,6 +401,13 @@ def top(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     return (ranks(scores, eligible) < counts[:, None]) & eligible
 
 
+def best(scores: Tensor, eligible: Tensor) -> Tensor:
+    """The best eligible position of each row, the lower one among equals: bool `[R, W]`, none where none is."""
+    allowed = scores.masked_fill(~eligible, -torch.inf)
+    highest = (allowed == allowed.amax(-1, keepdim=True)) & eligible
+    return highest & (highest.cumsum(-1) == 1)
+
+
 def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
     """The rank of each eligible position in its row, 0 for the highest score, the lower position first among equals.
 
@@ -408,8 +417,9 @@ def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
     Returns:
         long `[R, W]`; the others come behind.
     """
-    by_score = scores.argsort(dim=-1, descending=True, stable=True)
-    first = eligible.gather(-1, by_score).long().argsort(dim=-1, descending=True, stable=True)
-    order = by_score.gather(-1, first)
+    scores = scores if scores.is_floating_point() else scores.double()
+    above = scores.clamp(min=torch.finfo(scores.dtype).min)  # so that eligible ones are never with the others
+    sorted_by = above.masked_fill(~eligible, -torch.inf)
+    order = sorted_by.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)

@@ -12,6 +12,7 @@ from tests.conformance.cases import Case
 from tests.conformance.literals import (
     adablock,
     blocks,
+    d3cache,
     daedal,
     dinfer,
     dkv,
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     "fastdllmdream": fastdllmdream,
     **dict.fromkeys(("wino", "klass", "saber", "pcsampler", "ebsampler", "learn2pd"), parallel),
     **dict.fromkeys(("d2f", "d3multiblock"), pipelines),
+    "d3cache": d3cache,
     "fastdllmv2": fast_dllm_v2,
 }
 """The first word of a case's name to the module of its family."""

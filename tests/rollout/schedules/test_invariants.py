@@ -331,6 +331,18 @@ def test_a_row_is_the_same_in_every_batch(name: str, i: int, stop: bool):
     assert_same(batch, other, [order.index(row) for row in range(5)])
 
 
+@every_example
+def test_a_record_without_entropies_is_otherwise_the_same(name: str, i: int):
+    """Also where the schedule reads them: then they are there, though the record does not keep them."""
+    assert decoding(name, i).record_entropy
+    for row, run in enumerate(runs(name, i)):
+        config = decoding(name, i, record_entropy=False)
+        plain = alone(denoiser(), config, PROMPTS[row], HINTS[row], ROW_IDS[row], 5).rollout
+        assert_same(run.rollout, plain, [0])
+        assert plain.trace.entropy is None
+        assert run.rollout.trace.entropy is not None and not bool(run.rollout.trace.entropy.isnan().any())
+
+
 # --- the end of a sequence --------------------------------------------------------------------------------------------
 
 
