@@ -134,6 +134,7 @@ METRICS = {
     "diffusion/nfe",
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
+    "diffusion/rows_scored_share",
     "diffusion/tokens_per_forward",
 }
 
