@@ -99,7 +99,8 @@ GROUPS: dict[str, list[Setting]] = {
             steps=(16,),
         ),
     ],
-    "several open blocks, and sub-blocks": [
+    "several open blocks, sub-blocks, a window": [
+        *several("sliding_window", {}, {"window": 8, "entropy_threshold": 1.0}),
         *several(
             "sub_blocks", {"sub_block_length": 4, "first_alone": False}, {"sub_block_length": 2, "threshold": 0.8}
         ),

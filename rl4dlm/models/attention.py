@@ -11,7 +11,11 @@ continued to the left through the prompt, or before which the whole prompt is on
 - `full`: every token;
 - `block_causal`: its own block and those before it;
 - `context_causal`: in the block that is being denoised, as in `block_causal`; before it, itself and what precedes it;
-- `causal`: itself and what precedes it.
+- `causal`: itself and what precedes it;
+- `written_first`: itself and what precedes it when masked tokens stand behind written ones, each in the order of their
+  positions: a masked token sees all that is written, wherever it is, and the masked ones before it; a written token
+  sees the written ones before it. It is what causal attention gives when the tokens are fed in that order with the
+  positions that they have (WeDLM's reordered window, arXiv 2512.22737).
 """
 
 from __future__ import annotations
@@ -30,8 +34,11 @@ if TYPE_CHECKING:
 BLOCK_KINDS = ("block_causal", "context_causal")
 """Kinds that denoise one block after another: a block is predicted from finished blocks, never from noisy ones."""
 
-LEFT_TO_RIGHT = (*BLOCK_KINDS, "causal")
-"""Kinds in which a finished part of the sequence never sees what follows it."""
+LEFT_TO_RIGHT = (*BLOCK_KINDS, "causal", "written_first")
+"""Kinds in which a finished part of the sequence never sees what follows it, and masked tokens none behind them."""
+
+BEHIND = 2**40
+"""What masked tokens stand behind written ones by, where these come first."""
 
 NOWHERE = 2**62
 """Place of keys that no horizon reaches."""
@@ -123,7 +130,11 @@ def _block_ends(spec: DiffusionSpec, starts: Tensor, prompt_lengths: Tensor | No
 
 
 def one_copy(
-    spec: DiffusionSpec, positions: Tensor, prompt_lengths: Tensor | None = None, active: Tensor | None = None
+    spec: DiffusionSpec,
+    positions: Tensor,
+    prompt_lengths: Tensor | None = None,
+    active: Tensor | None = None,
+    masked: Tensor | None = None,
 ) -> Sight | None:
     """Who sees whom while decoding; None where every token sees every token.
 
@@ -132,12 +143,18 @@ def one_copy(
         positions: long `[R, T]`.
         prompt_lengths: long `[R]`, real tokens before the response; needed where the grid starts there.
         active: long `[R]`, position at which the block that is being denoised starts; needed by `context_causal`.
+        masked: bool `[R, T]`, tokens that are the mask token; needed by `written_first`.
 
     Raises:
         ValueError: something that is needed is missing.
     """
     if spec.attention == "full":
         return None
+    if spec.attention == "written_first":
+        if masked is None:
+            raise ValueError("attention='written_first' needs to know which tokens are masked")
+        places = positions + masked * BEHIND
+        return Sight(places, places + 1)
     if spec.attention == "causal":
         return Sight(positions, positions + 1)
     ends = _block_ends(spec, block_starts(spec, positions, prompt_lengths), prompt_lengths)

@@ -188,6 +188,11 @@ def _score(
             "score_next_tokens needs score_clean_ids and attention='context_causal', whose clean copy is causal; here "
             f"attention={spec.attention!r}"
         )
+    if score_cfg_scale > 0 and spec.attention == "written_first":
+        raise ValueError(
+            f"score_cfg_scale={score_cfg_scale} is not supported for attention='written_first', where a prompt of mask "
+            "tokens would stand behind what is written; it must be 0"
+        )
     sight: Sight | None = None
     keys = attention_mask.bool() if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
     if position_ids is None:
@@ -213,7 +218,7 @@ def _score(
         position_ids = torch.cat([position_ids[:, first:], position_ids], dim=1)
         keys = torch.cat([keys[:, first:], keys], dim=1)
     elif keys is not None:
-        sight = one_copy(spec, position_ids, score_prompt_lengths)
+        sight = one_copy(spec, position_ids, score_prompt_lengths, masked=input_ids == spec.mask_token_id)
     if score_unseen is not None:
         if sight is not None or keys is None:
             raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ATTENTION_KINDS = ("full", "block_causal", "context_causal", "causal")
+ATTENTION_KINDS = ("full", "block_causal", "context_causal", "causal", "written_first")
 GRID_ORIGINS = ("response", "position_zero", "whole_prompt")
 NOISE_KINDS = ("mask", "uniform")
 
@@ -24,8 +24,9 @@ class DiffusionSpec:
             no such token. Code for `"mask"` noise may rely on an id.
         eos_token_ids: ids that end a completion; the first of any of them does.
         logit_shift: 0 if the logits at position i predict token i (LLaDA), 1 if those at i - 1 do (Dream).
-        attention: which positions see which: `"full"`, `"block_causal"`, `"context_causal"` or `"causal"`.
-        block_length: length of the attention blocks in tokens; `None` for `"full"` attention.
+        attention: which positions see which: `"full"`, `"block_causal"`, `"context_causal"`, `"causal"` or
+            `"written_first"`, see `rl4dlm.models.attention`.
+        block_length: length of the attention blocks in tokens; `None` where attention has none.
         grid_origin: where the block grid starts: at the `"response"`, from where it goes on to the left through the
             prompt, at `"position_zero"`, or at the response with the `"whole_prompt"` as one block before it.
         noise: what corruption the model was trained on: `"mask"` or `"uniform"`.

@@ -198,7 +198,7 @@ def _compared(model: Any, spec: DiffusionSpec, rollout: Rollout, states: Tensor)
         tokens, keys = torch.cat([tokens, blank]), keys.repeat(2, 1)
         positions, lengths = positions.repeat(2, 1), lengths.repeat(2)
     still = torch.cat([torch.zeros_like(score[:, :width]), ~written], dim=1)
-    sight = one_copy(spec, positions, lengths, _active(spec, positions, lengths, still))
+    sight = one_copy(spec, positions, lengths, _active(spec, positions, lengths, still), tokens == mask)
     at, slots = committed.nonzero(as_tuple=True)  # as the scored positions, row by row
     reduction = _reduction(config, spec, mask, rollout.canvas[row[at], slots], (~written).sum(-1)[at], slots)
     exact, drawn, agrees = model(

@@ -53,9 +53,9 @@ class DecodingConfig:
         schedule_args: further settings of the schedule.
         draft_steps: D, guesses of a row's next states that are fed beside it; each that comes true is a step without a
             forward of its own, and all else is as without (`drafts.py`). 0 is off.
+        draft_width: of the states so many steps ahead, how many are guessed; the first is the most likely one.
         record_entropy: keep in `Trace.entropy` how sure the model was of each token. False saves a quarter of a draw,
             and half of one at temperature 0, where the vocabulary is large.
-        draft_width: of the states so many steps ahead, how many are guessed; the first is the most likely one.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -80,8 +80,8 @@ class DecodingConfig:
     known_tokens: int | None = None
     cache_args: Mapping[str, Any] = field(default_factory=dict)
     draft_steps: int = 0
-    record_entropy: bool = True
     draft_width: int = 1
+    record_entropy: bool = True
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
@@ -192,6 +192,11 @@ class DecodingConfig:
                 "model denoises at a time"
             )
         schedule = self.build_schedule()
+        if spec.attention == "written_first" and self.cfg_scale:
+            raise ValueError(
+                f"cfg_scale={self.cfg_scale} is not supported for attention='written_first', where a prompt of mask "
+                "tokens would stand behind what is written; it must be 0"
+            )
         if spec.attention not in BLOCK_KINDS:
             return self
         if isinstance(schedule, Schedule) and (schedule.whole or not schedule.blocks.on_grid):

@@ -327,6 +327,11 @@ class RolloutEngine:
                     f"schedule={config.schedule!r} changes the length of the canvas, which needs an end-of-sequence "
                     "token; the model's eos_token_ids is empty"
                 )
+        if schedule.shadow and self.spec.attention != "full":
+            raise ValueError(
+                f"schedule={config.schedule!r} feeds masked copies of slots beside the row, which needs full "
+                f"attention; it cannot be used with attention={self.spec.attention!r}"
+            )
         if schedule.shadow and self.spec.logit_shift:
             raise ValueError(
                 f"schedule={config.schedule!r} verifies tokens at their own slot; it cannot be used with logit_shift="

@@ -100,7 +100,7 @@ class Feed(Rows):
         columns, shift = self.tokens.shape[1], self.spec.logit_shift
         seen: Tensor | None = None  # [R], behind the last column that the active block can see
         if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
-            seen = self.width + torch.maximum(self.stop, self.reach)
+            seen = self._behind()
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
             return [_Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
@@ -121,7 +121,8 @@ class Feed(Rows):
             chosen = (inside & (plan.among | whole[:, None])) | needed
         self.before = start
         self.refreshed = torch.where(whole, self.block, self.refreshed)
-        firsts, lasts, wholes = torch.stack([first, last, whole.long()]).tolist()
+        behind = torch.full_like(last, columns) if seen is None else seen  # what is attended to, fed now or before
+        firsts, lasts, wholes, ends = torch.stack([first, last, whole.long(), behind]).tolist()
         groups = [list(range(len(firsts)))]
         if seen is None and not self.cache.shares and 0 < sum(wholes) < len(wholes):
             groups = [[row for row in groups[0] if wholes[row] == kind] for kind in (1, 0)]
@@ -129,7 +130,7 @@ class Feed(Rows):
         for group in groups:
             rows = None if len(group) == len(firsts) else torch.tensor(group, device=first.device)
             spans = {(firsts[row], lasts[row]) for row in group}
-            attended = max(lasts[row] for row in group) if seen is not None else columns
+            attended = max(ends[row] for row in group)
             if chosen is not None and not all(wholes[row] for row in group):
                 parts.append(_chosen(rows, chosen if rows is None else chosen[rows], attended))
             elif len(spans) == 1:
@@ -144,6 +145,17 @@ class Feed(Rows):
                 self._note_fed(part)
         return parts
 
+    def _behind(self) -> Tensor:
+        """long `[R]`, the column behind the active block and those that are open besides.
+
+        Where masked tokens see all that is written, what was given further on counts, too.
+        """
+        behind = torch.maximum(self.stop, self.reach)
+        if self.spec.attention == "written_first":
+            written = ~self.masked & (self.offsets < self.length[:, None])
+            behind = torch.maximum(behind, ((self.offsets + 1) * written).amax(-1))
+        return self.width + behind
+
     def _now(self, start: Tensor) -> Now:
         return Now(
             width=self.width,
@@ -152,7 +164,7 @@ class Feed(Rows):
             total_step=self.total_step,
             block=self.block,
             start=start,
-            stop=self.width + torch.maximum(self.stop, self.reach),
+            stop=self._behind(),
             before=self.before,
             refreshed=self.refreshed,
             open=self.masked,
@@ -237,7 +249,8 @@ class Feed(Rows):
             return None
         positions, lengths = part.rows_of(self.positions), part.rows_of(self.prompt_lengths)
         start = torch.where(self.start > 0, self.start, -self.offset)
-        whole = one_copy(self.spec, positions, lengths, lengths + part.rows_of(start))
+        masked = part.rows_of(self.tokens) == self.spec.mask_token_id
+        whole = one_copy(self.spec, positions, lengths, lengths + part.rows_of(start), masked)
         assert whole is not None
         index = part.index(self.tokens)
         if self.store is None:

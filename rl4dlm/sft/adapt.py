@@ -60,8 +60,9 @@ def adapt_causal_lm(
         path: folder or hub id of a causal model: a stock class of `CAUSAL_MODELS`, and no `diffusion` entry in
             config.json. A sliding window of `SHORTEST_WINDOW` tokens or more is lifted, with a warning.
         tokenizer: of the model; it gets the mask token. None: the one in the folder.
-        attention: a kind of `DiffusionSpec`: `"full"`, `"block_causal"`, `"context_causal"` or `"causal"`. None:
-            `"block_causal"` with blocks of `block_length`, or of `BLOCK_LENGTH` where that is None too.
+        attention: a kind of `DiffusionSpec`: `"full"`, `"block_causal"`, `"context_causal"`, `"causal"` or
+            `"written_first"`. None: `"block_causal"` with blocks of `block_length`, or of `BLOCK_LENGTH` where that is
+            None too.
         block_length: of the attention blocks in tokens, for the kinds that have blocks.
         grid_origin: where the block grid starts: at `"position_zero"`, at the `"response"`, or there behind the
             `"whole_prompt"` as one block.

@@ -52,6 +52,8 @@ COVERED = {
     "pcsampler": "PC-Sampler: position and information",
     "d2f": "D2F's pipeline of blocks",
     "fastdllmv2": "Fast-dLLM v2's sub-blocks, single prompts, on checkpoints of models/",
+    "wedlm": "WeDLM's sliding window",
+    "wedlmblock": "WeDLM's decoder of blocks",
     "d3multiblock": "d3LLM's multi-block decoding",
     "ebsampler": "the entropy bound",
     "learn2pd": "Learn2PD's filter",
@@ -61,10 +63,7 @@ COVERED = {
 """Families that are run, by the first word of a case's name."""
 
 NOT_COVERED = {
-    **dict.fromkeys(
-        ("wedlm", "wedlmblock", "s2d2"),
-        "decoders that are no schedule here: causal windows, self-speculation",
-    ),
+    "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
         ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "stabledrl", "lightningrl"),
         "losses on recorded trajectories, and of methods without a trainer here",
@@ -115,8 +114,6 @@ class Case:
         if self.family == "d1" and "per_token_logps" in self.outputs:
             return "logps"
         if "ids" in self.outputs:
-            if self.family == "fastdllmv2" and self.cache == "sub_block":
-                return "not covered: the cache of sub-blocks"
             if self.family == "d3cache" and self.settings.get("early_stop"):
                 return "not covered: d3LLM's early stop with a cache"
             if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:

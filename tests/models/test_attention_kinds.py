@@ -15,9 +15,10 @@ from rl4dlm.models.attention import Sight, attention_mask, check_attention, one_
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.engine import RolloutEngine
-from tests.models.block_denoisers import KINDS, LENGTH, MASK, PROMPTS, VOCAB, block_denoiser, sees
+from tests.models.block_denoisers import KINDS, LENGTH, MASK, PROMPTS, VOCAB, block_denoiser, block_of, sees
 
 ALL_KINDS = [*KINDS, ("causal", "response")]
+WRITTEN_FIRST = DiffusionSpec(1, (0,), attention="written_first")
 
 
 def spec_of(kind: str, origin: str, block_length: int | None = 4) -> DiffusionSpec:
@@ -42,13 +43,27 @@ def batch(padding: tuple[int, ...] = (3, 0, 1), width: int = 16) -> tuple[Tensor
 def test_one_copy_is_the_definition_behind_any_padding(kind: str, origin: str):
     keys, positions, prompts = batch()
     spec, active = spec_of(kind, origin), 2
-    starts = active * 4 + (prompts if origin == "response" else torch.zeros_like(prompts))
+    starts = active * 4 + (torch.zeros_like(prompts) if origin == "position_zero" else prompts)
     mask = bools(one_copy(spec, positions, prompts, starts), keys)
     for row, prompt in enumerate(prompts.tolist()):
         size = int(keys[row].sum())
         expected = [[sees(spec, prompt, active, q, k) for k in range(size)] for q in range(size)]
         assert mask[row][keys[row]][:, keys[row]].tolist() == expected
         assert not mask[row][:, ~keys[row]].any()
+
+
+def test_written_first_is_causal_in_another_order():
+    """Tokens fed in the order of `written_first` under a causal mask see what they see in their own order."""
+    keys, positions, _ = batch()
+    masked = torch.rand(keys.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = bools(one_copy(WRITTEN_FIRST, positions, masked=masked), keys)
+    for row in range(len(keys)):
+        places = keys[row].nonzero().flatten().tolist()
+        order = [i for i in places if not masked[row, i]] + [i for i in places if masked[row, i]]
+        for before, query in enumerate(order):
+            assert sorted(mask[row, query].nonzero().flatten().tolist()) == sorted(order[: before + 1])
+    with pytest.raises(ValueError, match="written_first.*which tokens are masked"):
+        one_copy(WRITTEN_FIRST, positions)
 
 
 @pytest.mark.parametrize(("kind", "origin"), KINDS)
@@ -62,7 +77,7 @@ def test_two_copies_are_the_definition(kind: str, origin: str, first: int):
         padding = int((~keys[row]).sum())
 
         def block(column: int, padding: int = padding, prompt: int = prompt) -> int:
-            return (column - padding - (prompt if origin == "response" else 0)) // 4
+            return block_of(spec, prompt, column - padding)
 
         for q in range(max(first, padding), width):
             seen = mask[row, q - first]
@@ -125,7 +140,7 @@ def test_blocks_behind_the_active_one_do_not_matter(kind: str, origin: str, shif
     spec = DiffusionSpec.of(model)
     for prompt in PROMPTS:
         canvas = torch.randint(3, VOCAB, (LENGTH,), generator=generator)
-        grid = 0 if origin == "response" else len(prompt) % 4
+        grid = len(prompt) % 4 if origin == "position_zero" else 0
         for start in range(-grid, LENGTH, 4):
             stop, state = min(start + 4, LENGTH), canvas.clone()
             state[max(start, 0) :] = MASK

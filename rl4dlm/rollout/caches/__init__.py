@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from rl4dlm.rollout.caches import delayed_prefix, dkv, dual, frozen_prompt, none, prefix, vicinity
+from rl4dlm.rollout.caches import delayed_prefix, dkv, dual, frozen_prompt, none, prefix, sub_block, vicinity
 from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, policies
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "frozen_prompt",
     "none",
     "prefix",
+    "sub_block",
     "vicinity",
 ]
 

@@ -26,6 +26,7 @@ from tests.conformance.literals import (
     mdpo,
     parallel,
     pipelines,
+    wedlm,
 )
 from tests.conformance.samplers import Family, Recorded
 
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("d2f", "d3multiblock"), pipelines),
     "d3cache": d3cache,
     "fastdllmv2": fast_dllm_v2,
+    **dict.fromkeys(("wedlm", "wedlmblock"), wedlm),
 }
 """The first word of a case's name to the module of its family."""
 

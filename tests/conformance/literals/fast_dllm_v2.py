@@ -34,15 +34,11 @@ def record(case: Case) -> Recorded:
     """The record with whole rows as states, without forwards that only store and the token behind the last block."""
     found = Recorded.of(case)
     assert found.forwards is not None and len(found.prompts) == 1
-    width, size, prompt = _width(found), case.settings["block_size"], found.prompts.shape[1]
-    forwards = []
-    for event, fed in zip(case.outputs["events"], found.forwards, strict=True):
-        start, end = event["fed"]
-        if event["kind"] == "commit":
-            if end >= width or (end <= prompt and prompt % size):
-                continue
-            start = end  # what is decided is the token behind
-            fed = fed[:, :0]
+    width, size, forwards = _width(found), case.settings["block_size"], []
+    for number, fed in _kept(found):
+        start, end = case.outputs["events"][number]["fed"]
+        if case.outputs["events"][number]["kind"] == "commit":
+            start, fed = end, fed[:, :0]  # what is decided is the token behind
         row = torch.full((1, width), found.mask)
         row[:, :start] = found.ids[:, :start]
         row[:, start : start + fed.shape[1]] = fed
@@ -75,6 +71,7 @@ def config(recorded: Recorded) -> DecodingConfig:
         schedule="sub_blocks",
         schedule_args={"sub_block_length": size, "threshold": settings["threshold"]},
         cache=recorded.case.cache,
+        cache_args={"sub_block_length": size} if recorded.case.cache == "sub_block" else {},
         stop_at_eos=True,
     )
 
@@ -83,6 +80,34 @@ def rows(recorded: Recorded, rollout: Rollout) -> Run:
     """A rollout, cut behind the stop token as the reference cuts."""
     run = rows_of(recorded, rollout)
     return dataclasses.replace(run, ids=_cut(recorded, run.ids))
+
+
+def difference(recorded: Recorded, run: Run) -> str:
+    """As rows go; and with the sub-block cache in what is fed, but for what a block's first step stores besides."""
+    from tests.conformance.verdict import difference as of_rows  # which imports all literals
+
+    found = of_rows(recorded, dataclasses.replace(run, fed=None))
+    expected = [fed for number, fed in _kept(recorded) if recorded.case.outputs["events"][number]["kind"] != "commit"]
+    if found or run.fed is None or not expected:
+        return found
+    commits = [recorded.case.outputs["events"][number]["kind"] == "commit" for number, _ in _kept(recorded)]
+    fed = [mine for mine, commit in zip(run.fed, commits, strict=True) if not commit]
+    same = [torch.equal(mine[:, -other.shape[1] :], other) for mine, other in zip(fed, expected, strict=True)]
+    short = [mine.shape == other.shape for mine, other in zip(fed[1:], expected[1:], strict=True)]
+    return "" if all(same) and all(short) else "what is fed differs"
+
+
+def _kept(recorded: Recorded) -> list[tuple[int, Tensor]]:
+    """The forwards of a record that have a counterpart here, by their number, and what they are fed."""
+    events = recorded.case.outputs.get("events") or []
+    width, size, prompt = _width(recorded), recorded.case.settings["block_size"], recorded.prompts.shape[1]
+    kept = []
+    for number, event in enumerate(events):
+        end = event["fed"][1]
+        if event["kind"] == "commit" and (end >= width or (end <= prompt and prompt % size)):
+            continue
+        kept.append((number, torch.tensor(recorded.case.outputs["forward_inputs"][number])))
+    return kept
 
 
 @torch.no_grad()
@@ -199,7 +224,7 @@ def made_up(seed: int) -> Recorded:
         "mask_id": 120,
         "stop_token": rng.randint(0, 119),
         "threshold": rng.choice([0.0, 0.3, 0.5, 0.7, 0.9, 1.0]),
-        "use_block_cache": False,
+        "use_block_cache": seed % 2 == 1,
     }
     prompts = torch.randint(0, 119, (1, rng.randint(1, 20)), generator=generator)
     case = Case(folder(), "fastdllmv2_made_up", {}, settings, {}, {}, {})

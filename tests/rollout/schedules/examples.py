@@ -201,6 +201,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"steps": 6, "schedule_args": {"threshold": 0.4}},
         {"steps": 8, "schedule_args": {"threshold": 0.5}, "temperature": 0.9, "top_k": 3},
     ),
+    "sliding_window": (
+        {**WHOLE, "schedule_args": {"window": 3, "entropy_threshold": 1.5, "distance_penalty": 0.1}},
+        {**WHOLE, "schedule_args": {"window": 5, "entropy_threshold": 1.2}, "temperature": 0.8},
+    ),
     "smoothing": (
         {**WHOLE, "schedule_args": {"threshold": 0.4, "start_threshold": 0.6, "threshold_decay": 0.1}},
         {
