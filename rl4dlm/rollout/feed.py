@@ -28,6 +28,8 @@ NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
 class Feed(Rows):
     """Rows, and one forward of them."""
 
+    upcoming: Tensor | None = None  # long [R, W], for policies that foresee what a step writes
+
     def _look(self) -> Step:
         """One forward of every row: the step as the schedule sees it."""
         wanted, size = self._wanted(), self.masked.shape[1]
@@ -78,7 +80,8 @@ class Feed(Rows):
     def _wanted(self) -> Tensor:
         """bool `[R, W]`, slots of the schedule's scope."""
         if self.cache.foresees:
-            return self._upcoming() >= 0
+            self.upcoming = self._upcoming()
+            return self.upcoming >= 0
         scope, exists = self.schedule.scope, self.offsets < self.length[:, None]
         if scope == "canvas":
             return exists
@@ -170,7 +173,7 @@ class Feed(Rows):
             open=self.masked,
             tokens=self.tokens,
             fed=self.fed,
-            upcoming=self._upcoming() if self.cache.foresees else None,
+            upcoming=self.upcoming,
             row_ids=self.row_ids,
             memory=self.cache_memory,
         )
