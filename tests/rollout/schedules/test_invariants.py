@@ -362,6 +362,16 @@ def test_an_early_stop_changes_no_valid_token(name: str, i: int):
 
 
 @every_example
+def test_what_looks_at_entropies_says_so(name: str, i: int):
+    """Entropies that are not recorded are not there at all, unless a schedule says that it looks at them."""
+    kept, dropped = (
+        RolloutEngine(denoiser()).generate(PROMPTS[:2], decoding(name, i, record_entropy=record), seed=3)
+        for record in (True, False)
+    )
+    assert torch.equal(kept.canvas, dropped.canvas) and torch.equal(kept.nfe, dropped.nfe)
+
+
+@every_example
 def test_forwards_are_fixed_where_that_is_promised(name: str, i: int):
     config = decoding(name, i, stop_at_eos=False)
     rows = RolloutEngine(denoiser()).generate([PROMPTS[0], PROMPTS[1]], config, num_generations=10, seed=3)
