@@ -24,7 +24,7 @@ SIGNATURES = {
     "DecodingConfig": (
         "canvas_length schedule steps block_length temperature top_p top_k cfg_scale cache stop_at_eos "
         "min_new_tokens eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args "
-        "known_tokens cache_args draft_steps record_entropy"
+        "known_tokens cache_args draft_steps draft_width record_entropy"
     ),
     "DiffuGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiffusionGDPOTrainer": ("model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"),
@@ -134,6 +134,7 @@ METRICS = {
     "diffusion/nfe",
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
+    "diffusion/rows_scored_share",
     "diffusion/tokens_per_forward",
 }
 

@@ -49,7 +49,7 @@ def attach_scoring(model: Any) -> Any:
     - `input_ids`: long `[R, T]`; `attention_mask`: bool or long `[R, T]` marking real tokens (None: all are), or a
       ready 4-D mask or BlockMask; `position_ids`: long `[R, T]`, counted from the first real token when None;
     - `inputs_embeds`: `[R, T, D]`, fed in place of the embeddings of `input_ids`, which are needed all the same;
-    - `score_positions`: bool `[R, T]`, the positions whose token is scored;
+    - `score_positions`: bool `[R, T]`, the positions whose token is scored, or their rows and columns, long `[n]` each;
     - `score_targets`: long `[R, T]`, the token scored at each of them;
     - `score_temperature`: float, divides the logits;
     - `score_cfg_scale`: float w; if > 0, classifier-free guidance `u + (w + 1)(c - u)` combines the logits c of the
@@ -162,7 +162,7 @@ def _score(
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
     *,
-    score_positions: Tensor,
+    score_positions: Tensor | tuple[Tensor, Tensor],
     score_targets: Tensor | None = None,
     score_temperature: float = 1.0,
     score_cfg_scale: float = 0.0,
@@ -175,10 +175,13 @@ def _score(
     score_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    rows, columns = score_positions.nonzero(as_tuple=True)
+    if isinstance(score_positions, tuple):
+        rows, columns = score_positions
+    else:
+        rows, columns = score_positions.nonzero(as_tuple=True)
     fed = _fed(rows, score_rows)  # [n], which of the fed rows
     sources = (columns - spec.logit_shift).clamp(min=0)  # [n], which of the fed columns predicts each position
-    if attention_mask is None:
+    if attention_mask is None and (spec.attention != "full" or score_unseen is not None or position_ids is None):
         attention_mask = torch.ones_like(input_ids)
     if score_next_tokens is not None and (score_clean_ids is None or spec.attention != "context_causal"):
         raise ValueError(
@@ -232,7 +235,10 @@ def _score(
     ).last_hidden_state  # [R, T, D]
     if score_reduce is None and score_targets is None:
         raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
-    guides = _fed(rows + len(score_positions), score_rows) if score_cfg_scale > 0 else None
+    guides = None
+    if score_cfg_scale > 0:
+        count = len(input_ids) // 2 if isinstance(score_positions, tuple) else len(score_positions)
+        guides = _fed(rows + count, score_rows)
     if score_reduce is None and score_rows is not None:
         assert score_targets is not None
         wanted = score_targets[rows, columns]

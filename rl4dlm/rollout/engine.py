@@ -25,7 +25,7 @@ from rl4dlm.rollout.drafts import DraftBatch
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record
 from rl4dlm.rollout.rollout import Rollout, valid_mask
-from rl4dlm.rollout.rows import Choices, Progress
+from rl4dlm.rollout.rows import Choices, Progress, most_steps
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 from rl4dlm.rollout.step import Batch
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
@@ -126,7 +126,6 @@ class RolloutEngine:
         ids = list(range(len(rows))) if row_ids is None else [int(i) for i in row_ids]
         self._check(prompts, rows, ids, hints, choices, config)
         config = config.for_model(self.spec)
-        noise = noise or KeyedNoise(seed)
         schedule, cache = config.build_schedule(), config.build_cache(self.spec)
         parts = schedule if isinstance(schedule, Schedule) else None
         if config.cache == "auto":
@@ -156,6 +155,8 @@ class RolloutEngine:
             ) as bar,
         ):
             batches: list[Batch | CanvasBatch] = []
+            if noise is None:
+                noise = KeyedNoise(seed, 0 if parts is None else most_steps(config, parts) + 1)
             if isinstance(schedule, CanvasSchedule):
                 for start in range(0, len(rows), size):
                     part = slice(start, start + size)

@@ -224,7 +224,7 @@ class Feed(Rows):
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            score_positions=score,
+            score_positions=places.at,
             score_cfg_scale=self.config.cfg_scale,
             score_reduce=self._reduction(places),
             score_reduce_sees_own=True,
@@ -395,13 +395,14 @@ class _Part:
             slots = self.columns[rows, columns] - width
         if self.shadow is not None:
             slots = torch.where(beside, self.shadow.slots[rows, (columns - feed).clamp(min=0)], slots)
-        return _Scores(rows if self.rows is None else self.rows[rows], slots, beside)
+        return _Scores((rows, columns), rows if self.rows is None else self.rows[rows], slots, beside)
 
 
 @dataclass(frozen=True)
 class _Scores:
     """Which slots the scored columns of a forward stand for, in row-major order."""
 
+    at: tuple[Tensor, Tensor]  # long [n], row and column of the forward
     rows: Tensor  # long [n], among the rows alive
     slots: Tensor  # long [n], canvas offsets
     shadow: Tensor  # bool [n]

@@ -5,6 +5,7 @@ Owns the counter-based generator and the `NoiseSource` that decoding draws from.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,12 +33,23 @@ def keyed_uniform(seed: int, purpose: str, *keys: Tensor) -> Tensor:
         float64 tensor of the broadcast shape with 53 random bits per entry (SplitMix64 finaliser, keys absorbed one by
         one).
     """
+    return _absorbed(seed, purpose, *(_finalise(key + _signed(_GAMMA)) for key in torch.broadcast_tensors(*keys)))
+
+
+def _absorbed(seed: int, purpose: str, *mixed: Tensor) -> Tensor:
+    """The uniform numbers of keys that are mixed already, one after another."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     state: Tensor | int = _signed(int.from_bytes(digest, "little"))
-    for key in torch.broadcast_tensors(*keys):
-        state = _finalise(_finalise(key + _signed(_GAMMA)) ^ state)
+    for key in mixed:
+        state = _finalise(key ^ state)
     assert isinstance(state, Tensor), "keyed_uniform needs at least one key"
     return (_shift(state, 11).double() + 0.5) * 2.0**-53
+
+
+@functools.lru_cache(maxsize=8)
+def _mixed_numbers(limit: int, device: torch.device) -> Tensor:
+    """long `[limit]`, what is made of each number before it is absorbed."""
+    return _finalise(torch.arange(limit, device=device) + _signed(_GAMMA))
 
 
 class NoiseSource(Protocol):
@@ -57,12 +69,22 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """The noise of production: one keyed uniform per (row, step, position), and an inverse-CDF draw from it."""
+    """The noise of production: one keyed uniform per (row, step, position), and an inverse-CDF draw from it.
+
+    Args:
+        seed: of the run.
+        limit: steps and positions are below this; what is made of each such number is then looked up. 0: they may be
+            any. The numbers drawn are the same.
+    """
 
     seed: int
+    limit: int = 0
 
     def uniform(self, purpose: str, rows: Tensor, steps: Tensor, positions: Tensor) -> Tensor:
-        return keyed_uniform(self.seed, purpose, rows, steps, positions)
+        if not self.limit:
+            return keyed_uniform(self.seed, purpose, rows, steps, positions)
+        mixed = _mixed_numbers(self.limit, rows.device)
+        return _absorbed(self.seed, purpose, _finalise(rows + _signed(_GAMMA)), mixed[steps], mixed[positions])
 
     def draw(self, probabilities: Tensor, rows: Tensor, steps: Tensor, positions: Tensor) -> Tensor:
         return inverse_cdf(probabilities, self.uniform("token", rows, steps, positions))

@@ -76,6 +76,16 @@ class Choices:
     index: Tensor
 
 
+def step_cap(config: DecodingConfig, schedule: Schedule) -> int:
+    """Steps that a row may make; after that it writes all it may at every step."""
+    return 4 * config.canvas_length + schedule.patience * config.num_blocks + (config.steps or 0)
+
+
+def most_steps(config: DecodingConfig, schedule: Schedule) -> int:
+    """More steps than any row can make, guesses of further ones included; and more than it has slots."""
+    return step_cap(config, schedule) + config.num_blocks + config.draft_steps + config.canvas_length
+
+
 class Rows:
     """Rows that are decoded together, and a queue of those that wait for a place.
 
@@ -143,7 +153,7 @@ class Rows:
         self.waiting = list(range(len(prompts)))
         if self.capacity < len(prompts):  # the longest first, so that those who come later fit
             self.waiting.sort(key=lambda row: -len(prompts[row]))
-        self.step_cap = 4 * config.canvas_length + schedule.patience * config.num_blocks + (config.steps or 0)
+        self.step_cap = step_cap(config, schedule)
         self.guided = config.cfg_scale > 0
         self.reads: dict[str, Reading] = dict(schedule.reads)
         if constraint is not None:

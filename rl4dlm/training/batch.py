@@ -30,8 +30,8 @@ check_contract(
         "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     },
     attributes=[
-        "_logs", "_metrics", "_tokenizer", "num_generations", "num_generations_eval", "num_iterations",
-        "reward_weights",
+        "_logs", "_metrics", "_tokenizer", "multi_objective_aggregation", "num_generations", "num_generations_eval",
+        "num_iterations", "reward_weights",
     ],
     keys={
         "_generate_and_score_completions": [
@@ -116,23 +116,33 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
+        first = self._scores_come_first()
+        if not first:
+            self._replace_advantages(batch, rewards, num_generations)
         self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
-        self._replace_advantages(batch, rewards, num_generations)
-        if self.args.negative_advantage_weight != 1:
-            signed = batch["advantages"]
-            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        if first:
+            self._replace_advantages(batch, rewards, num_generations)
         if training:
             self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
         return batch
 
     def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
-        advantages = self.advantages(self._summed(rewards_per_func).view(-1, num_generations), batch)
-        if advantages is None:
-            return
-        everyone = advantages.nan_to_num(nan=0.0).flatten()
+        summed = self._summed(rewards_per_func).view(-1, num_generations)
+        advantages = self.advantages(summed, batch)
         local = len(batch["advantages"])
-        start = self.accelerator.process_index * local
-        batch["advantages"] = everyone[start : start + local].to(batch["advantages"])
+        own = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
+        if advantages is not None:
+            self._use_advantages(advantages.nan_to_num(nan=0.0).flatten(), own, batch)
+        elif self.multi_objective_aggregation == "sum_then_normalize":
+            # The mean of equal rewards may differ from them in the last digit, which a deviation near zero makes large.
+            equal = (summed == summed[:, :1]).all(-1, keepdim=True).expand_as(summed).flatten()[own]
+            batch["advantages"] = batch["advantages"].masked_fill(equal, 0.0)
+        if self.args.negative_advantage_weight != 1:
+            signed = batch["advantages"]
+            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+
+    def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
+        batch["advantages"] = everyone[own].to(batch["advantages"])
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(everyone))):
             logged.pop()

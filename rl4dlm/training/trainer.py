@@ -64,8 +64,8 @@ check_contract(
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
     },
-    attributes=["_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
-        "chat_template_kwargs", "eos_token_ids", "num_iterations",
+    attributes=["_entropy_bonus_enabled", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+        "chat_template_kwargs", "eos_token_ids", "num_iterations", "top_entropy_quantile",
     ],
     module=grpo,
     names=["create_model_from_path", "print_prompt_completions_sample"],
@@ -242,18 +242,25 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             rewards: `[N, G]` of all processes; NaN where a completion could not be scored.
         """
 
+    advantages_read_scores = False
+
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
         """Advantages, or weights, of completions; None: TRL's own.
 
         Args:
             rewards: `[N, G]` of all processes; NaN where a completion could not be scored.
-            batch: TRL's, of this process alone, with old and reference scores `[B, n, C]` where they are needed. See
-                `of_all_processes`.
+            batch: TRL's, of this process alone, with old and reference scores `[B, n, C]` where they are needed, unless
+                `advantages_read_scores` is False. See `of_all_processes`.
 
         Returns:
             `[N, G]`.
         """
         return None
+
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """Those with an advantage: every one of TRL's losses is linear in it, but for KL and entropy terms."""
+        others = self.args.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1
+        return None if others else self.with_advantage(batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The loss of a micro-batch, scaled for gradient accumulation; TRL's by default, with all of its settings.
