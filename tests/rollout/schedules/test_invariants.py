@@ -104,6 +104,7 @@ def check_blocks(run: Run) -> None:
     """Each block starts where the one before ended, and nothing is written behind the active one and what is open."""
     spans, reaches = [(int(p.start), int(p.stop)) for p in run.progress], [int(p.reach) for p in run.progress]
     assert run.schedule.reach is not None or reaches == [stop for _, stop in spans]
+    assert run.schedule.ahead or all(reach <= stop for reach, (_, stop) in zip(reaches, spans, strict=True))
     if run.schedule.resize is None:
         for (start, stop), (next_start, next_stop) in itertools.pairwise(spans):
             assert (next_start, next_stop) == (start, stop) or next_start >= stop
