@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rl4dlm.likelihood.estimator import Estimator
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
@@ -174,6 +175,12 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             )
         check_view_key(args, self.estimator)
         schedule = self.decoding.build_schedule()
+        if self.spec.attention in BLOCK_KINDS and getattr(schedule, "ahead", False):
+            raise ValueError(
+                f"schedule={self.decoding.schedule!r} writes blocks whose predecessors are unfinished, but models with "
+                f"attention={self.spec.attention!r} are scored with finished ones: the scores would be those of "
+                "another distribution than the one drawn from; choose another schedule"
+            )
         if self.estimator.scope == "canvas" and getattr(schedule, "resize", None) is not None:
             raise ValueError(
                 f"{type(self).__name__} scores the whole canvas, of which schedule={self.decoding.schedule!r} uses "
