@@ -74,6 +74,10 @@ class DraftBatch(Batch):
         else:
             self.store.place(source[rows], columns, seen, own[rows])
 
+    def _shared(self, part: Any) -> tuple[Tensor, Tensor] | None:
+        shared = super()._shared(part)
+        return shared if self.source is None else None  # guesses are of rows that are under way
+
     def _take(self, keep: Tensor) -> None:
         if self.seen is not None:
             self.seen = _picked(self.seen, keep)

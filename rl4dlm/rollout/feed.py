@@ -28,6 +28,8 @@ NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
 class Feed(Rows):
     """Rows, and one forward of them."""
 
+    upcoming: Tensor | None = None  # long [R, W], for policies that foresee what a step writes
+
     def _look(self) -> Step:
         """One forward of every row: the step as the schedule sees it."""
         wanted, size = self._wanted(), self.masked.shape[1]
@@ -78,7 +80,8 @@ class Feed(Rows):
     def _wanted(self) -> Tensor:
         """bool `[R, W]`, slots of the schedule's scope."""
         if self.cache.foresees:
-            return self._upcoming() >= 0
+            self.upcoming = self._upcoming()
+            return self.upcoming >= 0
         scope, exists = self.schedule.scope, self.offsets < self.length[:, None]
         if scope == "canvas":
             return exists
@@ -170,7 +173,7 @@ class Feed(Rows):
             open=self.masked,
             tokens=self.tokens,
             fed=self.fed,
-            upcoming=self._upcoming() if self.cache.foresees else None,
+            upcoming=self.upcoming,
             row_ids=self.row_ids,
             memory=self.cache_memory,
         )
@@ -206,6 +209,14 @@ class Feed(Rows):
                 columns = columns.repeat(2, 1) if isinstance(columns, Tensor) else columns
             self._place(rows, columns, part.seen)
             extra["past_key_values"] = store
+        shared = self._shared(part)
+        if shared is not None:  # one row of each group is fed, and what is made of it counts for all
+            first, like = self._twice(*shared) if self.guided else shared
+            tokens, positions, keys = tokens[first], positions[first], keys[first]
+            sight = None if sight is None else Sight(sight.places[first], sight.horizons[first])
+            extra["score_rows"] = like
+            if store is not None:
+                store.share(first, like)
         if shadow is not None:
             copies = 1 + self.guided
             tokens = torch.cat([tokens, torch.full_like(shadow.slots.repeat(copies, 1), self.spec.mask_token_id)], 1)
@@ -237,6 +248,32 @@ class Feed(Rows):
             self.nfe = self.nfe.index_add(0, part.rows, torch.full_like(part.rows, each))
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
+
+    def _shared(self, part: _Part) -> tuple[Tensor, Tensor] | None:
+        """Rows of a forward that begin with the same prompt: long `[u]`, one of each group, and long `[r]`, which of
+        these each row is like; None where no two are alike."""
+        if not any(self.blank):
+            return None
+        rows = list(range(len(self.prompts))) if part.rows is None else part.rows.tolist()
+        alike: dict[tuple[int, ...] | int, int] = {}
+        first: list[int] = []
+        copies = []
+        for place, row in enumerate(rows):
+            key = tuple(self.prompts[row]) if self.blank[row] else -1 - row
+            if key not in alike:
+                alike[key] = len(first)
+                first.append(place)
+            copies.append(alike[key])
+            self.blank[row] = False
+        if len(first) == len(rows) or part.shadow is not None or self.schedule.inputs is not None:
+            return None
+        device = self.slot.device
+        return torch.tensor(first, device=device), torch.tensor(copies, device=device)
+
+    @staticmethod
+    def _twice(first: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for rows that are followed by their copies without a prompt."""
+        return torch.cat([first, first + len(copies)]), torch.cat([copies, copies + len(first)])
 
     def _place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None) -> None:
         """Where the store writes and what it sees; rows behind the last one are the copies without a prompt."""
