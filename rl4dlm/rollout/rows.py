@@ -421,7 +421,7 @@ class Rows:
         self.padded = not bool(self.keys.all())
         self.length = length
         self.start = torch.minimum(self.start + torch.where(at < self.start, count, 0), length)
-        self.stop = self.reach = self._block_end()
+        self.reach = self.stop = self._block_end()
 
     def _log_resize(
         self, at: Tensor, count: Tensor, token: Tensor, grown: Tensor, length: Tensor, total_step: Tensor
