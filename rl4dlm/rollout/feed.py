@@ -16,6 +16,7 @@ from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.forwards import Part, Scores, Shadow, chosen_columns
 from rl4dlm.rollout.options import adjusted, banned
+from rl4dlm.rollout.part import Part, Scores, Shadow, chosen_columns
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
