@@ -14,7 +14,6 @@ from torch import Tensor
 from rl4dlm.models.attention import LEFT_TO_RIGHT, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
-from rl4dlm.rollout.forwards import Part, Scores, Shadow, chosen_columns
 from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.part import Part, Scores, Shadow, chosen_columns
 from rl4dlm.rollout.rows import Rows
