@@ -46,7 +46,7 @@ SIGNATURES = {
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
         "extra_forwards weight_version decoding guesses"
     ),
-    "RolloutEngine": "model spec max_batch_rows progress",
+    "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
     "confidence entropy block_stop",
@@ -98,8 +98,8 @@ SETTINGS = {
     "DiffuGRPOConfig": "p_mask_prompt",
     "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
     "DiffusionPolicyConfig": (
-        "schedule denoising_steps block_length cfg_scale cache stop_at_eos min_new_tokens eos_penalty "
-        "eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
+        "schedule denoising_steps block_length cfg_scale cache cache_args rollout_compile stop_at_eos min_new_tokens "
+        "eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
         "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
         "overlong_prompts log_replays audit_share audit_bound audit_action rollout_correction "
         "rollout_correction_clip_max"

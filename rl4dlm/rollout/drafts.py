@@ -206,9 +206,8 @@ def candidates_ahead(steps: int, reads: Mapping[str, Reading]) -> Reading:
     def read(scored: Scored) -> Tensor:
         found = []
         for ahead in range(1, steps + 1):
-            later = dataclasses.replace(scored.places, steps=scored.places.steps + ahead)
-            again = dataclasses.replace(scored, places=later)
-            drawn, values = again.drawn(entropy=False), [reading(again) for reading in reads.values()]
+            later = scored.later(ahead)
+            drawn, values = later.drawn(entropy=False), [reading(later) for reading in reads.values()]
             columns = [drawn.token, drawn.confidence, *(value for value in values if value.dim() == 1)]
             found.append(torch.stack([column.double() for column in columns], dim=-1))
         return torch.stack(found, dim=1)

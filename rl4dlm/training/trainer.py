@@ -336,6 +336,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
                 max_batch_rows=self.args.rollout_batch_size,
                 progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
                 in_step=self._any_process if self._forwards_differ else None,
+                compile=self.args.rollout_compile,
             )
             engine.weight_version = self.state.global_step
             return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)

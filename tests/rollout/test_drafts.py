@@ -11,9 +11,14 @@ import torch
 from rl4dlm.rollout.caches.store import KeyValueStore
 from rl4dlm.rollout.constraints.automata import one_of, repeat
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.drafts import candidates_ahead
+from rl4dlm.rollout.drawing import Places, Scored
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.memory import Memory
+from rl4dlm.rollout.noise import KeyedNoise
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.schedules import registry
+from rl4dlm.rollout.schedules.dream import candidate_probability
 from rl4dlm.rollout.schedules.parts import Schedule
 from tests.models.block_denoisers import KINDS, PROMPTS as BLOCK_PROMPTS, block_denoiser
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, VOCAB, denoiser
@@ -151,6 +156,25 @@ def test_models_whose_attention_has_blocks(kind: str, origin: str, shift: int, t
     assert plain.exact
     assert_lossless(drafted, plain)
     assert drafted.guesses is not None and bool(drafted.guesses.any())
+
+
+def test_guesses_draw_what_the_step_that_they_stand_for_would_draw():
+    """From the same logits, with its noise; only the draw is made again."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, VOCAB, generator=generator, dtype=torch.float64)
+    slots, ones = torch.arange(40), torch.ones(40, dtype=torch.long)
+    places = Places(0 * ones, slots, MASK * ones, 7 * ones, 3 * ones, KeyedNoise(5), Memory())
+    scored = Scored(logits, 0.8, 0.95, 0, MASK, None, places)
+    scored.drawn()
+    found = candidates_ahead(3, {"certainty": candidate_probability})(scored)
+    for ahead in (1, 2, 3):
+        expected = Scored(logits, 0.8, 0.95, 0, MASK, None, dataclasses.replace(places, steps=places.steps + ahead))
+        drawn = expected.drawn()
+        assert torch.equal(found[:, ahead - 1, 0], drawn.token.double())
+        assert torch.equal(found[:, ahead - 1, 1], drawn.confidence)
+        assert torch.equal(found[:, ahead - 1, 2], candidate_probability(expected))
+        assert scored.later(ahead).sampling is scored.sampling
+        assert not torch.equal(scored.later(ahead).token, scored.token)
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
