@@ -10,6 +10,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -17,17 +18,19 @@ from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
-from rl4dlm.training.interventions.trainer import InterveningTrainer
+from rl4dlm.training.interventions.trainer import InterveningTrainer, places
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.metrics import identical_groups
 from rl4dlm.training.rollout_columns import with_rollout
 from rl4dlm.training.scores import ScoringTrainer
+from rl4dlm.training.setup import swapped
 
 check_contract(
     GRPOTrainer,
     parameters={
         "_generate_and_score_completions": ["inputs"],
         "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+        "_prepare_inputs": ["generation_batch"],
     },
     attributes=[
         "_logs", "_metrics", "_tokenizer", "multi_objective_aggregation", "num_generations", "num_generations_eval",
@@ -39,6 +42,8 @@ check_contract(
             "old_per_token_logps", "ref_per_token_logps",
         ],
     },
+    module=grpo,
+    names=["shuffle_sequence_dict"],
 )  # fmt: skip
 
 
@@ -70,6 +75,28 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             rewards = self._intervene(inputs, prompts, completions, rewards)
         self._rewards_per_func = rewards
         return rewards  # [N * G, F], of all processes
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        shuffle = grpo.shuffle_sequence_dict
+        with swapped(grpo, "shuffle_sequence_dict", lambda batch: self._groups_together(shuffle(batch))):
+            return super()._prepare_inputs(generation_batch)
+
+    def _groups_together(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A shuffled batch whose rows are in the same optimizer steps, but in micro-batches with their group mates.
+
+        What completions of a prompt have in common is computed once if they are in one micro-batch. Which rows make a
+        step, and so its gradient, stays the shuffle's.
+        """
+        length, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if length % accumulated and accumulated % length:
+            return batch  # the micro-batches of a step are others in each pass
+        row_ids = batch["row_ids"]
+        window = len(row_ids) // length * min(length, accumulated)  # rows that are in one step in every pass
+        _, group = torch.unique(row_ids - places(row_ids) % self.num_generations, return_inverse=True)
+        step = torch.arange(len(row_ids), device=row_ids.device) // window
+        order = (step * len(row_ids) + group).argsort(stable=True)
+        alike = {n for n, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == len(order)}
+        return {name: value[order] if name in alike else value for name, value in batch.items()}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions([dict(row) for row in inputs])
