@@ -20,6 +20,10 @@ with a random order in each. What an estimator is an estimate of, its target, is
 Each estimator is compared with its target by value, and with the decoding that the target belongs to by gradient: with
 baseline E[R] and completions from that decoding, the gradient of E[R] is the mean of (R - E[R]) times the gradient of
 log p(y). Prompts are left out: the model has none, and so prompt masking changes nothing.
+
+What completions of a prompt gain or lose by having the same masks (`views_keyed_by="prompt"`) is measured by itself:
+the noise of the gradient of a group of completions, for the estimators that allow it. There the mean field has the
+first two slots for a prompt, which it masks.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +134,16 @@ ENTRIES = [
 ]
 
 
+GROUP, PROMPT = 8, 2
+SHARED = [
+    Entry("mean field", "prompt tokens masked with p = .15: d1", MeanField(0.15), "mean field"),
+    Entry("mean field", "prompt tokens masked with p = .5", MeanField(0.5), "mean field"),
+    Entry("independent", "levels uniform, weight 1: UniGRPO", IIDRatio(levels="uniform"), "any-order bound"),
+    Entry("coupled", "1 pair: coupled-GRPO", Coupled(), "any-order bound"),
+]
+"""Estimators whose masks completions of a prompt may share."""
+
+
 def main() -> None:
     """Measures, then writes table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,6 +171,11 @@ def main() -> None:
                 **mean,
             }
         )
+    shared = []
+    for entry in tqdm(SHARED, desc="measuring groups", unit="estimator"):
+        found = [measure_group(entry, model, options.draws, seed) for seed, model in enumerate(models)]
+        mean = {key: sum(each[key] for each in found) / len(found) for key in found[0]}
+        shared.append({"estimator": entry.name, "settings": entry.settings, "definition": str(entry.estimator), **mean})
     gaps = [model.gaps() for model in models]
     report = {
         "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -169,6 +188,8 @@ def main() -> None:
         "versions": versions(),
         "processor_seconds": round(time.process_time() - started, 1),
         "results": results,
+        "group": GROUP,
+        "keyed_by_prompt": shared,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "estimators.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -299,6 +320,56 @@ def measure(entry: Entry, model: Denoiser, draws: int, seed: int) -> dict[str, f
     }
 
 
+def measure_group(entry: Entry, model: Denoiser, draws: int, seed: int) -> dict[str, float]:
+    """What views add to the variance of a group's gradient, mean of A grad S, over that of sampling the group.
+
+    With masks of its own for each completion it is that of one completion. With the same masks M for all, and mean(M)
+    the expectation of A grad S over completions, it is more by G - 1 times the variance of mean(M), which is small
+    where advantages cancel what M does to all completions alike.
+    """
+    own = together = spread = 0.0
+    for p, advantage, exact, drawn in _of_prompts(entry, model, draws, seed):
+        mean = torch.zeros_like(drawn[0])
+        for y, gradient in enumerate(drawn):
+            own += float(p[y] * advantage[y] ** 2 * gradient.var(0).sum())
+            mean += p[y] * advantage[y] * gradient
+        together += float(mean.var(0).sum())
+        each = advantage[:, None] * exact
+        spread += float((p * (each - (p[:, None] * each).sum(0)).square().sum(-1)).sum())
+    return {"noise_by_row": own / spread, "noise_by_prompt": (own + (GROUP - 1) * together) / spread}
+
+
+def _of_prompts(
+    entry: Entry, model: Denoiser, draws: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+    """For each prompt: probabilities, advantages and exact gradients of its completions, and those of each draw."""
+    width = PROMPT if isinstance(entry.estimator, MeanField) else 0
+    batch = rows(draws)
+    if width:
+        prompt, canvas = torch.ones(draws, width, dtype=torch.long), torch.zeros(draws, LENGTH - width).long()
+        batch = Rows(prompt, prompt, canvas, torch.ones_like(canvas), batch.row_ids)
+    views = entry.estimator.draw(batch, seed=seed, iteration=0)
+    mask = (views.hidden[..., -LENGTH:] * PLACES).sum(-1)  # [N, K]
+    slot = torch.arange(width, LENGTH)
+    cell = (mask[..., None] * LENGTH + slot).flatten(1)
+    if width:
+        everything = int(PLACES[width:].sum())  # the mask of the whole completion, behind a clean prompt
+        p = model.log_probs[:, everything, width:].sum(-1).exp()
+        slopes = model.jacobian[:, everything * LENGTH + slot].sum(1)
+    else:
+        p, _, slopes = model.policy(DECODING[entry.target])
+    size = TOKENS ** (LENGTH - width)
+    for first in range(0, len(COMPLETIONS), size):
+        drawn = []
+        for y in range(first, first + size):
+            log_probs = (model.log_probs[y][mask][..., width:] * views.scored).requires_grad_()
+            (coefficients,) = torch.autograd.grad(entry.estimator.reduce(log_probs, views).sum(), log_probs)
+            total = torch.zeros(draws, LENGTH * len(MASKS), dtype=torch.float64)
+            drawn.append(total.scatter_add_(1, cell, (coefficients * views.scored).flatten(1)) @ model.jacobian[y])
+        here = slice(first, first + size)
+        yield p[here], model.reward[here] - (p[here] * model.reward[here]).sum(), slopes[here], drawn
+
+
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +417,18 @@ def table(report: Mapping[str, Any]) -> str:
     for decoding in DECODING.values():
         cells = [f"{report['gaps'][f'{decoding}, {target}']:.3f}" for target in DECODING]
         lines.append(f"| {decoding} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Masks of a row's own, or the same for the {report['group']} completions of a prompt (`views_keyed_by`): what "
+        "views add to the variance of a group's policy gradient, relative to that of sampling the group with exact "
+        "gradients. The mean field has a prompt of two slots here.",
+        "",
+        "| estimator | settings | noise, keyed by row | keyed by prompt | ratio |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for r in report["keyed_by_prompt"]:
+        row, prompt = r["noise_by_row"], r["noise_by_prompt"]
+        lines.append(f"| {r['estimator']} | {r['settings']} | {row:.4f} | {prompt:.4f} | {prompt / row:.2f} |")
     about, seconds = report["machine"], report["processor_seconds"]
     about_it = f"{seconds:.0f} s of processor time on {about['cpu']}, {about['threads']} thread(s)"
     lines += ["", f"{about_it}; `{report['command']}`.", ""]

@@ -24,7 +24,7 @@ SIGNATURES = {
     "DecodingConfig": (
         "canvas_length schedule steps block_length temperature top_p top_k cfg_scale cache stop_at_eos "
         "min_new_tokens eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args "
-        "known_tokens cache_args draft_steps record_entropy"
+        "known_tokens cache_args draft_steps draft_width record_entropy"
     ),
     "DiffuGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiffusionGDPOTrainer": ("model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"),
@@ -46,7 +46,7 @@ SIGNATURES = {
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
         "extra_forwards weight_version decoding guesses"
     ),
-    "RolloutEngine": "model spec max_batch_rows progress",
+    "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
     "confidence entropy block_stop",
@@ -98,8 +98,8 @@ SETTINGS = {
     "DiffuGRPOConfig": "p_mask_prompt",
     "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
     "DiffusionPolicyConfig": (
-        "schedule denoising_steps block_length cfg_scale cache stop_at_eos min_new_tokens eos_penalty "
-        "eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
+        "schedule denoising_steps block_length cfg_scale cache cache_args rollout_compile stop_at_eos min_new_tokens "
+        "eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
         "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
         "overlong_prompts log_replays audit_share audit_bound audit_action rollout_correction "
         "rollout_correction_clip_max"
@@ -134,6 +134,7 @@ METRICS = {
     "diffusion/nfe",
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
+    "diffusion/rows_scored_share",
     "diffusion/tokens_per_forward",
 }
 

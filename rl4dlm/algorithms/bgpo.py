@@ -131,6 +131,10 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         weight = scores.views.weight.to(scores.view_log_probs.dtype)
         return (scores.view_log_probs * weight).sum(-1) * weight.shape[1]
 
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """Those with an advantage, unless there is a KL term."""
+        return None if self.args.beta else self.with_advantage(batch)
+
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The mean over completions and views."""
         size = self.tokens_scored(batch).clamp(min=1)[:, None]

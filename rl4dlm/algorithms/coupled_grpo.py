@@ -91,6 +91,7 @@ class CoupledGRPOTrainer(DiffusionPolicyTrainer):
 
     config_class = CoupledGRPOConfig
     args: CoupledGRPOConfig
+    advantages_read_scores = False
     _tag_names = ["trl", "rl4dlm", "coupled-grpo"]  # noqa: RUF012  (TRL's own form)
     _name = "coupled-GRPO"
     _paper = {  # noqa: RUF012  (TRL's own form)

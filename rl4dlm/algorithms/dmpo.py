@@ -228,6 +228,11 @@ class DMPOTrainer(DiffusionPolicyTrainer):
         self._metrics[mode]["dmpo/effective_sample_share"].append(effective_share(positive).mean().item())
         return weights
 
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """Those with a weight, where the loss is linear in weights that do not depend on its scores."""
+        others = self.args.objective == "ddo" or self.args.weight_baseline == "unbiased"
+        return None if others else self.with_advantage(batch)
+
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """Of the completions of a micro-batch, as a mean over groups."""
         counts = batch["completion_mask"].any(-1)  # false: left out because it was truncated

@@ -130,6 +130,7 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
 
     config_class = DreamCoderRLConfig
     args: DreamCoderRLConfig
+    advantages_read_scores = False
     per_iteration = (*DiffusionPolicyTrainer.per_iteration, "weight_total")
     _tag_names = ["trl", "rl4dlm", "dream-coder-rl"]  # noqa: RUF012  (TRL's own form)
     _name = "Dream-Coder RL"
@@ -163,6 +164,10 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
             views = self._draw(rows_of(batch), iteration)  # as the loss draws them, without what was given
             totals.append(self.accelerator.gather(self._weights(views, batch).sum()).sum())
         batch["weight_total"] = torch.stack(totals).expand(len(batch["canvas_ids"]), -1).contiguous()
+
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """Those with an advantage, unless there is a KL term."""
+        return None if self.args.beta else self.with_advantage(batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The weighted mean of clipped surrogates."""

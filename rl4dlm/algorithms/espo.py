@@ -93,6 +93,7 @@ class ESPOTrainer(SequenceRatioTrainer):
 
     config_class = ESPOConfig
     args: ESPOConfig
+    advantages_read_scores = False
     _tag_names = ["trl", "rl4dlm", "espo"]  # noqa: RUF012  (TRL's own form)
     _name = "ESPO"
     _paper = {  # noqa: RUF012  (TRL's own form)

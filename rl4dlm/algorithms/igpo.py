@@ -89,6 +89,7 @@ class IGPOTrainer(DiffusionPolicyTrainer):
 
     config_class = IGPOConfig
     args: IGPOConfig
+    advantages_read_scores = False
     scores_hints = True
     _tag_names = ["trl", "rl4dlm", "igpo"]  # noqa: RUF012  (TRL's own form)
     _name = "IGPO"
@@ -116,6 +117,10 @@ class IGPOTrainer(DiffusionPolicyTrainer):
         dropped = hints - kept_hints(hints, self.args.hint_entropy_share)
         total = batch["completion_mask"].sum() - dropped.sum()
         batch["num_items_in_batch"] = self.accelerator.gather(total).sum()
+
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """As in TRL's loss: which hints count is a matter of the old policy."""
+        return super().rows_that_count(batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """TRL's loss over all tokens but the given ones of low entropy."""

@@ -202,6 +202,11 @@ class SPGTrainer(DiffusionPolicyTrainer):
         upper = self._bounds.reduce_to(self.args.negatives, scores.view_log_probs, scores.views)
         return lower.where(positive[:, None], resized(upper, lower.shape[1]))
 
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor:
+        """Those with an advantage; with `negatives="zero"`, with one above zero."""
+        counted = self.with_advantage(batch)
+        return counted & (batch["advantages"] > 0) if self.args.negatives == "zero" else counted
+
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """`-sum_i A_i S_i`, per token of the batch of completions."""
         self.log_entropy(scores, batch["completion_mask"])

@@ -97,6 +97,10 @@ class UniGRPOTrainer(DiffusionPolicyTrainer):
         """A view whose level rises over the passes."""
         return self.args.estimator()
 
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """As in TRL's loss: which tokens are hidden is known of all rows."""
+        return super().rows_that_count(batch)
+
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """TRL's loss of the hidden tokens alone."""
         assert scores.views is not None

@@ -86,6 +86,7 @@ class WD1Trainer(DiffusionPolicyTrainer):
 
     config_class = WD1Config
     args: WD1Config
+    advantages_read_scores = False
     uses_old_policy = False
     _tag_names = ["trl", "rl4dlm", "wd1"]  # noqa: RUF012  (TRL's own form)
     _name = "wd1"
@@ -101,6 +102,10 @@ class WD1Trainer(DiffusionPolicyTrainer):
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
         """`w+ - s w-`."""
         return signed_weights(rewards, self.args.psi, self.args.negative_weight, self.args.weights_over)
+
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor:
+        """Those with a weight: where all rewards of a group are equal and s is 1, none has."""
+        return self.with_advantage(batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """Of the completions of a micro-batch, as a mean over groups."""

@@ -24,6 +24,9 @@ def add_decoding_flags(add: Callable[..., Any]) -> None:
     add("--top-k", type=int, default=0, help="keep that many tokens; 0 is off (default: %(default)s)")
     add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance; 0 is off (default: %(default)s)")
     add("--cache", default="auto", help="cache policy (default: %(default)s, an exact one where there is one)")
+    add("--cache-args", metavar="JSON", help="settings of the cache policy")
+    add("--draft-steps", type=int, default=0, metavar="N", help="guess so many steps ahead: the same in fewer forwards")
+    add("--draft-width", type=int, default=1, metavar="N", help="guesses of each of them (default: %(default)s)")
     add("--stop-at-eos", default="yes", choices=STOPS, help="when rows stop early (default: %(default)s)")
     add("--min-new-tokens", type=int, default=0, metavar="N", help="no end before that many tokens (default: none)")
     add("--eos-penalty", type=float, default=0.0, help="off the logits of end tokens (default: %(default)s)")
@@ -67,6 +70,9 @@ def decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_k": arguments.top_k,
         "cfg_scale": arguments.cfg_scale,
         "cache": arguments.cache,
+        "cache_args": mapping("cache-args", arguments.cache_args),
+        "draft_steps": arguments.draft_steps,
+        "draft_width": arguments.draft_width,
         "stop_at_eos": STOPS[arguments.stop_at_eos],
         "min_new_tokens": arguments.min_new_tokens,
         "eos_penalty": arguments.eos_penalty,

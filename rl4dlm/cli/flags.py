@@ -16,7 +16,8 @@ from rl4dlm.training.config import DiffusionPolicyConfig, refused_settings
 
 ROLLOUT = (
     "max_completion_length", "num_generations", "num_generations_eval", "temperature", "top_p", "top_k", "schedule",
-    "denoising_steps", "block_length", "cfg_scale", "cache", "stop_at_eos", "min_new_tokens", "eos_penalty",
+    "denoising_steps", "block_length", "cfg_scale", "cache", "cache_args", "rollout_compile",
+    "stop_at_eos", "min_new_tokens", "eos_penalty",
     "eos_penalty_decay", "suppress_token_ids", "draw_unknown_tokens", "defer_token_ids", "schedule_args",
     "rollout_batch_size",
     "max_prompt_length", "overlong_prompts", "chat_template_kwargs", "mask_truncated_completions",

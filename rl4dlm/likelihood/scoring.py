@@ -53,7 +53,7 @@ def score_views(
     one_view: bool = False,
     unseen: Tensor | None = None,
     share: bool = True,
-    in_step: bool = False,
+    in_step: int | None = None,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
 
@@ -78,8 +78,8 @@ def score_views(
         unseen: bool `[B, T, T]`, tokens that do not see each other besides; for full attention.
         share: feed equal inputs once. Never done with `unseen`, or where dropout makes equal inputs score differently;
             with `one_view` the inputs of a view are compared with each other, not with those of other views.
-        in_step: run as many forwards with `rows_per_forward` as there would be without sharing, of at least one input
-            each, so that all processes run the same number. Needed where parameters are gathered in forwards.
+        in_step: run as many forwards with `rows_per_forward` as so many rows would without sharing, of at least one
+            input each: all processes then run the same number, which they must where forwards gather parameters.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -109,7 +109,7 @@ def score_views(
     batch, num_views, length = views.hidden.shape
     canvas = views.weight.shape[2]
     share = share and unseen is None and not _is_random(model)
-    split = rows_per_forward is not None and rows_per_forward < batch
+    split = rows_per_forward is not None and rows_per_forward < max(batch, in_step or 0)
     turns = num_views if one_view and not split else 1  # rows are b * K + k: every K-th is a view of each sequence
     inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, unseen, turns)
     scored = views.scored.flatten(0, 1)  # [B * K, L]
@@ -137,7 +137,7 @@ def score_views(
     else:
         assert rows_per_forward is not None
         size = rows_per_forward * (1 if one_view else num_views)
-        forwards = -(batch * num_views // -size)
+        forwards = -((in_step or 0) * num_views // -size)
         size = -(len(wanted) // -forwards) if in_step else size
         parts, order = [], []
         for start in range(0, len(wanted), size):
@@ -145,7 +145,7 @@ def score_views(
             part, asked = inputs[wanted[start : start + size]], {name: value[rows] for name, value in ask.items()}
             parts.append(_forward(model, part, of[rows] - start, asked, canvas, settings, bare, share))
             order.append(rows)
-        for _ in range(forwards - len(parts) if in_step else 0):  # forwards that nothing is asked of
+        for _ in range(forwards - len(parts)):  # forwards that nothing is asked of
             nothing = {name: torch.zeros_like(value[:1]) for name, value in ask.items()}
             _forward(model, inputs[wanted[:1]], torch.zeros_like(of[:1]), nothing, canvas, settings, bare, share)
         places = torch.cat(order).argsort()

@@ -237,7 +237,7 @@ def _score(
         raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
     guides = None
     if score_cfg_scale > 0:
-        count = len(input_ids) // 2 if isinstance(score_positions, tuple) else len(score_positions)
+        count = (len(input_ids) if score_rows is None else len(score_rows)) // 2
         guides = _fed(rows + count, score_rows)
     if score_reduce is None and score_rows is not None:
         assert score_targets is not None

@@ -53,6 +53,7 @@ class DecodingConfig:
         schedule_args: further settings of the schedule.
         draft_steps: D, guesses of a row's next states that are fed beside it; each that comes true is a step without a
             forward of its own, and all else is as without (`drafts.py`). 0 is off.
+        draft_width: of the states so many steps ahead, how many are guessed; the first is the most likely one.
         record_entropy: keep in `Trace.entropy` how sure the model was of each token. False saves a quarter of a draw,
             and half of one at temperature 0, where the vocabulary is large.
 
@@ -79,6 +80,7 @@ class DecodingConfig:
     known_tokens: int | None = None
     cache_args: Mapping[str, Any] = field(default_factory=dict)
     draft_steps: int = 0
+    draft_width: int = 1
     record_entropy: bool = True
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class DecodingConfig:
             object.__setattr__(self, name, ids)
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{name}={ids!r} is not allowed; token ids are integers from 0 on")
-        required = ("canvas_length", "top_k", "min_new_tokens", "draft_steps")
+        required = ("canvas_length", "top_k", "min_new_tokens", "draft_steps", "draft_width")
         for name in (*required, "steps", "block_length", "known_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in required):
@@ -237,6 +239,11 @@ class DecodingConfig:
     def _check_drafts(self, schedule: Schedule | CanvasSchedule, policy: CachePolicy) -> None:
         if self.draft_steps < 0:
             raise ValueError(f"draft_steps={self.draft_steps} is not allowed; it must be 0 (off) or larger")
+        if self.draft_width < 1 or (self.draft_width > 1 and not self.draft_steps):
+            raise ValueError(
+                f"draft_width={self.draft_width} is not allowed with draft_steps={self.draft_steps}; it must be 1, or "
+                "larger where steps are guessed"
+            )
         if self.draft_steps and not (isinstance(schedule, Schedule) and schedule.memoryless):
             raise ValueError(
                 f"draft_steps={self.draft_steps} cannot be used with schedule={self.schedule!r}, whose steps follow "

@@ -8,17 +8,22 @@ decoding without guesses, and there are as many forwards or fewer. Each has up t
 which costs next to nothing where a forward is bound by the weights it reads, and more than it saves where it is bound
 by arithmetic.
 
-FreeDave (arXiv 2510.00294) and Self Speculative Decoding (arXiv 2510.04147), whose tree is one chain here. Differences
-from FreeDave's released code: any number of rows and of tokens per step; above temperature 0 the guesses draw with the
-noise of the steps they stand for, so that they come true as often as the model's opinion stays the same; with a
-threshold only a guess that is the same state is kept (there one that holds a part of it, which changes the result).
-Guesses end with the block, as there by default.
+The chain of most likely states is that of FreeDave (arXiv 2510.00294). A model rarely changes its opinion of a token,
+but often the order in which it is sure of them, so that states in which the next best slot goes first are worth
+guessing too (`draft_width`), as in the trees of Self Speculative Decoding (SSD, arXiv 2510.04147). Here such a state is
+not the root of a tree of its own: once the slot that waited is written, too, it is on the chain again.
+
+Differences from FreeDave's released code: any number of rows and of tokens per step; above temperature 0 the guesses
+draw with the noise of the steps they stand for, so that they come true as often as the model's opinion stays the same;
+with a threshold only a guess that is the same state is kept (there one that holds a part of it, which changes the
+result). Guesses end with the block, as there by default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +31,7 @@ from torch import Tensor
 
 from rl4dlm.rollout.drawing import Reading, Scored
 from rl4dlm.rollout.record import KEPT
-from rl4dlm.rollout.schedules.parts import Step, top
+from rl4dlm.rollout.schedules.parts import Step, ranks, top
 from rl4dlm.rollout.step import Batch
 
 AHEAD = "ahead"
@@ -41,7 +46,7 @@ class DraftBatch(Batch):
 
     seen: Step | None  # what the last forward showed of each row
     source: Tensor | None  # while guesses are fed, the real row of each row
-    depth: Tensor  # and how many steps ahead it is
+    ahead: Tensor  # and how many steps further it is
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +65,7 @@ class DraftBatch(Batch):
         if self.source is None:
             super()._place(rows, columns, seen)
             return
-        source, own = self.source, self.depth == 0
+        source, own = self.source, self.ahead == 0
         if self.guided:
             source, own = torch.cat([source, source + int(own.sum())]), own.repeat(2)
         assert self.store is not None
@@ -69,6 +74,10 @@ class DraftBatch(Batch):
         else:
             self.store.place(source[rows], columns, seen, own[rows])
 
+    def _shared(self, part: Any) -> tuple[Tensor, Tensor] | None:
+        shared = super()._shared(part)
+        return shared if self.source is None else None  # guesses are of rows that are under way
+
     def _take(self, keep: Tensor) -> None:
         if self.seen is not None:
             self.seen = _picked(self.seen, keep)
@@ -76,30 +85,26 @@ class DraftBatch(Batch):
 
     def _step(self) -> None:
         guesses = self._guesses()
-        counts = torch.stack([real for _, _, real in guesses]).sum(0) if guesses else torch.zeros_like(self.slot)
-        if not bool(counts.any()):
+        real = torch.stack([torch.ones_like(self.done), *(guess.real for guess in guesses)], dim=1)  # [R, 1 + G]
+        if not bool(real[:, 1:].any()):
             super()._step()
             return
-        own = (1 + counts).cumsum(0) - (1 + counts)  # the real rows, among all that are fed
-        source = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), 1 + counts)
-        depth = torch.arange(len(source), device=source.device) - own[source]
-        self.record.guesses[self.slot] += counts
-        self._fork(guesses, source, depth)
-        fed = {name: getattr(self, name).clone() for name in ("tokens", "masked", "stalled")}
+        self.record.guesses[self.slot] += real[:, 1:].sum(-1)
+        source, which = real.nonzero(as_tuple=True)
+        ahead = torch.tensor([0, *(guess.ahead for guess in guesses)], device=source.device)[which]
+        canvas = torch.stack([self.tokens[:, self.width :], *(guess.canvas for guess in guesses)], dim=1)
+        masked = torch.stack([self.masked, *(guess.masked for guess in guesses)], dim=1)
+        self._fork(canvas[source, which], masked[source, which], source, ahead)
+        fed = self._state()
         super()._step()
-        wrong = torch.zeros_like(depth, dtype=torch.bool)
-        for name, value in fed.items():
-            differs = value != getattr(self, name).roll(1, 0)
-            wrong |= differs if differs.dim() == 1 else differs.any(-1)
-        wrong |= self._finished().roll(1, 0)  # decoding without guesses ends there
-        self._join(source, depth, own, wrong & (depth > 0), fed["masked"] & ~self.masked)
+        self._join(fed)
 
-    def _guesses(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Guessed states, nearest first: canvas `[R, W]`, masked `[R, W]` and whether the row has that guess `[R]`.
+    def _guesses(self) -> list[_Guess]:
+        """What may be the next states.
 
-        Each is what the schedule's rules make of the one before if the model's opinion does not change. Rows that enter
-        a block have none, for nothing is known of it yet, and a state without open slots is no guess: nothing is left
-        to do there.
+        The most likely one is what the schedule's rules make of the one before if the model's opinion does not change,
+        and so on. Beside it, the next best slot goes first and the weakest one waits. Rows that enter a block have no
+        guess, for nothing is known of it yet, and a state without open slots is none: nothing is left to do there.
         """
         if self.seen is None:
             return []
@@ -117,7 +122,6 @@ class DraftBatch(Batch):
                 self.seen,
                 tokens=canvas,
                 masked=masked,
-                eligible=eligible,
                 stop=self.stop,
                 drawn=drawn,
                 read=read,
@@ -125,51 +129,74 @@ class DraftBatch(Batch):
                 total_step=self.total_step + ahead - 1,
                 masked_at_start=self.masked_at_start,
             )
-            scores = self.schedule.confidence(step)
-            if self.config.defer_token_ids:
-                deferred = torch.tensor(self.config.defer_token_ids, device=scores.device)
-                scores = scores.masked_fill(torch.isin(drawn.token, deferred), -torch.inf)
-            commit = self.schedule.commit(step, scores) & eligible
-            commit |= top(scores, eligible, (~commit.any(-1)).long())
-            canvas, masked = torch.where(commit, drawn.token, canvas), masked & ~commit
-            real = real & (eligible & ~commit).any(-1)
-            guesses.append((canvas, masked, real))
+            allowed, beside = eligible, []
+            for _ in range(self.config.draft_width):
+                commit, scores = self._rules(dataclasses.replace(step, eligible=allowed))
+                going = real & commit.any(-1) & (eligible & ~commit).any(-1)
+                beside.append(_Guess(torch.where(commit, drawn.token, canvas), masked & ~commit, going, ahead))
+                rank = ranks(scores, allowed).masked_fill(~commit, -1)
+                allowed = allowed & ~(commit & (rank == rank.amax(-1, keepdim=True)))
+            guesses += beside
+            canvas, masked, real = beside[0].canvas, beside[0].masked, beside[0].real
         return guesses
 
-    def _fork(self, guesses: list[tuple[Tensor, Tensor, Tensor]], source: Tensor, depth: Tensor) -> None:
-        """Puts the guesses between the rows; `source` long `[V]` is the row of each, `depth` how far ahead it is."""
-        canvases = torch.stack([self.tokens[:, self.width :], *(canvas for canvas, _, _ in guesses)], dim=1)
-        masked = torch.stack([self.masked, *(masked for _, masked, _ in guesses)], dim=1)
+    def _rules(self, step: Step) -> tuple[Tensor, Tensor]:
+        """What the schedule writes at a step, bool `[R, W]`, and the scores by which it chooses."""
+        scores = self.schedule.confidence(step)
+        if self.config.defer_token_ids:
+            deferred = torch.tensor(self.config.defer_token_ids, device=scores.device)
+            scores = scores.masked_fill(torch.isin(step.drawn.token, deferred), -torch.inf)
+        commit = self.schedule.commit(step, scores) & step.eligible
+        return commit | top(scores, step.eligible, (~commit.any(-1)).long()), scores
+
+    def _fork(self, canvas: Tensor, masked: Tensor, source: Tensor, ahead: Tensor) -> None:
+        """Puts guesses behind the rows that they are of: V states, each so many steps `ahead` of row `source`."""
         self.seen = None  # what it said is in the guesses
         self._take(source)
-        self.tokens[:, self.width :] = canvases[source, depth]
-        self.masked = masked[source, depth]
-        self.stalled = torch.where(depth > 0, 0, self.stalled)
-        self.block_step, self.total_step = self.block_step + depth, self.total_step + depth
-        self.source, self.depth = source, depth
+        self.tokens[:, self.width :], self.masked = canvas, masked
+        self.stalled = torch.where(ahead > 0, 0, self.stalled)
+        self.block_step, self.total_step = self.block_step + ahead, self.total_step + ahead
+        self.source, self.ahead = source, ahead
 
-    def _join(self, source: Tensor, depth: Tensor, own: Tensor, wrong: Tensor, wrote: Tensor) -> None:
-        """Keeps of each row the last state on the unbroken chain of guesses that came true, and what led to it.
+    def _state(self) -> tuple[Tensor, ...]:
+        """What a step depends on besides its number, as far as steps change it."""
+        return self.tokens[:, self.width :].clone(), self.masked, self.stalled
+
+    def _join(self, fed: tuple[Tensor, ...]) -> None:
+        """Follows each row through the guesses that came true; it goes on from the last of them.
 
         Args:
-            own: long `[R]`, the real rows among the V. wrong: bool `[V]`, guesses that did not come true.
-            wrote: bool `[V, W]`, slots that each wrote in its step.
+            fed: the states `[V, ...]` before the step; those after it are the rows'.
         """
-        rows, deepest = len(own), 1 + int(depth.max())
-        right = torch.zeros(rows, deepest, dtype=torch.bool, device=own.device)
-        right[source, depth] = ~wrong
-        right = right.cumprod(-1).bool()  # [R, D + 1]
-        last = own + right.sum(-1) - 1
-        by_depth = torch.zeros(rows, deepest, wrote.shape[1], dtype=torch.long, device=own.device)
-        by_depth[source, depth] = wrote.long()
-        at = own[:, None] + (by_depth * right[..., None]).argmax(
-            1
-        )  # [R, W], who wrote a slot; the row where nobody did
-        trace = {name: getattr(self, name).gather(0, at) for name in _TRACE}
-        self._take(last)
+        assert self.source is not None
+        source, ended, led_to = self.source, self._finished(), self._state()
+        at = (self.ahead == 0).nonzero().squeeze(-1)  # [R], where each row has come to
+        wrote = fed[1] & ~self.masked
+        writer = at[:, None].expand(-1, wrote.shape[1])  # who wrote a slot; the row itself where nobody did
+        for ahead in range(1, self.config.draft_steps + 1):
+            true = (self.ahead == ahead) & ~ended[at][source]  # where a row ends, decoding without guesses does, too
+            for before, after in zip(fed, led_to, strict=True):
+                true &= (before == after[at[source]]).view(len(source), -1).all(-1)
+            found = torch.where(true, torch.arange(len(source), device=source.device), -1)
+            following = torch.full_like(at, -1).scatter_reduce(0, source, found, "amax")
+            ended = ended.index_fill(0, at[following < 0], True)
+            at = torch.where(following < 0, at, following)
+            writer = torch.where(wrote[at], at[:, None], writer)
+        trace = {name: getattr(self, name).gather(0, writer) for name in _TRACE}
+        self._take(at)
         for name, value in trace.items():
             setattr(self, name, value)
         self.source = None
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """A state that each row may come to."""
+
+    canvas: Tensor  # long [R, W]
+    masked: Tensor  # bool [R, W]
+    real: Tensor  # bool [R], rows that have it
+    ahead: int  # steps
 
 
 def candidates_ahead(steps: int, reads: Mapping[str, Reading]) -> Reading:
@@ -179,9 +206,8 @@ def candidates_ahead(steps: int, reads: Mapping[str, Reading]) -> Reading:
     def read(scored: Scored) -> Tensor:
         found = []
         for ahead in range(1, steps + 1):
-            later = dataclasses.replace(scored.places, steps=scored.places.steps + ahead)
-            again = dataclasses.replace(scored, places=later)
-            drawn, values = again.drawn(), [reading(again) for reading in reads.values()]
+            later = scored.later(ahead)
+            drawn, values = later.drawn(entropy=False), [reading(later) for reading in reads.values()]
             columns = [drawn.token, drawn.confidence, *(value for value in values if value.dim() == 1)]
             found.append(torch.stack([column.double() for column in columns], dim=-1))
         return torch.stack(found, dim=1)

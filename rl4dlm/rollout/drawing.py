@@ -136,6 +136,13 @@ class Scored:
             warm = (self.logits / self.temperature).log_softmax(-1)
         return filtered(warm, self.top_p, self.top_k)
 
+    def later(self, steps: int) -> Scored:
+        """The same logits with the noise of a later step of each row; what does not depend on the draw is shared."""
+        other = dataclasses.replace(self, places=dataclasses.replace(self.places, steps=self.places.steps + steps))
+        shared = ("log_probs", "own_log_probs", "entropy", "allowed", "sampling", "tempered")
+        vars(other).update({name: vars(self)[name] for name in shared if name in vars(self)})
+        return other
+
     @property
     def held_log_prob(self) -> Tensor:
         """`[n]`, the untempered log-probability of the token now in each slot; of the mask token in open ones."""

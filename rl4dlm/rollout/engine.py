@@ -48,6 +48,8 @@ class RolloutEngine:
             that another makes. Called before each forward with True, and with False by a process that has none left;
             returns, once all have called it, whether any said True. While that is so a process that has nothing left
             to decode makes idle forwards of one token. None: processes need not wait for each other.
+        compile: backend of `torch.compile` for the model's trunk, `"inductor"` or another one; shapes repeat where rows
+            are of one length and blocks of another, so that little is compiled again. None: nothing is compiled.
     """
 
     def __init__(
@@ -58,7 +60,11 @@ class RolloutEngine:
         max_batch_rows: int | None = None,
         progress: bool = False,
         in_step: Callable[[bool], bool] | None = None,
+        compile: str | None = None,
     ) -> None:
+        if compile is not None and compile not in torch.compiler.list_backends(exclude_tags=()):
+            known = ", ".join(sorted(torch.compiler.list_backends()))
+            raise ValueError(f"compile={compile!r} is no backend of torch.compile here; choose one of {known}, or None")
         if max_batch_rows is not None and max_batch_rows < 1:
             raise ValueError(f"max_batch_rows={max_batch_rows} is not allowed; it must be 1 or larger, or None")
         self.model = attach_scoring(model)
@@ -77,6 +83,7 @@ class RolloutEngine:
         self.max_batch_rows = max_batch_rows
         self.progress = progress
         self.in_step = in_step
+        self.compile = compile
         self.weight_version: int | None = None
         self._said: set[str] = set()
 
@@ -150,6 +157,7 @@ class RolloutEngine:
         slots = int((~record.hinted).sum())
         with (
             _evaluating(self.model),
+            _compiled(self.model, self.compile),
             tqdm(
                 total=slots, desc="decoding", unit="tok", delay=PROGRESS_DELAY, disable=not self.progress, leave=False
             ) as bar,
@@ -382,6 +390,25 @@ def _check_no_text(prompts: Any) -> None:
             raise ValueError(
                 f"{name}={prompt!r} is text; the engine takes lists of token ids, such as tokenizer.encode(text) gives"
             )
+
+
+@contextmanager
+def _compiled(model: Any, backend: str | None) -> Iterator[None]:
+    """The model's trunk is compiled inside; what is compiled is kept by torch for the next time."""
+    if backend is None:
+        yield
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trunk = base.base_model
+    own = trunk.__dict__.get("forward")
+    trunk.forward = torch.compile(trunk.forward, backend=backend)
+    try:
+        yield
+    finally:
+        if own is None:
+            del trunk.forward
+        else:
+            trunk.forward = own
 
 
 @contextmanager

@@ -6,16 +6,16 @@ Owns the columns that are fed, who sees whom, guidance, the shadow of a block, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl4dlm.models.attention import LEFT_TO_RIGHT, NOWHERE, Sight, attention_mask, one_copy
+from rl4dlm.models.attention import LEFT_TO_RIGHT, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.options import adjusted, banned
+from rl4dlm.rollout.part import Part, Scores, Shadow, chosen_columns
 from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
@@ -27,6 +27,8 @@ NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
 
 class Feed(Rows):
     """Rows, and one forward of them."""
+
+    upcoming: Tensor | None = None  # long [R, W], for policies that foresee what a step writes
 
     def _look(self) -> Step:
         """One forward of every row: the step as the schedule sees it."""
@@ -78,7 +80,8 @@ class Feed(Rows):
     def _wanted(self) -> Tensor:
         """bool `[R, W]`, slots of the schedule's scope."""
         if self.cache.foresees:
-            return self._upcoming() >= 0
+            self.upcoming = self._upcoming()
+            return self.upcoming >= 0
         scope, exists = self.schedule.scope, self.offsets < self.length[:, None]
         if scope == "canvas":
             return exists
@@ -95,7 +98,7 @@ class Feed(Rows):
         fields = (self.eligible, self.block_step, self.total_step, self.masked_at_start, self.row_ids, self.noise)
         return self.schedule.upcoming(Ahead(*fields))
 
-    def _parts(self, wanted: Tensor) -> list[_Part]:
+    def _parts(self, wanted: Tensor) -> list[Part]:
         """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
         columns, shift = self.tokens.shape[1], self.spec.logit_shift
         seen: Tensor | None = None  # [R], behind the last column that the active block can see
@@ -103,7 +106,7 @@ class Feed(Rows):
             seen = self._behind()
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
-            return [_Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
+            return [Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
         start = self.width + torch.where(self.start > 0, self.start, -self.offset)
         plan = self.cache.plan(self._now(start))
         whole = plan.first < 0
@@ -132,14 +135,14 @@ class Feed(Rows):
             spans = {(firsts[row], lasts[row]) for row in group}
             attended = max(ends[row] for row in group)
             if chosen is not None and not all(wholes[row] for row in group):
-                parts.append(_chosen(rows, chosen if rows is None else chosen[rows], attended))
+                parts.append(chosen_columns(rows, chosen if rows is None else chosen[rows], attended))
             elif len(spans) == 1:
-                parts.append(_Part(rows, slice(*spans.pop()), seen=attended))
+                parts.append(Part(rows, slice(*spans.pop()), seen=attended))
             else:
                 feed = max(end - begin for begin, end in spans)
                 begin, end = (first, last) if rows is None else (first[rows], last[rows])
                 index = begin[:, None] + torch.arange(feed, device=first.device)
-                parts.append(_Part(rows, torch.minimum(index, end[:, None] - 1), index < end[:, None], attended))
+                parts.append(Part(rows, torch.minimum(index, end[:, None] - 1), index < end[:, None], attended))
         if self.fed is not None:
             for part in parts:
                 self._note_fed(part)
@@ -170,19 +173,19 @@ class Feed(Rows):
             open=self.masked,
             tokens=self.tokens,
             fed=self.fed,
-            upcoming=self._upcoming() if self.cache.foresees else None,
+            upcoming=self.upcoming,
             row_ids=self.row_ids,
             memory=self.cache_memory,
         )
 
-    def _note_fed(self, part: _Part) -> None:
+    def _note_fed(self, part: Part) -> None:
         """Remembers what the columns of a forward were fed as."""
         assert self.fed is not None
         rows = torch.arange(len(self.fed), device=self.fed.device) if part.rows is None else part.rows
         columns = part.columns if isinstance(part.columns, Tensor) else part.index(self.tokens)
         self.fed = self.fed.index_put((rows[:, None], columns), self.tokens[rows[:, None], columns])
 
-    def _forward(self, part: _Part, wanted: Tensor) -> tuple[_Scores, dict[str, Tensor]]:
+    def _forward(self, part: Part, wanted: Tensor) -> tuple[Scores, dict[str, Tensor]]:
         """One forward; values of wanted slots, and of the shadow's, in row-major order."""
         shadow, store = part.shadow, self.store
         score = part.slots_of(wanted, self.width)  # [r, q]
@@ -206,6 +209,14 @@ class Feed(Rows):
                 columns = columns.repeat(2, 1) if isinstance(columns, Tensor) else columns
             self._place(rows, columns, part.seen)
             extra["past_key_values"] = store
+        shared = self._shared(part)
+        if shared is not None:  # one row of each group is fed, and what is made of it counts for all
+            first, like = self._twice(*shared) if self.guided else shared
+            tokens, positions, keys = tokens[first], positions[first], keys[first]
+            sight = None if sight is None else Sight(sight.places[first], sight.horizons[first])
+            extra["score_rows"] = like
+            if store is not None:
+                store.share(first, like)
         if shadow is not None:
             copies = 1 + self.guided
             tokens = torch.cat([tokens, torch.full_like(shadow.slots.repeat(copies, 1), self.spec.mask_token_id)], 1)
@@ -238,12 +249,38 @@ class Feed(Rows):
         names = (*Drawn._fields, *self.reads, *([SHADOW] if shadow is not None else []))
         return places, dict(zip(names, flat, strict=True))
 
+    def _shared(self, part: Part) -> tuple[Tensor, Tensor] | None:
+        """Rows of a forward that begin with the same prompt: long `[u]`, one of each group, and long `[r]`, which of
+        these each row is like; None where no two are alike."""
+        if not any(self.blank):
+            return None
+        rows = list(range(len(self.prompts))) if part.rows is None else part.rows.tolist()
+        alike: dict[tuple[int, ...] | int, int] = {}
+        first: list[int] = []
+        copies = []
+        for place, row in enumerate(rows):
+            key = tuple(self.prompts[row]) if self.blank[row] else -1 - row
+            if key not in alike:
+                alike[key] = len(first)
+                first.append(place)
+            copies.append(alike[key])
+            self.blank[row] = False
+        if len(first) == len(rows) or part.shadow is not None or self.schedule.inputs is not None:
+            return None
+        device = self.slot.device
+        return torch.tensor(first, device=device), torch.tensor(copies, device=device)
+
+    @staticmethod
+    def _twice(first: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for rows that are followed by their copies without a prompt."""
+        return torch.cat([first, first + len(copies)]), torch.cat([copies, copies + len(first)])
+
     def _place(self, rows: Tensor | None, columns: Tensor | slice, seen: int | None) -> None:
         """Where the store writes and what it sees; rows behind the last one are the copies without a prompt."""
         assert self.store is not None
         self.store.place(rows, columns, seen)
 
-    def _sight(self, part: _Part) -> Sight | None:
+    def _sight(self, part: Part) -> Sight | None:
         """Who of the fed columns sees which keys; None: all see all."""
         if self.spec.attention == "full":
             return None
@@ -267,7 +304,7 @@ class Feed(Rows):
         soft = self.schedule.inputs(canvas).to(embeddings.dtype)
         return torch.cat([embeddings[:, : self.width], soft.repeat(copies, 1, 1)], dim=1)
 
-    def _reduction(self, at: _Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
+    def _reduction(self, at: Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
         entropy = config.record_entropy or self.schedule.reads_entropy
@@ -319,99 +356,10 @@ class Feed(Rows):
         others = ~self.choices.sets[index.clamp(min=0)] & (index >= 0)[:, None]
         return others if found is None else found | others
 
-    def _shadow(self) -> _Shadow:
+    def _shadow(self) -> Shadow:
         start, stop = self.start, self.stop
         slots = start[:, None] + torch.arange(int((stop - start).max()), device=start.device)
         real = slots < stop[:, None]
         slots = slots.clamp(max=self.masked.shape[1] - 1)
         held = ~self.masked.gather(-1, slots) & ~self.locked.gather(-1, slots)
-        return _Shadow(slots, real, real & held)
-
-
-@dataclass(frozen=True)
-class _Shadow:
-    """The copy of the active block that is fed beside the row: S columns of mask tokens."""
-
-    slots: Tensor  # long [R, S], canvas offsets
-    real: Tensor  # bool [R, S], whether the block has so many slots
-    scored: Tensor  # bool [R, S], slots whose held token is verified
-
-    def sight(self, width: int, feed: int, copies: int) -> Sight:
-        """Rows see rows; a shadow sees the row but the slot it stands for, and itself. Nothing else sees it."""
-        slots = self.slots.repeat(copies, 1)
-        rows = torch.zeros(len(slots), feed, dtype=torch.long, device=slots.device)
-        return Sight(
-            places=torch.cat([rows, torch.full_like(slots, NOWHERE)], 1),
-            horizons=torch.cat([rows, torch.zeros_like(slots)], 1) + 1,
-            blocks=torch.cat([rows - 1, slots], 1),
-            hidden=torch.cat([rows - 1, slots + width], 1),
-        )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one forward feeds: q columns of r rows."""
-
-    rows: Tensor | None  # long [r]; None: all, in order
-    columns: slice | Tensor  # the same of all rows, or long [r, q]; columns that pad repeat the last one of their row
-    real: Tensor | None = None  # bool [r, q], columns that do not pad; None: none does
-    seen: int | None = None  # columns of the store that are attended to; None: what is fed sees itself
-    shadow: _Shadow | None = None
-
-    def rows_of(self, value: Tensor) -> Tensor:
-        """`value` `[R, ...]` of the rows."""
-        return value if self.rows is None else value[self.rows]
-
-    def of(self, value: Tensor) -> Tensor:
-        """`value` `[R, T]` where it is fed, `[r, q]`."""
-        value = self.rows_of(value)
-        return value[:, self.columns] if isinstance(self.columns, slice) else value.gather(-1, self.columns)
-
-    def index(self, like: Tensor) -> Tensor:
-        """long `[r, q]`, the columns, for rows as many as those of `like` `[R, T]` or the chosen ones."""
-        if isinstance(self.columns, Tensor):
-            return self.columns
-        column = torch.arange(self.columns.start, self.columns.stop, device=like.device)
-        return column.expand(len(like if self.rows is None else self.rows), -1)
-
-    def slots_of(self, wanted: Tensor, width: int) -> Tensor:
-        """bool `[r, q]`, fed columns whose slot is wanted (bool `[R, W]`)."""
-        wanted, size = self.rows_of(wanted), wanted.shape[1]
-        if isinstance(self.columns, slice):
-            begin, end = self.columns.start - width, self.columns.stop - width
-            inside = wanted[:, max(begin, 0) : end]
-            return torch.nn.functional.pad(inside, (max(-begin, 0), 0))
-        slots = self.columns - width
-        score = wanted.gather(-1, slots.clamp(min=0, max=size - 1)) & (slots >= 0)
-        return score if self.real is None else score & self.real
-
-    def scores(self, score: Tensor, feed: int, width: int) -> _Scores:
-        """Which slots the scored columns bool `[r, q]` stand for; those behind `feed` are the shadow's."""
-        rows, columns = score.nonzero(as_tuple=True)
-        beside = columns >= feed
-        if isinstance(self.columns, slice):
-            slots = columns + self.columns.start - width
-        else:
-            slots = self.columns[rows, columns] - width
-        if self.shadow is not None:
-            slots = torch.where(beside, self.shadow.slots[rows, (columns - feed).clamp(min=0)], slots)
-        return _Scores((rows, columns), rows if self.rows is None else self.rows[rows], slots, beside)
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Which slots the scored columns of a forward stand for, in row-major order."""
-
-    at: tuple[Tensor, Tensor]  # long [n], row and column of the forward
-    rows: Tensor  # long [n], among the rows alive
-    slots: Tensor  # long [n], canvas offsets
-    shadow: Tensor  # bool [n]
-
-
-def _chosen(rows: Tensor | None, chosen: Tensor, seen: int) -> _Part:
-    """A forward of chosen columns, bool `[r, T]`; rows with fewer repeat their last one."""
-    counts = chosen.sum(-1)
-    order = (~chosen).long().argsort(dim=-1, stable=True)[:, : int(counts.max())]
-    place = torch.arange(order.shape[1], device=order.device)
-    columns = order.gather(-1, torch.minimum(place, counts[:, None] - 1))
-    return _Part(rows, columns, place < counts[:, None], seen)
+        return Shadow(slots, real, real & held)

@@ -146,6 +146,7 @@ class Rows:
         self.record, self.config, self.schedule, self.cache, self.noise = record, config, schedule, cache, noise
         self.choices, self.constraint, self.on_step, self.in_step = choices, constraint, on_step, in_step
         self.all_prompts, self.all_row_ids = prompts, row_ids
+        self.given = record.hinted.any(-1).tolist()  # rows of the call that begin with more than their prompt
         self.counts = False  # whether steps are asked how many slots they settle
         self._ranges: dict[int, Tensor] = {}
         self._looked_up: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -165,6 +166,7 @@ class Rows:
         """Rows take their places: as many as there are places, and nothing is left of those before."""
         rows, self.waiting = self.waiting[: self.capacity], self.waiting[self.capacity :]
         self.prompts = [self.all_prompts[row] for row in rows]
+        self.blank = [not self.given[row] for row in rows]  # whether a row is its prompt and nothing else
         self.width = max(map(len, self.prompts), default=0)  # columns of the left-padded prompt
         for name, value in self._fresh(rows).items():
             setattr(self, name, value)
@@ -329,7 +331,7 @@ class Rows:
             for name, value in self._fresh(rows).items():
                 setattr(self, name, getattr(self, name).index_copy(0, taken, value))
             for place, row in zip(taken.tolist(), rows, strict=True):
-                self.prompts[place] = self.all_prompts[row]
+                self.prompts[place], self.blank[place] = self.all_prompts[row], not self.given[row]
             if self.fed is not None:
                 self.fed = self.fed.index_fill(0, taken, -1)
         if len(free):
@@ -356,7 +358,8 @@ class Rows:
             setattr(self, name, getattr(self, name)[keep])
         if self.fed is not None:
             self.fed = self.fed[keep]
-        self.prompts = [self.prompts[row] for row in keep.tolist()]
+        kept = keep.tolist()
+        self.prompts, self.blank = [self.prompts[row] for row in kept], [self.blank[row] for row in kept]
         self.memory.keep(keep)
         self.cache_memory.keep(keep)
 
@@ -418,7 +421,7 @@ class Rows:
         self.padded = not bool(self.keys.all())
         self.length = length
         self.start = torch.minimum(self.start + torch.where(at < self.start, count, 0), length)
-        self.stop = self._block_end()
+        self.reach = self.stop = self._block_end()
 
     def _log_resize(
         self, at: Tensor, count: Tensor, token: Tensor, grown: Tensor, length: Tensor, total_step: Tensor

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -17,21 +18,23 @@ from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
-from rl4dlm.training.interventions.trainer import InterveningTrainer
+from rl4dlm.training.interventions.trainer import InterveningTrainer, places
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.metrics import identical_groups
 from rl4dlm.training.rollout_columns import with_rollout
 from rl4dlm.training.scores import ScoringTrainer
+from rl4dlm.training.setup import swapped
 
 check_contract(
     GRPOTrainer,
     parameters={
         "_generate_and_score_completions": ["inputs"],
         "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+        "_prepare_inputs": ["generation_batch"],
     },
     attributes=[
-        "_logs", "_metrics", "_tokenizer", "num_generations", "num_generations_eval", "num_iterations",
-        "reward_weights",
+        "_logs", "_metrics", "_tokenizer", "multi_objective_aggregation", "num_generations", "num_generations_eval",
+        "num_iterations", "reward_weights",
     ],
     keys={
         "_generate_and_score_completions": [
@@ -39,6 +42,8 @@ check_contract(
             "old_per_token_logps", "ref_per_token_logps",
         ],
     },
+    module=grpo,
+    names=["shuffle_sequence_dict"],
 )  # fmt: skip
 
 
@@ -70,6 +75,28 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             rewards = self._intervene(inputs, prompts, completions, rewards)
         self._rewards_per_func = rewards
         return rewards  # [N * G, F], of all processes
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        shuffle = grpo.shuffle_sequence_dict
+        with swapped(grpo, "shuffle_sequence_dict", lambda batch: self._groups_together(shuffle(batch))):
+            return super()._prepare_inputs(generation_batch)
+
+    def _groups_together(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A shuffled batch whose rows are in the same optimizer steps, but in micro-batches with their group mates.
+
+        What completions of a prompt have in common is computed once if they are in one micro-batch. Which rows make a
+        step, and so its gradient, stays the shuffle's.
+        """
+        length, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if length % accumulated and accumulated % length:
+            return batch  # the micro-batches of a step are others in each pass
+        row_ids = batch["row_ids"]
+        window = len(row_ids) // length * min(length, accumulated)  # rows that are in one step in every pass
+        _, group = torch.unique(row_ids - places(row_ids) % self.num_generations, return_inverse=True)
+        step = torch.arange(len(row_ids), device=row_ids.device) // window
+        order = (step * len(row_ids) + group).argsort(stable=True)
+        alike = {n for n, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == len(order)}
+        return {name: value[order] if name in alike else value for name, value in batch.items()}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions([dict(row) for row in inputs])
@@ -116,23 +143,33 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
+        first = self._scores_come_first()
+        if not first:
+            self._replace_advantages(batch, rewards, num_generations)
         self._score_fixed_policies(batch, iterations=self.num_iterations if training else 1)
-        self._replace_advantages(batch, rewards, num_generations)
-        if self.args.negative_advantage_weight != 1:
-            signed = batch["advantages"]
-            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        if first:
+            self._replace_advantages(batch, rewards, num_generations)
         if training:
             self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
         return batch
 
     def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
-        advantages = self.advantages(self._summed(rewards_per_func).view(-1, num_generations), batch)
-        if advantages is None:
-            return
-        everyone = advantages.nan_to_num(nan=0.0).flatten()
+        summed = self._summed(rewards_per_func).view(-1, num_generations)
+        advantages = self.advantages(summed, batch)
         local = len(batch["advantages"])
-        start = self.accelerator.process_index * local
-        batch["advantages"] = everyone[start : start + local].to(batch["advantages"])
+        own = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
+        if advantages is not None:
+            self._use_advantages(advantages.nan_to_num(nan=0.0).flatten(), own, batch)
+        elif self.multi_objective_aggregation == "sum_then_normalize":
+            # The mean of equal rewards may differ from them in the last digit, which a deviation near zero makes large.
+            equal = (summed == summed[:, :1]).all(-1, keepdim=True).expand_as(summed).flatten()[own]
+            batch["advantages"] = batch["advantages"].masked_fill(equal, 0.0)
+        if self.args.negative_advantage_weight != 1:
+            signed = batch["advantages"]
+            batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+
+    def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
+        batch["advantages"] = everyone[own].to(batch["advantages"])
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(everyone))):
             logged.pop()

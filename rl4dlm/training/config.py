@@ -81,7 +81,11 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
         block_length: blocks are written left to right; None: those of the algorithm's paper (`paper_block_length`)
             where the canvas holds several, else one block. A model with blocks in its attention is decoded in these.
         cfg_scale: classifier-free guidance, in decoding and in scoring; 0 is off.
-        cache: cache policy of the rollout, `"none"` or `"prefix"`.
+        cache: cache policy of the rollout; `"auto"` is the one that loses nothing. See docs/rollouts.md for the others,
+            which are not exact for full attention.
+        cache_args: settings of the cache policy, a mapping in YAML or JSON on the command line.
+        rollout_compile: backend of `torch.compile` for the forwards of the rollout (`"inductor"`), which pays where
+            they are small and shapes repeat; None: they are not compiled.
         stop_at_eos: stop a row once everything up to its first end-of-sequence token is written.
         eos_penalty: off the logits of end tokens. eos_penalty_decay: fades with the share of the canvas that is open.
         suppress_token_ids: ids that are never drawn. defer_token_ids: ids that are committed last.
@@ -122,7 +126,7 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
     paper_block_length: ClassVar[int | None] = None
     """Length of the blocks that the algorithm's paper decodes in; None: it has none, or one for each task."""
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args"]  # noqa: RUF012  (transformers' own form)
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args", "cache_args"]  # noqa: RUF012  (transformers' own form)
 
     max_completion_length: int | None = field(
         default=256, metadata={"help": "Length of the canvas, in tokens: the completion slots the model sees."}
@@ -143,7 +147,15 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
     )
     _paper_blocks: bool = field(default=False, init=False, repr=False)
     cfg_scale: float = field(default=0.0, metadata={"help": "Weight of classifier-free guidance; 0 switches it off."})
-    cache: str = field(default="none", metadata={"help": "Cache policy of the rollout: none or prefix."})
+    cache: str = field(
+        default="auto", metadata={"help": "Cache policy of the rollout; auto is the exact one, if there is one."}
+    )
+    cache_args: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the cache policy, as a mapping (JSON on the command line)."}
+    )
+    rollout_compile: str | None = field(
+        default=None, metadata={"help": "Backend of torch.compile for the forwards of the rollout. Default: none."}
+    )
     stop_at_eos: bool = field(
         default=True, metadata={"help": "Stop a row once everything up to its first end-of-sequence token is written."}
     )
@@ -265,8 +277,9 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
         _check_delta(self)
         check_audit(self)
         self._check_kl()
-        if isinstance(self.schedule_args, str):
-            raise ValueError(f"schedule_args={self.schedule_args!r} is not a mapping; on the command line, give JSON")
+        for name in ("schedule_args", "cache_args"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a mapping; on the command line, give JSON")
         self.decoding()
 
     def _check_kl(self) -> None:
@@ -319,7 +332,8 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
 
         Raises ValueError for settings that do not fit together or do not fit the model, by their names here.
         """
-        assert self.max_completion_length is not None and not isinstance(self.schedule_args, str)
+        assert self.max_completion_length is not None
+        assert not isinstance(self.schedule_args, str) and not isinstance(self.cache_args, str)
         models_own = self._paper_blocks and spec is not None and spec.block_length is not None
         try:
             settings = DecodingConfig(
@@ -332,6 +346,7 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
                 top_k=self.top_k,
                 cfg_scale=self.cfg_scale,
                 cache=self.cache,
+                cache_args=self.cache_args or {},
                 stop_at_eos=self.stop_at_eos,
                 min_new_tokens=self.min_new_tokens,
                 eos_penalty=self.eos_penalty,

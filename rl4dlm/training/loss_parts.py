@@ -146,6 +146,11 @@ class LossParts(GuardedTrainer, ResumableGRPOTrainer):
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"][name].append(total / count if count else 0.0)
 
+    def with_advantage(self, batch: dict[str, Any]) -> Tensor:
+        """bool `[B]`, the completions that have an advantage, and tokens that count."""
+        found: Tensor = (batch["advantages"] != 0) & batch["completion_mask"].any(-1)
+        return found
+
     def log_entropy(self, scores: PolicyScores, mask: Tensor) -> None:
         """Logs the mean `entropy` of the tokens of `mask` `[B, C]` that a view scores; TRL's own loss logs it, too."""
         counted = mask.bool()

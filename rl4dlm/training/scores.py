@@ -50,12 +50,31 @@ class ScoringTrainer(LossParts):
     needs_old_entropies: bool = False
     """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
 
+    advantages_read_scores: bool = True
+    """Whether `advantages` or `prepare_batch` read old or reference scores of the batch, or change which rows count.
+
+    If not, a first pass over a batch is its own old policy, and rows without an advantage are never scored. A subclass
+    that defines one of the two is taken to read them unless it says that it does not.
+    """
+
     per_iteration: tuple[str, ...] = ("old_per_token_logps", "ref_per_token_logps", "old_entropies")
     """Entries `[B, n, ...]` of the batch of which the loss sees the current inner iteration's, `[B, ...]`."""
 
     def compared(self, scores: PolicyScores) -> Tensor:
         """What is kept of old and reference scores, `[B, ...]`, for a loss to compare with; scores per token."""
         return scores.log_probs
+
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """bool `[B]`, the completions whose scores the loss depends on; the others are not scored. None: all.
+
+        A loss that is linear in the advantages may leave out completions without one: see `with_advantage`. Scores and
+        entropies of what is left out are those of no policy, but finite, and `loss` gets the whole batch. A subclass
+        with a `loss` of its own scores all completions unless it defines this, too.
+
+        Args:
+            batch: as for `loss`.
+        """
+        return None
 
     @abstractmethod
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
@@ -69,18 +88,27 @@ class ScoringTrainer(LossParts):
         rows, width = rows_of(batch), batch["completion_ids"].shape[1]
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         count = iterations if self.estimator.fresh else 1
+        first = self._scores_come_first()
+        kept = None if first else self._kept(batch)
+        current = 0 if first or self.needs_old_entropies else self._passes_of_one_policy()
 
-        def scores(model: Any) -> tuple[Tensor, Tensor]:
-            each = [self._score(model, rows, n, width, rows_per_forward=size) for n in range(count)]
+        def scores(model: Any, first: int = 0) -> tuple[Tensor, Tensor]:
+            each = [self._score(model, rows, n, width, kept, rows_per_forward=size) for n in range(first, count)]
             return torch.stack([self.compared(s) for s in each], dim=1), torch.stack([s.entropies for s in each], dim=1)
 
         with torch.no_grad(), grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if "old_per_token_logps" in batch or self.needs_old_entropies:
-                log_probs, entropies = scores(self.model)
-                if "old_per_token_logps" in batch:
-                    batch["old_per_token_logps"] = log_probs
-                if self.needs_old_entropies:
-                    batch["old_entropies"] = entropies
+                if current:
+                    batch["old_is_current"] = torch.ones(len(rows), dtype=torch.bool, device=rows.row_ids.device)
+                if current < count:
+                    log_probs, entropies = scores(self.model, first=current)
+                    if "old_per_token_logps" in batch:
+                        nothing = torch.zeros_like(log_probs[:, :1]).expand(-1, current, *log_probs.shape[2:])
+                        batch["old_per_token_logps"] = torch.cat([nothing, log_probs], dim=1)
+                    if self.needs_old_entropies:
+                        batch["old_entropies"] = entropies
+                else:
+                    batch["old_per_token_logps"] = batch["old_per_token_logps"][:, None]  # until the first pass
             if "ref_per_token_logps" in batch:
                 with self._reference() as reference:
                     batch["ref_per_token_logps"] = scores(reference)[0]
@@ -113,22 +141,72 @@ class ScoringTrainer(LossParts):
         for name in self.per_iteration:
             if batch.get(name) is not None:
                 batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
-        views = self._draw(rows, iteration)
+        views, kept = self._draw(rows, iteration), self._kept(batch, log=True)
+        self_is_old = "old_is_current" in inputs and iteration < self._passes_of_one_policy()
 
         def loss(found: ViewScores) -> Tensor:
-            scores = self._reduced(found, views, width)
+            scores = self._reduced(found, views, width, kept)
+            if self_is_old:
+                batch["old_per_token_logps"] = self.compared(scores).detach()
+                if not self.estimator.fresh:  # later passes have the same views, and compare with these scores
+                    inputs["old_per_token_logps"] = batch["old_per_token_logps"][:, None]
+            if kept is not None:
+                scores = self._completed(scores, batch, kept)
             if iteration == 0:
-                self._log_rollout_gap(scores.log_probs, inputs)
+                self._log_rollout_gap(scores.log_probs, inputs, kept)
             self._note(scores, batch)
             return self.loss(scores, batch)
 
+        scored, shown = (rows, views) if kept is None else (rows[kept], views[kept])
         if not (self._backward_per_view and torch.is_grad_enabled() and views.hidden.shape[1] > 1):
-            return loss(self._view_scores(model, rows, views))
+            return loss(self._view_scores(model, scored, shown))
         with grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
-            found = self._view_scores(model, rows, views)
+            found = self._view_scores(model, scored, shown)
         return loss_per_view(
-            found, views, lambda one: self._view_scores(model, rows, one), loss, self._backward_of_part
+            found, shown, lambda one: self._view_scores(model, scored, one), loss, self._backward_of_part
         )
+
+    def _kept(self, batch: dict[str, Any], log: bool = False) -> Tensor | None:
+        """Which rows are scored in training, long `[n]` and never none, so that processes stay in step; None: all."""
+        if not self.model.training or not _says(self, "rows_that_count", "loss"):
+            return None
+        counted = self.rows_that_count(batch)
+        if counted is None:
+            return None
+        if log:
+            self.log_mean("diffusion/rows_scored_share", counted, torch.ones_like(counted, dtype=torch.float32))
+        kept = counted.nonzero().squeeze(-1)
+        if len(kept) == len(counted):
+            return None
+        return kept if len(kept) else torch.zeros(1, dtype=torch.long, device=counted.device)
+
+    def _completed(self, scores: PolicyScores, batch: dict[str, Any], kept: Tensor) -> PolicyScores:
+        """What stands for rows that are not scored: a ratio of 1, and the others' mean entropy."""
+        assert scores.views is not None
+        absent = torch.ones(len(scores.log_probs), dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+        old = batch.get("old_per_token_logps")
+        if old is not None:
+            where = absent.view(-1, *[1] * (old.dim() - 1))
+            batch["old_per_token_logps"] = torch.where(where, self.compared(scores).detach().to(old.dtype), old)
+        shown = resized(scores.views.scored.any(1), scores.log_probs.shape[1])
+        counted = (shown & batch["completion_mask"].bool())[kept]
+        mean = (scores.entropies[kept].detach() * counted).sum() / counted.sum().clamp(min=1)
+        return scores._replace(entropies=torch.where(absent[:, None] & shown, mean, scores.entropies))
+
+    def _passes_of_one_policy(self) -> int:
+        """How many first passes over a new batch surely come before the next step of the optimizer.
+
+        A pass is `steps_per_generation` micro-batches. Where generation does not begin with an optimizer step, or a
+        pass is longer than one, none is sure to.
+        """
+        length, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        cycle = length * self.num_iterations
+        aligned = self.model.training and cycle % accumulated == 0 and self._step % cycle < accumulated
+        return min(accumulated // length, self.num_iterations) if aligned else 0
+
+    def _scores_come_first(self) -> bool:
+        said = _says(self, "advantages_read_scores", "advantages", "prepare_batch")
+        return self.advantages_read_scores if said else True
 
     def _backward_of_part(self, forward: Callable[[], Tensor]) -> None:
         """A forward and its backward pass, whose gradients are added up in this process until another one."""
@@ -147,7 +225,15 @@ class ScoringTrainer(LossParts):
         views = self.estimator.draw(keyed, seed=self.args.seed, iteration=iteration)
         return views if rows.given is None or self.scores_hints else views.without(rows.given)
 
-    def _view_scores(self, model: Any, rows: Rows, views: Views, rows_per_forward: int | None = None) -> ViewScores:
+    def _view_scores(
+        self,
+        model: Any,
+        rows: Rows,
+        views: Views,
+        rows_per_forward: int | None = None,
+        rows_in_step: int | None = None,
+    ) -> ViewScores:
+        everyone = self.accelerator.num_processes > 1
         with self.accelerator.autocast():
             return score_views(
                 model,
@@ -159,21 +245,33 @@ class ScoringTrainer(LossParts):
                 cfg_scale=self.args.cfg_scale,
                 rows_per_forward=rows_per_forward,
                 one_view=self.args.one_view,
-                in_step=self.accelerator.num_processes > 1,
+                in_step=rows_in_step if everyone else None,
             )
 
-    def _reduced(self, found: ViewScores, views: Views, width: int) -> PolicyScores:
-        """Scores `[B, C]` from those of the views, cut or padded to C = `width`."""
+    def _reduced(self, found: ViewScores, views: Views, width: int, kept: Tensor | None = None) -> PolicyScores:
+        """Scores `[B, C]` from those of the views, cut or padded to C = `width`; zero for rows that are not `kept`."""
+        if kept is not None:
+            zeros = (values.new_zeros(len(views), *values.shape[1:]) for values in found[:2])
+            found = ViewScores(*(z.index_copy(0, kept, v) for z, v in zip(zeros, found[:2], strict=True)))
         entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
         scores = resized(self.estimator.reduce(found.log_probs, views), width)
         return PolicyScores(scores, resized(entropies, width), views, found.log_probs)
 
     def _score(
-        self, model: Any, rows: Rows, iteration: int, width: int, rows_per_forward: int | None = None
+        self,
+        model: Any,
+        rows: Rows,
+        iteration: int,
+        width: int,
+        kept: Tensor | None = None,
+        *,
+        rows_per_forward: int | None = None,
     ) -> PolicyScores:
-        """Scores `[B, C]` of rows in the views of an inner iteration, cut or padded to C = `width`."""
+        """Scores `[B, C]` of rows, or those `kept`, in an iteration's views, cut or padded to C = `width`."""
         views = self._draw(rows, iteration)
-        return self._reduced(self._view_scores(model, rows, views, rows_per_forward), views, width)
+        scored, shown = (rows, views) if kept is None else (rows[kept], views[kept])
+        found = self._view_scores(model, scored, shown, rows_per_forward, rows_in_step=len(rows))
+        return self._reduced(found, views, width, kept)
 
     @torch.no_grad()
     def _note(self, scores: PolicyScores, batch: dict[str, Any]) -> None:
@@ -188,9 +286,11 @@ class ScoringTrainer(LossParts):
         self.note(parts, batch["row_ids"])
 
     @torch.no_grad()
-    def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any]) -> None:
+    def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any], kept: Tensor | None) -> None:
         width = scores.shape[1]
         mask = inputs["completion_mask"].bool() & resized(inputs["drawn"], width)
+        if kept is not None:
+            mask = torch.zeros_like(mask).index_copy(0, kept, mask[kept])
         local = rollout_gap(resized(inputs["drawn_log_probs"], width), scores, mask)
         total, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
         mode = "train" if self.model.training else "eval"
@@ -208,3 +308,9 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         seen=batch.get("canvas_seen"),
         given=batch.get("hinted"),
     )
+
+
+def _says(trainer: Any, name: str, *others: str) -> bool:
+    """Whether a trainer's class says `name` of its own, and not only a class that it takes one of the `others` from."""
+    owner = next(cls for cls in type(trainer).__mro__ if {name, *others} & vars(cls).keys())
+    return name in vars(owner)

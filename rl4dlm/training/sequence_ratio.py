@@ -74,6 +74,10 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
         """log rho of completions from B - B_old, and what their surrogate is multiplied by; all `[B]`."""
         return difference / length, 1.0
 
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """Those with an advantage, unless there is a KL term."""
+        return None if self.args.beta else self.with_advantage(batch)
+
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """One clipped ratio per completion, and the KL term of whole sequences beside it."""
         mask, advantages = batch["completion_mask"], batch["advantages"]

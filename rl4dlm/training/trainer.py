@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rl4dlm.likelihood.estimator import Estimator
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
@@ -64,8 +65,8 @@ check_contract(
         "_log_completion_extra": ["column", "values"],
         "log": ["logs", "start_time"],
     },
-    attributes=["_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
-        "chat_template_kwargs", "eos_token_ids", "num_iterations",
+    attributes=["_entropy_bonus_enabled", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+        "chat_template_kwargs", "eos_token_ids", "num_iterations", "top_entropy_quantile",
     ],
     module=grpo,
     names=["create_model_from_path", "print_prompt_completions_sample"],
@@ -174,6 +175,12 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             )
         check_view_key(args, self.estimator)
         schedule = self.decoding.build_schedule()
+        if self.spec.attention in BLOCK_KINDS and getattr(schedule, "ahead", False):
+            raise ValueError(
+                f"schedule={self.decoding.schedule!r} writes blocks whose predecessors are unfinished, but models with "
+                f"attention={self.spec.attention!r} are scored with finished ones: the scores would be those of "
+                "another distribution than the one drawn from; choose another schedule"
+            )
         if self.estimator.scope == "canvas" and getattr(schedule, "resize", None) is not None:
             raise ValueError(
                 f"{type(self).__name__} scores the whole canvas, of which schedule={self.decoding.schedule!r} uses "
@@ -242,18 +249,25 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             rewards: `[N, G]` of all processes; NaN where a completion could not be scored.
         """
 
+    advantages_read_scores = False
+
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
         """Advantages, or weights, of completions; None: TRL's own.
 
         Args:
             rewards: `[N, G]` of all processes; NaN where a completion could not be scored.
-            batch: TRL's, of this process alone, with old and reference scores `[B, n, C]` where they are needed. See
-                `of_all_processes`.
+            batch: TRL's, of this process alone, with old and reference scores `[B, n, C]` where they are needed, unless
+                `advantages_read_scores` is False. See `of_all_processes`.
 
         Returns:
             `[N, G]`.
         """
         return None
+
+    def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
+        """Those with an advantage: every one of TRL's losses is linear in it, but for KL and entropy terms."""
+        others = self.args.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1
+        return None if others else self.with_advantage(batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The loss of a micro-batch, scaled for gradient accumulation; TRL's by default, with all of its settings.
@@ -322,6 +336,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
                 max_batch_rows=self.args.rollout_batch_size,
                 progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
                 in_step=self._any_process if self._forwards_differ else None,
+                compile=self.args.rollout_compile,
             )
             engine.weight_version = self.state.global_step
             return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)

@@ -70,11 +70,32 @@ def test_estimates_are_as_far_from_their_targets_as_chance_explains(benchmark: M
             assert abs(found["bias"]) < 5 * found["bias_error"] + 1e-9, name
 
 
+def test_the_noise_of_a_group_is_that_of_its_members_together(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For groups of two: the variance over draws of the mean of A grad S, of all pairs of completions one by one."""
+    model, group = benchmark.Denoiser(0, 1.0), 2
+    monkeypatch.setattr(benchmark, "GROUP", group)
+    for entry in benchmark.SHARED[1:3]:
+        found = benchmark.measure_group(entry, model, 12, seed=0)
+        assert entry.estimator.shares_masks
+        together = spread = 0.0
+        for p, advantage, exact, drawn in benchmark._of_prompts(entry, model, 12, seed=0):
+            weighted = advantage[:, None, None] * torch.stack(drawn)  # [Y, N, W]
+            for y in range(len(p)):
+                pairs = (weighted[y] + weighted) / group
+                together += float((p[y] * p * pairs.var(1).sum(-1)).sum())
+            of_one = advantage[:, None] * exact
+            spread += float((p * (of_one - p @ of_one).square().sum(-1)).sum()) / group
+        assert found["noise_by_prompt"] == pytest.approx(together / spread, rel=1e-9)
+
+
 def test_it_writes_what_it_measures(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(benchmark, "ENTRIES", benchmark.ENTRIES[:4])
+    monkeypatch.setattr(benchmark, "SHARED", benchmark.SHARED[:1])
     monkeypatch.setattr(sys, "argv", ["estimators.py", "--draws", "20", "--models", "1", "--output", str(tmp_path)])
     benchmark.main()
     report = json.loads((tmp_path / "estimators.json").read_text())

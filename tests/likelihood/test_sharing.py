@@ -199,7 +199,11 @@ def test_parts_share_across_their_bounds(estimator: Estimator, in_step: bool, cf
     """Micro-batches smaller than a group; in step, the number of forwards does not depend on the data."""
     model, rows = block_denoiser("full"), batch()
     views = estimator.draw(rows, seed=1, iteration=0)
-    settings: dict[str, Any] = {"cfg_scale": cfg_scale, "rows_per_forward": 1, "in_step": in_step}
+    settings: dict[str, Any] = {
+        "cfg_scale": cfg_scale,
+        "rows_per_forward": 1,
+        "in_step": len(rows) if in_step else None,
+    }
     with torch.no_grad():
         whole = scored(model, rows, views, cfg_scale=cfg_scale, share=False)
         with counting(model.model.layers[0].self_attn.q_proj) as fed:
@@ -219,7 +223,7 @@ def test_parts_of_one_view_at_a_time_are_as_small(in_step: bool) -> None:
     model, rows = block_denoiser("full"), batch()
     views = Coupled().draw(rows, seed=2, iteration=0)
     with torch.no_grad(), counting(model.model.layers[0].self_attn.q_proj) as fed:
-        scored(model, rows, views, rows_per_forward=2, one_view=True, in_step=in_step)
+        scored(model, rows, views, rows_per_forward=2, one_view=True, in_step=len(rows) if in_step else None)
     unique = unique_inputs(model, rows, views)
     assert max(shape[0] for shape in fed) == 2
     assert len(fed) == (len(rows) * 3 // 2 if in_step else -(unique // -2))

@@ -351,6 +351,8 @@ def test_bad_settings_are_refused(name: str, arguments: dict[str, Any], message:
 def test_greedy_needs_an_order_that_is_known():
     with pytest.raises(ValueError, match="dkv_greedy.*low_confidence.*'random' and 'left_to_right'"):
         DecodingConfig(**settings_of("dkv_greedy", schedule="low_confidence"))
+    with pytest.raises(ValueError, match="dkv_greedy.*entropy_bound_canvas"):
+        DecodingConfig(schedule="entropy_bound_canvas", canvas_length=8, cache="dkv_greedy")
     with pytest.raises(ValueError, match=r"dkv_greedy.*defer_token_ids=\(5,\)"):
         DecodingConfig(**settings_of("dkv_greedy", defer_token_ids=(5,)))
 

@@ -11,9 +11,14 @@ import torch
 from rl4dlm.rollout.caches.store import KeyValueStore
 from rl4dlm.rollout.constraints.automata import one_of, repeat
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.drafts import candidates_ahead
+from rl4dlm.rollout.drawing import Places, Scored
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.memory import Memory
+from rl4dlm.rollout.noise import KeyedNoise
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.schedules import registry
+from rl4dlm.rollout.schedules.dream import candidate_probability
 from rl4dlm.rollout.schedules.parts import Schedule
 from tests.models.block_denoisers import KINDS, PROMPTS as BLOCK_PROMPTS, block_denoiser
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, VOCAB, denoiser
@@ -70,6 +75,7 @@ def assert_lossless(drafted: Rollout, plain: Rollout) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
     assert drafted.exact == plain.exact
     assert drafted.guesses is not None and plain.guesses is not None
+    assert drafted.decoding is not None and plain.decoding is not None
     came_true = (plain.nfe - drafted.nfe) // (2 if plain.decoding.cfg_scale else 1)
     assert bool((came_true >= 0).all()) and bool((came_true <= drafted.guesses).all())
     assert not plain.guesses.any()
@@ -91,8 +97,8 @@ def test_nothing_but_the_forwards_changes(name: str, temperature: float, cache: 
     settings = {"temperature": temperature, **CACHES[cache], **SCHEDULES[name]}
     plain = decoded(denoiser(), **settings)
     fewer = 0
-    for draft_steps in (1, 3):
-        drafted = decoded(denoiser(), draft_steps, **settings)
+    for draft_steps, draft_width in ((1, 1), (3, 1), (3, 3)):
+        drafted = decoded(denoiser(), draft_steps, draft_width=draft_width, **settings)
         assert_lossless(drafted, plain)
         fewer += int((plain.nfe - drafted.nfe).sum())
     if int(plain.trace.steps.sum()) > 2 * len(PROMPTS) * (LENGTH // BLOCK):
@@ -104,7 +110,8 @@ def test_nothing_but_the_forwards_changes(name: str, temperature: float, cache: 
 def test_every_cache_that_allows_it_keeps_its_own_result(cache: str, shift: int):
     """Approximate or not: nothing depends on what guesses leave in the store."""
     settings = {"temperature": 0.8, "steps": LENGTH // 2, **CACHES[cache]}
-    plain, drafted = (decoded(denoiser(shift=shift), steps, **settings) for steps in (0, 2))
+    plain = decoded(denoiser(shift=shift), **settings)
+    drafted = decoded(denoiser(shift=shift), 2, draft_width=2, **settings)
     assert_lossless(drafted, plain)
     assert int(drafted.nfe.sum()) < int(plain.nfe.sum())
 
@@ -128,7 +135,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_do_as_without(name: str, temperature: float, cache: str, shift: int):
     settings = {"steps": LENGTH, "temperature": temperature, **CACHES[cache], **OPTIONS[name]}
-    plain, drafted = (decoded(denoiser(shift=shift), draft_steps, **settings) for draft_steps in (0, 3))
+    plain = decoded(denoiser(shift=shift), **settings)
+    drafted = decoded(denoiser(shift=shift), 3, draft_width=2, **settings)
     assert_lossless(drafted, plain)
     assert int(drafted.nfe.sum()) < int(plain.nfe.sum())
 
@@ -150,6 +158,25 @@ def test_models_whose_attention_has_blocks(kind: str, origin: str, shift: int, t
     assert drafted.guesses is not None and bool(drafted.guesses.any())
 
 
+def test_guesses_draw_what_the_step_that_they_stand_for_would_draw():
+    """From the same logits, with its noise; only the draw is made again."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, VOCAB, generator=generator, dtype=torch.float64)
+    slots, ones = torch.arange(40), torch.ones(40, dtype=torch.long)
+    places = Places(0 * ones, slots, MASK * ones, 7 * ones, 3 * ones, KeyedNoise(5), Memory())
+    scored = Scored(logits, 0.8, 0.95, 0, MASK, None, places)
+    scored.drawn()
+    found = candidates_ahead(3, {"certainty": candidate_probability})(scored)
+    for ahead in (1, 2, 3):
+        expected = Scored(logits, 0.8, 0.95, 0, MASK, None, dataclasses.replace(places, steps=places.steps + ahead))
+        drawn = expected.drawn()
+        assert torch.equal(found[:, ahead - 1, 0], drawn.token.double())
+        assert torch.equal(found[:, ahead - 1, 1], drawn.confidence)
+        assert torch.equal(found[:, ahead - 1, 2], candidate_probability(expected))
+        assert scored.later(ahead).sampling is scored.sampling
+        assert not torch.equal(scored.later(ahead).token, scored.token)
+
+
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +193,7 @@ def test_where_the_model_never_changes_its_opinion_every_guess_comes_true(
     assert_lossless(drafted, plain)
     per_block = 1 + -(-(steps_per_block - 1) // (1 + draft_steps))
     assert drafted.nfe.tolist() == [per_block * LENGTH // BLOCK] * len(PROMPTS)
-    assert drafted.guesses is not None and plain.decoding is not None
+    assert drafted.guesses is not None
     assert torch.equal(drafted.guesses, plain.nfe - drafted.nfe)  # none in vain
 
 
@@ -178,6 +205,34 @@ def test_guesses_that_never_come_true_cost_no_forward_more():
     assert torch.equal(drafted.nfe, plain.nfe)
 
 
+def second_first(tokens: tuple[int, ...]) -> torch.Tensor:
+    """Of a row's open slots the second one is the surest, then the first one, then the others from left to right."""
+    logits = torch.zeros(len(tokens), VOCAB, dtype=torch.float64)
+    places = [place for place, token in enumerate(tokens) if token == MASK]
+    for rank, place in enumerate([*places[1:2], *places[:1], *places[2:]]):
+        logits[place, 7] = 20 - 0.5 * rank
+    return logits
+
+
+@pytest.mark.parametrize(("draft_width", "per_block"), [(1, BLOCK), (2, 1 + BLOCK // 2), (3, 1 + BLOCK // 2)])
+def test_another_order_is_a_guess_too(draft_width: int, per_block: int):
+    """What was third is next, never what was second: the likely state is wrong, and the one beside it right."""
+    model = TableModel(second_first, VOCAB, mask_token_id=MASK)
+    plain = decoded(model, steps=LENGTH)
+    drafted = decoded(model, 1, steps=LENGTH, draft_width=draft_width)
+    assert_lossless(drafted, plain)
+    assert drafted.nfe.tolist() == [per_block * LENGTH // BLOCK] * len(PROMPTS)
+
+
+def test_guesses_of_several_slots_differ_by_the_weakest():
+    """Two slots a step: the stronger one stays, and the weaker one gives way to the next."""
+    model = TableModel(constant_table([0.0] * 7 + [5.0] + [0.0] * (VOCAB - 8)), VOCAB, mask_token_id=MASK)
+    decoded(model, 1, [[9]], canvas_length=8, steps=4, draft_width=3)
+    rows = [tokens[1:] for tokens in model.rows_seen if len(tokens) == 9]
+    fed = [[place for place, token in enumerate(tokens) if token != MASK] for tokens in rows]
+    assert fed[:5] == [[], [0, 1], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 5]]
+
+
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_rows_that_are_fed_are_forwards_and_guesses(cfg_scale: float):
     fed: list[int] = []
@@ -186,7 +241,7 @@ def test_rows_that_are_fed_are_forwards_and_guesses(cfg_scale: float):
         lambda *call: fed.append(len(call[-1]["input_ids"])), with_kwargs=True
     )
     try:
-        drafted = decoded(model, 3, steps=LENGTH, cfg_scale=cfg_scale)
+        drafted = decoded(model, 3, steps=LENGTH, cfg_scale=cfg_scale, draft_width=2)
     finally:
         handle.remove()
     assert drafted.guesses is not None
@@ -210,10 +265,8 @@ def test_a_row_does_not_depend_on_its_batch(cache: str):
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_rows_that_wait_take_places_between_those_that_are_guessed(capacity: int, cache: str):
     """Of different lengths, so that rows leave and come while others are in the middle of a block."""
-    config = DecodingConfig(
-        canvas_length=LENGTH, block_length=BLOCK, steps=LENGTH, temperature=0.8, cache=cache, draft_steps=2
-    )
-    plain = dataclasses.replace(config, draft_steps=0)
+    plain = DecodingConfig(canvas_length=LENGTH, block_length=BLOCK, steps=LENGTH, temperature=0.8, cache=cache)
+    config = dataclasses.replace(plain, draft_steps=2, draft_width=2)
     prompts = [[*range(3, 3 + n)] for n in (19, 2, 1, 20, 3)]
     together = RolloutEngine(denoiser()).generate(prompts, plain, num_generations=2, seed=1)
     drafted = RolloutEngine(denoiser(), max_batch_rows=capacity).generate(prompts, config, num_generations=2, seed=1)
@@ -260,6 +313,9 @@ def test_rows_beside_each_other_leave_one_of_them_in_the_store():
     [
         ({"draft_steps": -1}, "draft_steps=-1.*0 .off. or larger"),
         ({"draft_steps": 1.5}, "draft_steps=1.5.*integer"),
+        ({"draft_steps": 2, "draft_width": 0}, "draft_width=0.*must be 1"),
+        ({"draft_width": 2}, "draft_width=2.*draft_steps=0"),
+        ({"draft_steps": 2, "draft_width": 1.5}, "draft_width=1.5.*integer"),
         (
             {"draft_steps": 2, "cache": "prefix", "cache_args": {"refresh_steps": 2}},
             "draft_steps=2.*cache='prefix'.*refresh_steps.*allowed: 'none', and 'prefix'",

@@ -121,3 +121,44 @@ def test_sharded_models_wait_for_each_other(kind: str, tmp_path: Path):
         expected = (whole.canvas, whole.trace.commit_step, whole.nfe)
         for name, both in zip(expected, zip(*found, strict=True), strict=True):
             assert torch.equal(torch.cat(both), name)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_what_a_group_has_in_common_is_fed_once(
+    cache: str, shift: int, guidance: float, monkeypatch: pytest.MonkeyPatch
+):
+    """The completions of a prompt begin alike: one row is fed for all of them, and all have its keys and values."""
+    fed: list[int] = []
+    found = attach_scoring(model())
+    found.config.diffusion["logit_shift"] = shift
+    body = found.model.forward
+
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        fed.append(len(input_ids) // (2 if guidance else 1))
+        return body(input_ids=input_ids, **kwargs)
+
+    config = DecodingConfig(**settings(steps=12, cache=cache, cfg_scale=guidance, stop_at_eos=False))
+    prompt, other = prompts()[1], prompts()[4]
+    hints: list[dict[int, int]] = [{}, {}, {0: 9}, {}, {}, {}]
+    alone = RolloutEngine(found, max_batch_rows=1).generate([prompt, other], config, num_generations=3, hints=hints)
+    monkeypatch.setattr(found.model, "forward", forward)
+    together = RolloutEngine(found).generate([prompt, other], config, num_generations=3, hints=hints)
+    assert_same_rows(together, alone)
+    assert fed[:2] == [3, 6]  # two of the one prompt, one that begins with more, three of the other
+
+
+def test_the_first_forward_of_a_group_is_shared_by_block_models_too(monkeypatch: pytest.MonkeyPatch):
+    found, fed = block_denoiser("block_causal", "response"), []
+    body = found.model.forward
+
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        fed.append(len(input_ids))
+        return body(input_ids=input_ids, **kwargs)
+
+    config = DecodingConfig(canvas_length=LENGTH, temperature=1.0, steps=12, stop_at_eos=False)
+    alone = RolloutEngine(found, max_batch_rows=1).generate([prompts()[1]], config, num_generations=4)
+    monkeypatch.setattr(found.model, "forward", forward)
+    assert_same_rows(RolloutEngine(found).generate([prompts()[1]], config, num_generations=4), alone)
+    assert fed == [1, *[4] * 11]

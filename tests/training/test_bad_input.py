@@ -204,6 +204,16 @@ def test_decoding_that_does_not_fit_the_models_blocks_is_found_at_construction(
         make_trainer(tiny_with(attention="block_causal", block_length=4), **changes)
 
 
+@pytest.mark.parametrize("schedule", ["d2f", "multi_block"])
+def test_blocks_that_depend_on_unfinished_ones_are_not_scored_as_if_they_did_not(
+    make_trainer: Any, schedule: str
+) -> None:
+    blocks = {"attention": "block_causal", "block_length": 4}
+    with pytest.raises(ValueError, match=f"schedule='{schedule}'.*unfinished.*attention='block_causal'"):
+        make_trainer(tiny_with(**blocks), schedule=schedule, denoising_steps=None)
+    make_trainer(schedule=schedule, denoising_steps=None)  # full attention is scored as it was drawn
+
+
 def tiny_with(**spec: Any) -> Any:
     model = tiny_llada()
     model.config.diffusion.update(spec)

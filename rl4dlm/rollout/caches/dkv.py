@@ -111,7 +111,7 @@ class DKVGreedyCache(CachePolicy):
         check_count(self, "refresh_steps", 1)
 
     def check(self, config: Any) -> None:
-        if config.build_schedule().upcoming is None:
+        if getattr(config.build_schedule(), "upcoming", None) is None:
             raise ValueError(
                 f"cache={self.name!r} cannot be used with schedule={config.schedule!r}, whose next slots are not known "
                 "before a forward; allowed: 'random' and 'left_to_right'"

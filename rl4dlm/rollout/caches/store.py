@@ -39,8 +39,17 @@ class KeyValueStore(Cache):
                 fed itself, and those that are kept, one of each row at most, leave what they are fed in the store.
         """
         for layer in self._layers:
-            layer.kept = kept
+            layer.kept, layer.first, layer.copies = kept, None, None
             layer.rows, layer.columns, layer.seen = rows, columns, layer.length if seen is None else seen
+
+    def share(self, first: Tensor, copies: Tensor) -> None:
+        """The next forward feeds some of the rows of `place` and writes what it makes of them to all.
+
+        Args:
+            first: long `[u]`, which of them are fed. copies: long `[r]`, which of these each is like.
+        """
+        for layer in self._layers:
+            layer.first, layer.copies = first, copies
 
     def compact(self, keep: Tensor) -> None:
         """Keeps the rows `keep` (long), in this order, and forgets the others."""
@@ -58,6 +67,8 @@ class _BufferLayer(CacheLayerMixin):
     columns: Tensor | slice
     seen: int
     kept: Tensor | None
+    first: Tensor | None
+    copies: Tensor | None
 
     def __init__(self, num_rows: int, length: int) -> None:
         super().__init__()
@@ -79,16 +90,20 @@ class _BufferLayer(CacheLayerMixin):
             self._grow()
         if self.kept is not None:
             return self._beside(self.keys, key_states), self._beside(self.values, value_states)
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+        for buffer, fed in ((self.keys, key_states), (self.values, value_states)):
+            new = fed if self.copies is None else fed[self.copies]
             if isinstance(self.columns, slice):
                 rows: Tensor | slice = slice(None) if self.rows is None else self.rows
                 buffer[rows, :, self.columns] = new
             else:
                 rows = torch.arange(len(new), device=new.device) if self.rows is None else self.rows
                 buffer[rows[:, None], :, self.columns] = new.transpose(1, 2)
-        if self.rows is None:
+        chosen = self.rows
+        if self.first is not None:
+            chosen = self.first if chosen is None else chosen[self.first]
+        if chosen is None:
             return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
-        return self.keys[self.rows, :, : self.seen], self.values[self.rows, :, : self.seen]
+        return self.keys[chosen, :, : self.seen], self.values[chosen, :, : self.seen]
 
     def _beside(self, buffer: Tensor, new: Tensor) -> Tensor:
         """A copy of the rows with what is new in each of them; what is kept of it is written to the buffer too."""

@@ -68,4 +68,4 @@ def d2f(arguments: D2FArguments, config: Any) -> Schedule:
         return sure | (best_of_each(scores, active, numbers) & ~in_blocks_of(sure, numbers))
 
     reach = OpenBlocks(blocks.block_length, arguments.add_threshold, until_end=True)
-    return Schedule(blocks, probability, commit, reach=reach)
+    return Schedule(blocks, probability, commit, reach=reach, ahead=True)

@@ -59,4 +59,4 @@ def multi_block(arguments: MultiBlockArguments, config: Any) -> Schedule:
         return chosen
 
     reach = OpenBlocks(blocks.block_length, arguments.add_threshold, until_end=False)
-    return Schedule(blocks, lowest_entropy, commit, reach=reach)
+    return Schedule(blocks, lowest_entropy, commit, reach=reach, ahead=True, reads_entropy=True)

@@ -252,6 +252,7 @@ class Schedule:
         finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
         reach: how far a step may write, where that is not the end of the active block.
         upcoming: which slots the step will write, where that does not depend on its candidates.
+        ahead: that may lie behind the active block, so that blocks are written whose predecessors are unfinished.
         scope: slots that candidates are drawn for.
         reads: more to be had from the logits of these slots, by name.
         transform: changes logits before candidates are drawn.
@@ -280,6 +281,7 @@ class Schedule:
     stay: RowRule | None = None
     finish: RowRule | None = None
     reach: ReachRule | None = None
+    ahead: bool = False
     upcoming: Foresight | None = None
     scope: Scope = "eligible"
     reads: Mapping[str, Reading] = field(default_factory=dict)

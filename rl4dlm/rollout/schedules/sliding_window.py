@@ -64,7 +64,8 @@ def sliding_window(arguments: SlidingWindowArguments, config: Any) -> Schedule:
         return scores > -arguments.entropy_threshold
 
     # Each slot is a block of its own, so that the active one is the first masked slot; writing runs ahead of it.
-    return Schedule(FixedBlocks(1, on_grid=False), certainty, commit, reach=reach)
+    blocks = FixedBlocks(1, on_grid=False)
+    return Schedule(blocks, certainty, commit, reach=reach, ahead=True, reads_entropy=True)
 
 
 def _first(masked: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ def check_blocks(run: Run) -> None:
     """Each block starts where the one before ended, and nothing is written behind the active one and what is open."""
     spans, reaches = [(int(p.start), int(p.stop)) for p in run.progress], [int(p.reach) for p in run.progress]
     assert run.schedule.reach is not None or reaches == [stop for _, stop in spans]
+    assert run.schedule.ahead or all(reach <= stop for reach, (_, stop) in zip(reaches, spans, strict=True))
     if run.schedule.resize is None:
         for (start, stop), (next_start, next_stop) in itertools.pairwise(spans):
             assert (next_start, next_stop) == (start, stop) or next_start >= stop
@@ -359,6 +360,16 @@ def test_an_early_stop_changes_no_valid_token(name: str, i: int):
             assert early.rollout.completion_ids[0][-1] == EOS
             unwritten = early.states[-1].count(MASK)
             assert early.rollout.canvas[0].tolist().count(EOS) > unwritten or early.schedule.resize is not None
+
+
+@every_example
+def test_what_looks_at_entropies_says_so(name: str, i: int):
+    """Entropies that are not recorded are not there at all, unless a schedule says that it looks at them."""
+    kept, dropped = (
+        RolloutEngine(denoiser()).generate(PROMPTS[:2], decoding(name, i, record_entropy=record), seed=3)
+        for record in (True, False)
+    )
+    assert torch.equal(kept.canvas, dropped.canvas) and torch.equal(kept.nfe, dropped.nfe)
 
 
 @every_example
