@@ -47,7 +47,7 @@ from rl4dlm.evaluation import machine, versions  # noqa: E402
 from rl4dlm.rollout.audit import audit  # noqa: E402
 from rl4dlm.rollout.rollout import Rollout, valid_mask  # noqa: E402
 
-MASK, EOS, PLAIN = 2, 1, "plain loop"
+MASK, EOS, PLAIN, ROUNDS = 2, 1, "plain loop", 3
 SIZES = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
     "3.5M": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 640},
@@ -363,7 +363,14 @@ def queue(options: argparse.Namespace) -> dict[str, Any]:
                 part = slice(start, start + places)
                 RolloutEngine(model).generate(shape.prompts[part], config, hints=hints[part], row_ids=range(rows)[part])
         ideal = -(-sum(number for number, _ in fed) // places)
-        found[name] = {"forwards": len(fed), "ideal": ideal, "in_batches": len(batched)}
+        positions, positions_batched = (sum(r * c for r, c in seen) for seen in (fed, batched))
+        found[name] = {
+            "forwards": len(fed),
+            "ideal": ideal,
+            "in_batches": len(batched),
+            "positions_fed": positions,
+            "positions_in_batches": positions_batched,
+        }
         if more.get("cache") != "dual":  # where rows that are refreshed and others do not share a forward
             value = round(len(fed) / ideal, 3)
             claims.append(asked(f"forwards of a queue against the ideal count, {name}", value, 1.15, at_most=True))
@@ -473,7 +480,7 @@ def schedules(options: argparse.Namespace) -> dict[str, Any]:
     shape = shaped(options, prompt=128, canvas=128, spread=0.1, peaked=4.0)
     named: list[tuple[str, str, dict[str, Any]]] = [
         (f"fixed, k={shape.block // steps}", "low_confidence", {"steps": steps * (shape.canvas // shape.block)})
-        for steps in sorted({shape.block // k for k in (1, 2, 4)})
+        for steps in sorted({shape.block // k for k in (1, 2, 4)}, reverse=True)
     ]
     named += [
         ("threshold 0.9", "threshold", {"schedule_args": {"threshold": 0.9}}),
@@ -486,6 +493,8 @@ def schedules(options: argparse.Namespace) -> dict[str, Any]:
         for name, schedule, more in named
         for cache in ("none", "prefix", "dual")
     ]
+    guesses = {"steps": shape.canvas, "draft_steps": 4}
+    variants.insert(1, Variant("fixed, k=1, none, draft_steps 4", "none", {}, "low_confidence", guesses))
     groups["full attention"] = {"shape": about(shape), "variants": measured(shape, variants, options.rounds)}
     for block in (4, 32):
         sizes = {"rows": 2, "prompt": 128, "canvas": 128, "block": block, "per_step": 1, "attention": "block_causal"}
@@ -616,6 +625,7 @@ def in_words(suite: str, report: Mapping[str, Any]) -> str:
     if suite == "queue":
         rows = [{"variant": name, **found} for name, found in report["variants"].items()]
         columns = {"variant": "", "forwards": "with a queue", "ideal": "ideal", "in_batches": "in batches"}
+        columns |= {"positions_fed": "positions fed with a queue", "positions_in_batches": "in batches"}
         lines += [*table(rows, columns), ""]
     for name, points in report.get("curves", {}).items():
         labels = dict.fromkeys(label for point in points for label in point["variants"])
@@ -628,11 +638,15 @@ def in_words(suite: str, report: Mapping[str, Any]) -> str:
         rows = [{"case": name, **found} for name, found in report["cases"].items()]
         lines += [*table(rows, {"case": "", "milliseconds as of 25eb81d": "ms at 25eb81d", "milliseconds": "ms now",
                                 "ratio": "ratio", "equal tokens": "equal tokens"}), ""]  # fmt: skip
-    where = report["machine"]
-    lines.append(
-        f"Measured on {where['cpu']}, {where['cores']} cores, one thread, medians of {report['rounds']} interleaved "
-        f"rounds of process CPU time; `{report['command']}`."
-    )
+    where, rounds = report["machine"], report["rounds"]
+    if suite == "queue":
+        lines.append(f"Counted; `{report['command']}`.")
+    else:
+        of_rounds = "one round" if rounds == 1 else f"medians of {rounds} interleaved rounds"
+        lines.append(
+            f"Measured on {where['cpu']}, {where['cores']} cores, one thread, {of_rounds} of process CPU time; "
+            f"`{report['command']}`."
+        )
     return "\n".join([*lines, ""])
 
 
@@ -690,7 +704,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a suite and writes what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="ratios")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results; quick: outputs/rollout")
     parser.add_argument("--quick", action="store_true", help="sizes that say nothing: a try")
     options = parser.parse_args(arguments)
@@ -703,7 +717,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         started = time.process_time()
         load = [os.getloadavg()[0]]
         report = {
-            "command": f"python benchmarks/rollout.py --suite {name}" + (" --quick" if options.quick else ""),
+            "command": " ".join(
+                [
+                    f"python benchmarks/rollout.py --suite {name}",
+                    *([f"--rounds {options.rounds}"] if options.rounds != ROUNDS else []),
+                    *(["--quick"] if options.quick else []),
+                ]
+            ),
             "rounds": options.rounds,
             **copy.deepcopy(SUITES[name](options)),
             "cpu_seconds_of_the_suite": round(time.process_time() - started, 1),
