@@ -51,7 +51,7 @@ COVERED = {
     "saber": "Saber: faster, and back",
     "pcsampler": "PC-Sampler: position and information",
     "d2f": "D2F's pipeline of blocks",
-    "fastdllmv2": "Fast-dLLM v2's sub-blocks, single prompts, on checkpoints of models/",
+    "fastdllmv2": "Fast-dLLM v2's sub-blocks, on checkpoints of models/",
     "wedlm": "WeDLM's sliding window",
     "wedlmblock": "WeDLM's decoder of blocks",
     "d3multiblock": "d3LLM's multi-block decoding",
@@ -116,8 +116,8 @@ class Case:
         if "ids" in self.outputs:
             if self.family == "d3cache" and self.settings.get("early_stop"):
                 return "not covered: d3LLM's early stop with a cache"
-            if self.family == "fastdllmv2" and len(self.inputs["prompt_ids"]) > 1:
-                return "not covered: rows of different lengths that share their steps"
+            if self.family == "fastdllmv2" and self._ends_in_a_batch:
+                return "not covered: rows that end while others of their batch go on"
             for name in ("eager_acceptance_mode", "dual_cache", "temperature"):
                 if self.family == "freedave" and self.settings.get(name):
                     return f"not covered: FreeDave with {name}={self.settings[name]}"
@@ -125,6 +125,13 @@ class Case:
                 return "not covered: draws whose randomness is torch's own"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
+
+    @property
+    def _ends_in_a_batch(self) -> bool:
+        """Whether a row of several stops at its stop token."""
+        stop, prompts = self.settings.get("stop_token"), self.inputs["prompt_ids"]
+        rows = zip(prompts, self.outputs["ids"], strict=True)
+        return len(prompts) > 1 and any(stop in ids[len(prompt) :] for prompt, ids in rows)
 
     @property
     def cache(self) -> str:

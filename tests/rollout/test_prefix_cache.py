@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rl4dlm.models.attention import attention_mask, position_ids
+from rl4dlm.models.scoring import attach_scoring
+from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.caches import Now, Plan
 from rl4dlm.rollout.caches.prefix import PrefixCache
 from rl4dlm.rollout.caches.store import KeyValueStore
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
+from tests.models.float64 import exactly_float64
 from tests.rollout.denoisers import MASK, PROMPTS, assert_same_rows, denoiser
 
 LENGTH, BLOCK = 12, 4
@@ -189,3 +193,46 @@ def test_forwards_are_steps_and_blocks_are_written_alone(steps: int):
         per_block = steps // (LENGTH // BLOCK)
         low = block * per_block
         assert bool(((blocks[:, block] >= low) & (blocks[:, block] < low + per_block)).all())
+
+
+def forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of each forward from here on."""
+    fed: list[int] = []
+    body = model.model.forward
+
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        fed.append(input_ids.numel())
+        return body(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    return fed
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_rows_that_enter_a_block_share_a_forward_with_rows_inside_one(
+    threshold: float, monkeypatch: pytest.MonkeyPatch
+):
+    """There are as many forwards as the longest row has steps, wherever the others are."""
+    fed = forwards(denoiser(shift=0), monkeypatch)
+    rollout = decoded(schedule="threshold", schedule_args={"threshold": threshold})
+    steps = rollout.trace.steps
+    assert len(fed) == int(steps.max())
+    assert len(set(steps.tolist())) > 1, "rows that go on in step show nothing"
+
+
+def test_weights_that_change_are_seen_by_the_next_call():
+    """Keys and values live no longer than a call: none is of older weights."""
+    model, other = (attach_scoring(copy.deepcopy(bare())) for _ in range(2))
+    config = DecodingConfig(canvas_length=LENGTH, block_length=BLOCK, steps=6, cache="prefix", temperature=1.0)
+    engine = RolloutEngine(model)
+    engine.generate(PROMPTS, config)
+    with torch.no_grad():
+        for changed, same in zip(model.parameters(), other.parameters(), strict=True):
+            changed.mul_(1.1)
+            same.mul_(1.1)
+    assert_same_rows(engine.generate(PROMPTS, config), RolloutEngine(other).generate(PROMPTS, config))
+
+
+def bare() -> Any:
+    """A denoiser that nobody else has, and nothing is attached to."""
+    return exactly_float64(tiny_llada(vocab_size=24, initializer_range=0.4, dtype=torch.float64))
