@@ -13,7 +13,7 @@ LOWEST_VENV ?= .venv-lowest
 LOWEST_EXCEPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint test test-slow test-lowest lint bench
+.PHONY: help demo demo-checkpoint test test-slow test-lowest lint bench bench-gpu
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ lint: $(ALL)  ## check style, formatting and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(RUNTIME)  ## measure how long decoding takes on this machine
+bench: $(RUNTIME)  ## measure what caches save on this machine (ten minutes of one core)
 	$(PY) benchmarks/rollout.py
+
+bench-gpu: $(RUNTIME)  ## measure 8B models on a GPU, against what it could do (eight minutes)
+	$(PY) benchmarks/gpu.py
 
 # torch comes first and alone: it is the large one, and a pip that resolves everything at once may pick another build of it.
 $(RUNTIME): pyproject.toml constraints.txt

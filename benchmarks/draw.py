@@ -47,18 +47,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.rows, options.vocabulary)
-    flat = torch.randn(shape, generator=generator) * 2
-    likely = torch.randint(options.vocabulary, (options.rows, 20), generator=generator)
-    peaked = flat.scatter_add(-1, likely, 12 + 2 * torch.randn(likely.shape, generator=generator))
     report: dict[str, object] = {"command": "python benchmarks/draw.py", "settings": vars(options)}
-    for name, settings in CASES.items():
-        report[name] = compared(flat if name.startswith("flat") else peaked, settings, options.rounds)
-        print(name, json.dumps(report[name]))
+    for name, result in cases(options.rows, options.vocabulary, options.rounds).items():
+        report[name] = result
+        print(name, json.dumps(result))
     report |= {"machine": machine(), "versions": versions()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def cases(rows: int, vocabulary: int, rounds: int) -> dict[str, dict[str, object]]:
+    """What `compared` says of every case, for logits of so many rows."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, vocabulary)
+    flat = torch.randn(shape, generator=generator) * 2
+    likely = torch.randint(vocabulary, (rows, 20), generator=generator)
+    peaked = flat.scatter_add(-1, likely, 12 + 2 * torch.randn(likely.shape, generator=generator))
+    return {
+        name: compared(flat if name.startswith("flat") else peaked, settings, rounds)
+        for name, settings in CASES.items()
+    }
 
 
 def compared(logits: Tensor, settings: dict[str, Any], rounds: int) -> dict[str, object]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.counting import Costs, costs
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
-from tests.rollout.counting import Costs, costs
 
 LENGTH = 64
 
