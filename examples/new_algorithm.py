@@ -63,9 +63,6 @@ class StepwiseTrainer(DiffusionPolicyTrainer):
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:  # [N, G] of all processes
         return rewards - (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
 
-    def rows_that_count(self, batch: dict[str, Any]) -> Tensor:  # [B]; the loss is linear in advantages
-        return self.with_advantage(batch)
-
     def loss(self, scores: Any, batch: dict[str, Any]) -> Tensor:
         sequence = (scores.log_probs * batch["completion_mask"]).sum(-1)  # [B]
         return self.mean_over_rows(weighted_likelihood(sequence, batch["advantages"]))
