@@ -39,6 +39,8 @@ from rl4dlm.models.spec import DiffusionSpec  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NEEDED_GIB = 60
+COMPILING = 120
+"""Seconds that the compiler is given."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,19 @@ TINY = Sizes(64, 2, 4, 2, 16, 128, 512)
 
 @dataclass(frozen=True)
 class Run:
-    """A decoding: a cache policy with settings, blocks and tokens per step."""
+    """A decoding: a cache policy with settings, blocks and tokens per step; `compiled`, the trunk is."""
 
     cache: str
     cache_args: tuple[tuple[str, int], ...] = ()
     block: int = 32
     per_step: int = 4
     schedule: str = "low_confidence"
+    compiled: bool = False
 
     @property
     def label(self) -> str:
-        return ", ".join([self.cache, *(f"{name} {value}" for name, value in self.cache_args)])
+        settings = [f"{name} {value}" for name, value in self.cache_args]
+        return ", ".join([self.cache, *settings, *(["compiled"] if self.compiled else [])])
 
 
 FULL = [
@@ -96,6 +100,7 @@ FULL = [
     Run("prefix"),
     Run("dual", (("refresh_blocks", 2),)),
     Run("dual_masked"),
+    Run("dual", compiled=True),
     Run("dual", (("refresh_blocks", 4),)),
     Run("dual_masked", (("refresh_blocks", 2),)),
     Run("prefix", (("suffix_window", 64),)),
@@ -202,7 +207,8 @@ def measured(name: str, model: Any, sizes: Sizes, runs: Sequence[Run], options: 
     prompts = [[7 + (31 * row + i) % 200 for i in range(prompt)] for row in range(rows)]
     results = []
     for run in runs:
-        engine = RolloutEngine(with_blocks(model, run))
+        backend = ("eager" if options.tiny else "inductor") if run.compiled else None
+        engine = RolloutEngine(with_blocks(model, run), compile=backend)
         grid = Grid(prompt, canvas, run.block, run.per_step, engine.spec.attention != "full")
         cache = "dual" if run.cache == "auto" else run.cache
         least = bound(sizes, grid, cache, dict(run.cache_args), rows, options.flops, options.bandwidth)
@@ -214,16 +220,16 @@ def measured(name: str, model: Any, sizes: Sizes, runs: Sequence[Run], options: 
             "bound_tokens_per_second": rows * canvas / least,
         }
         results.append(result)
-        if clock.read() + 2.5 * least + 5 > options.seconds:
+        if clock.read() + 2.5 * least + (COMPILING if run.compiled else 5) > options.seconds:
             result["left_out"] = True
             continue
         settings = {"block_length": run.block, "temperature": 0.9, "stop_at_eos": False, "record_entropy": False}
         settings |= {"cache": run.cache, "cache_args": dict(run.cache_args), "schedule": run.schedule}
-        warm_up = DecodingConfig(canvas_length=2 * run.block, steps=4, **settings)
-        engine.generate(prompts, warm_up)
+        config = DecodingConfig(canvas_length=canvas, steps=grid.steps, **settings)
+        short = DecodingConfig(canvas_length=2 * run.block, steps=4, **settings)
+        engine.generate(prompts, config if run.compiled else short)  # a first time, not counted; all shapes, to compile
         if options.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        config = DecodingConfig(canvas_length=canvas, steps=grid.steps, **settings)
         with forwards(model.base_model) as fed:
             started = clock.read()
             engine.generate(prompts, config)
