@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_a_suite_runs(suite: str, tmp_path: Path):
         assert {"equal_tokens", "solved", "audit"} <= set(report["trained"][0])
     if suite == "ratios":
         counted = [claim for claim in report["claims"] if "equal tokens" in claim["claim"]]
-        assert len(counted) == 3 and all(claim["value"] == 1 for claim in counted)
+        assert len(counted) == 4 and all(claim["value"] == 1 for claim in counted)
 
 
 def test_rounds_are_refused():
@@ -180,3 +181,16 @@ def test_bounds_are_those_computed_elsewhere(cache: str, left_to_right: bool, pe
     grid = Grid(256, 256, 32, per_step, left_to_right)
     seconds = gpu.bound(gpu.LLADA_8B, grid, cache, {}, 64, 790e12, 4.3e12)
     assert 64 * 256 / seconds == pytest.approx(tokens, rel=0.02)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_page_are_those_of_the_runs():
+    """Every table that follows the name of a results file is made of lines of that file."""
+    text, cited = PAGE.read_text(encoding="utf-8"), set()
+    for name, table in re.findall(r"`benchmarks/results/([\w.]+\.md)`[^|]*?\n\n((?:\|.*\n)+)", text):
+        cited.add(name)
+        lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+        assert [line for line in table.splitlines() if line not in lines] == []
+    assert cited >= {f"rollout_{name}.md" for name in ("ratios", "policies", "schedules", "queue")}
