@@ -36,7 +36,7 @@ class ArithmeticSteps(Task):
     worked answer).
 
     All values on the way are natural numbers. A tokenizer of single characters fits: with the defaults a prompt has at
-    most 19 tokens and a solution 44, the end included; with `max_operations=3` it has at most 28. Training rows are
+    most 21 tokens and a solution 44, the end included; with `max_operations=3` it has at most 28. Training rows are
     drawn independently, validation and test rows are distinct, however their sums and products are ordered.
 
     Args:

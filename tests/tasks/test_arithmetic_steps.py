@@ -135,7 +135,7 @@ def test_values_are_natural_and_bounded() -> None:
 
 @pytest.mark.parametrize(
     ("options", "prompt", "solution"),
-    [({}, 20, 44), ({"symbols": "+-*/"}, 24, 44), ({"max_operations": 3}, 16, 28), ({"max_operations": 2}, 11, 17)],
+    [({}, 21, 44), ({"symbols": "+-*/"}, 21, 44), ({"max_operations": 3}, 16, 28), ({"max_operations": 2}, 11, 17)],
 )
 def test_texts_fit_the_canvases_they_are_made_for(options: dict, prompt: int, solution: int) -> None:
     lengths = [(len(row["prompt"]), len(row["solution"]) + 1) for row in _rows(**options)]
