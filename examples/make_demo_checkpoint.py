@@ -25,7 +25,7 @@ import torch
 from rl4dlm import DecodingConfig, attach_scoring, load_task, save_denoiser, tiny_llada, tiny_tokenizer
 from rl4dlm.evaluation import evaluate
 from rl4dlm.tasks import Task, grids
-from rl4dlm.tasks.few_clue_sudoku import split_of
+from rl4dlm.tasks.base import split_of
 
 CELLS = 16
 BATCH = 128

@@ -121,6 +121,15 @@ SETTINGS = {
 }
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
 
+TASKS = {
+    "arithmetic_steps": "size seed min_operations max_operations max_number max_value symbols",
+    "countdown": "style size seed path numbers max_number max_target",
+    "countdown_small": "size seed max_number max_target max_tries symbols",
+    "few_clue_sudoku": "size seed min_clues max_clues",
+    "gsm8k": "style size path hub_id hub_config validation_size",
+}
+"""Options of tasks."""
+
 METRICS = {
     "diffusion/audit_agreement",
     "diffusion/audit_delta",
@@ -157,6 +166,11 @@ def test_settings_stay(name: str) -> None:
     shared = [] if name == "DiffusionSFTConfig" else SETTINGS["DiffusionPolicyConfig"].split()
     missing = {*shared, *SETTINGS[name].split()} - {field.name for field in fields(getattr(rl4dlm, name)) if field.init}
     assert not missing
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_options_of_tasks_stay(name: str) -> None:
+    assert not set(TASKS[name].split()) - {field.name for field in fields(rl4dlm.load_task(name)) if field.init}
 
 
 def test_metrics_stay_and_are_explained() -> None:

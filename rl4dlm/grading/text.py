@@ -123,6 +123,13 @@ def last_boxed(text: str) -> str | None:
     return content
 
 
+def working_lines(text: str) -> list[str]:
+    r"""The lines before the first that opens a box or an `<answer>`, stripped, without empty ones; all without any."""
+    starts = [start for start in (text.find(r"\boxed"), text.find(_OPEN)) if start >= 0]
+    before = text[: text.rfind("\n", 0, min(starts)) + 1] if starts else text
+    return [line.strip() for line in before.splitlines() if line.strip()]
+
+
 def parse_number(text: str) -> Fraction | None:
     r"""The number that the whole text is, exactly; `None` where it is anything else.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.models.attention import LEFT_TO_RIGHT, Sight, attention_mask, one_copy
+from rl4dlm.models.attention import BLOCK_KINDS, LEFT_TO_RIGHT, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
 from rl4dlm.rollout.options import adjusted, banned
@@ -107,7 +107,7 @@ class Feed(Rows):
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
             return [Part(None, slice(0, columns if seen is None else int(seen.max())), shadow=shadow)]
-        start = self.width + torch.where(self.start > 0, self.start, -self.offset)
+        start = self.width + self._block_start()
         plan = self.cache.plan(self._now(start))
         whole = plan.first < 0
         first = plan.first if seen is None else torch.where(whole, self.before, plan.first)
@@ -124,8 +124,8 @@ class Feed(Rows):
             chosen = (inside & (plan.among | whole[:, None])) | needed
         self.before = start
         self.refreshed = torch.where(whole, self.block, self.refreshed)
-        behind = torch.full_like(last, columns) if seen is None else seen  # what is attended to, fed now or before
-        firsts, lasts, wholes, ends = torch.stack([first, last, whole.long(), behind]).tolist()
+        told = [first, last, whole.long(), *([] if seen is None else [seen])]
+        firsts, lasts, wholes, *ends = torch.stack(told).tolist()
         groups = [list(range(len(firsts)))]
         if seen is None and not self.cache.shares and 0 < sum(wholes) < len(wholes):
             groups = [[row for row in groups[0] if wholes[row] == kind] for kind in (1, 0)]
@@ -133,7 +133,7 @@ class Feed(Rows):
         for group in groups:
             rows = None if len(group) == len(firsts) else torch.tensor(group, device=first.device)
             spans = {(firsts[row], lasts[row]) for row in group}
-            attended = max(ends[row] for row in group)
+            attended = max(ends[0][row] for row in group) if ends else columns  # fed now or before
             if chosen is not None and not all(wholes[row] for row in group):
                 parts.append(chosen_columns(rows, chosen if rows is None else chosen[rows], attended))
             elif len(spans) == 1:
@@ -147,6 +147,12 @@ class Feed(Rows):
             for part in parts:
                 self._note_fed(part)
         return parts
+
+    def _block_start(self) -> Tensor:
+        """long `[R]`, canvas offset at which the active block starts; negative where that is in the prompt."""
+        if self.spec.attention not in BLOCK_KINDS:
+            return self.start
+        return torch.where(self.start > 0, self.start, -self.offset)
 
     def _behind(self) -> Tensor:
         """long `[R]`, the column behind the active block and those that are open besides.
@@ -285,7 +291,7 @@ class Feed(Rows):
         if self.spec.attention == "full":
             return None
         positions, lengths = part.rows_of(self.positions), part.rows_of(self.prompt_lengths)
-        start = torch.where(self.start > 0, self.start, -self.offset)
+        start = self._block_start()
         masked = part.rows_of(self.tokens) == self.spec.mask_token_id
         whole = one_copy(self.spec, positions, lengths, lengths + part.rows_of(start), masked)
         assert whole is not None

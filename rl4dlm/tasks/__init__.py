@@ -24,7 +24,9 @@ __all__ = ["Task", "available_tasks", "load_task"]
 ENTRY_POINT_GROUP = "rl4dlm.tasks"
 
 _CLASSES = {
+    "arithmetic_steps": "rl4dlm.tasks.arithmetic_steps:ArithmeticSteps",
     "countdown": "rl4dlm.tasks.countdown:Countdown",
+    "countdown_small": "rl4dlm.tasks.countdown_small:CountdownSmall",
     "few_clue_sudoku": "rl4dlm.tasks.few_clue_sudoku:FewClueSudoku",
     "gsm8k": "rl4dlm.tasks.gsm8k:GSM8K",
     "math": "rl4dlm.tasks.math:Math",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,6 +18,8 @@ Row = dict[str, Any]
 
 # Draws in a row that a generator may reject before it says that a split has too few instances.
 MOST_MISSES = 50_000
+
+T = TypeVar("T")
 
 
 class Task(ABC):
@@ -84,6 +86,31 @@ def share(part: float, whole: float) -> float:
 def tenth(key: str) -> int:
     """Which of ten parts an instance belongs to, 0 to 9: a property of the instance, not of a seed or an order."""
     return zlib.crc32(key.encode()) % 10
+
+
+def split_of(key: str) -> str:
+    """The split of an instance: of ten parts the first is for testing, the second for validation."""
+    return {0: "test", 1: "validation"}.get(tenth(key), "train")
+
+
+def gather(draw: Callable[[], T | None], size: int, what: str) -> list[T]:
+    """`size` instances from a generator that answers `None` where what it drew may not be used.
+
+    Raises:
+        ValueError: it hardly finds any more; the message says of `what`.
+    """
+    found: list[T] = []
+    misses = 0
+    while len(found) < size:
+        instance = draw()
+        if instance is not None:
+            misses = 0
+            found.append(instance)
+            continue
+        misses += 1
+        if misses > MOST_MISSES:
+            raise ValueError(f"size={size}; after {len(found)} rows there are hardly more {what}")
+    return found
 
 
 def check_size(size: int | None) -> None:

@@ -19,7 +19,7 @@ from rl4dlm.grading.columns import as_integer, as_integers
 from rl4dlm.grading.expression import ExpressionError, evaluate
 from rl4dlm.grading.text import answer_blocks, answer_or_text, last_boxed
 from rl4dlm.tasks import prompts
-from rl4dlm.tasks.base import MOST_MISSES, Row, Task, check_size, check_style, tenth
+from rl4dlm.tasks.base import Row, Task, check_size, check_style, gather, split_of
 from rl4dlm.tasks.files import Paths, files_by_split, read_rows
 
 _DEFAULT_SIZE = {"train": 10_000, "validation": 256, "test": 256}
@@ -96,31 +96,22 @@ class Countdown(Task):
 
         The answer is what `read_answer` reads.
         """
-        numbers, target = as_integers(row.get("numbers")), as_integer(row.get("target"))
-        if numbers is None or target is None:
-            return None
-        answer = read_answer(completion)
-        return answer is not None and judge(answer, numbers, target).solved
+        return solves(completion, row.get("numbers"), row.get("target"))
 
     def _generate(self, split: str, taken: set[str]) -> list[_Instance]:
-        size = self.size or _DEFAULT_SIZE[split]
         rng = random.Random(f"{self.name}/{split}/{self.seed}")
-        instances: list[_Instance] = []
-        misses = 0
-        while len(instances) < size:
+
+        def draw() -> _Instance | None:
             instance = self._draw(rng)
-            if instance is None or instance.key in taken or _split_of(instance) != split:
-                misses += 1
-                if misses > MOST_MISSES:
-                    raise ValueError(
-                        f"size={size}; after {len(instances)} rows there are hardly more {split} instances of "
-                        f"{self.numbers} numbers up to {self.max_number} with a target up to {self.max_target}"
-                    )
-                continue
-            misses = 0
+            if instance is None or instance.key in taken or split_of(instance.key) != split:
+                return None
             taken.add(instance.key)
-            instances.append(instance)
-        return instances
+            return instance
+
+        what = (
+            f"{split} instances of {self.numbers} numbers up to {self.max_number} with a target up to {self.max_target}"
+        )
+        return gather(draw, self.size or _DEFAULT_SIZE[split], what)
 
     def _draw(self, rng: random.Random) -> _Instance | None:
         """A random expression over random numbers, if its value may be a target."""
@@ -136,6 +127,15 @@ class Countdown(Task):
         if value.denominator != 1 or not 1 <= value <= self.max_target:
             return None
         return _Instance(numbers, int(value), text[1:-1])
+
+
+def solves(completion: str, numbers: Any, target: Any) -> bool | None:
+    """Whether a completion's answer reaches the target with exactly the numbers; `None` where either is missing."""
+    given, wanted = as_integers(numbers), as_integer(target)
+    if given is None or wanted is None:
+        return None
+    answer = read_answer(completion)
+    return answer is not None and judge(answer, given, wanted).solved
 
 
 class Judgement(NamedTuple):
@@ -173,11 +173,12 @@ class _Instance(NamedTuple):
 
     @property
     def key(self) -> str:
-        return f"{','.join(map(str, sorted(self.numbers)))}={self.target}"
+        return instance_key(self.numbers, self.target)
 
 
-def _split_of(instance: _Instance) -> str:
-    return {0: "test", 1: "validation"}.get(tenth(instance.key), "train")
+def instance_key(numbers: Sequence[int], target: int) -> str:
+    """What `rl4dlm.tasks.base.split_of` takes for an instance, the same in every order of its numbers."""
+    return f"{','.join(map(str, sorted(numbers)))}={target}"
 
 
 def _read(file: Path) -> list[_Instance]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from rl4dlm.grading.columns import as_text
 from rl4dlm.tasks import grids
-from rl4dlm.tasks.base import MOST_MISSES, Row, Task, check_size, tenth
+from rl4dlm.tasks.base import Row, Task, check_size, gather, split_of
 
 _DEFAULT_SIZE = {"train": 20_000, "validation": 500, "test": 1000}
 
@@ -54,27 +54,20 @@ class FewClueSudoku(Task):
             )
 
     def _rows(self, split: str) -> list[Row]:
-        size = self.size or _DEFAULT_SIZE[split]
         rng = random.Random(f"{self.name}/{split}/{self.seed}")
-        rows: list[Row] = []
         seen: set[str] = set()
-        misses = 0
-        while len(rows) < size:
+
+        def draw() -> Row | None:
             solution = rng.choice(grids.all_grids())
             shown = set(rng.sample(range(grids.CELLS), rng.randint(self.min_clues, self.max_clues)))
             puzzle = "".join(digit if cell in shown else "0" for cell, digit in enumerate(solution))
             if split_of(puzzle) != split or (split != "train" and puzzle in seen):
-                misses += 1
-                if misses > MOST_MISSES:
-                    raise ValueError(
-                        f"size={size}; after {len(rows)} rows there are hardly more {split} puzzles "
-                        f"with {self.min_clues} to {self.max_clues} clues"
-                    )
-                continue
-            misses = 0
+                return None
             seen.add(puzzle)
-            rows.append({"prompt": f"[{puzzle}]", "puzzle": puzzle, "solution": solution})
-        return rows
+            return {"prompt": f"[{puzzle}]", "puzzle": puzzle, "solution": solution}
+
+        what = f"{split} puzzles with {self.min_clues} to {self.max_clues} clues"
+        return gather(draw, self.size or _DEFAULT_SIZE[split], what)
 
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether the completion, white space aside, is a valid grid that keeps the clues; `None` without a puzzle."""
@@ -87,8 +80,3 @@ def solves_text(completion: str, puzzle: Any) -> bool | None:
     if puzzle is None or not grids.is_puzzle(puzzle):
         return None
     return grids.solves("".join(completion.split()), puzzle)
-
-
-def split_of(puzzle: str) -> str:
-    """The split that a puzzle belongs to: a property of the puzzle alone."""
-    return {0: "test", 1: "validation"}.get(tenth(puzzle), "train")

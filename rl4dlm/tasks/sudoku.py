@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from rl4dlm.grading.columns import as_text
 from rl4dlm.grading.text import answer_or_text
 from rl4dlm.tasks import grids, prompts
-from rl4dlm.tasks.base import MOST_MISSES, Row, Task, check_size, check_style, share, tenth
+from rl4dlm.tasks.base import Row, Task, check_size, check_style, gather, share, tenth
 from rl4dlm.tasks.files import Paths, files_by_split, read_rows
 
 _DEFAULT_SIZE = {"train": 10_000, "validation": 256, "test": 256}
@@ -96,29 +96,22 @@ class Sudoku(Task):
         return {**super().metrics(completions, rows), "cell_accuracy": accuracy}
 
     def _generate(self, split: str, taken: set[str]) -> list[tuple[str, str]]:
-        size = self.size or _DEFAULT_SIZE[split]
         rng = random.Random(f"{self.name}/{split}/{self.seed}")
         train_grids, test_grids = solution_split()
         choices = test_grids if split == "test" else train_grids
-        pairs: list[tuple[str, str]] = []
-        misses = 0
-        while len(pairs) < size:
+
+        def draw() -> tuple[str, str] | None:
             solution = rng.choice(choices)
             shown = set(rng.sample(range(grids.CELLS), rng.randint(self.min_clues, self.max_clues)))
             puzzle = "".join(digit if cell in shown else "0" for cell, digit in enumerate(solution))
             other_split = split != "test" and (tenth(puzzle) == 0) != (split == "validation")
             if puzzle in taken or other_split or not grids.is_unique(puzzle):
-                misses += 1
-                if misses > MOST_MISSES:
-                    raise ValueError(
-                        f"size={size}; after {len(pairs)} rows there are hardly more {split} puzzles "
-                        f"with {self.min_clues} to {self.max_clues} clues"
-                    )
-                continue
-            misses = 0
+                return None
             taken.add(puzzle)
-            pairs.append((puzzle, solution))
-        return pairs
+            return puzzle, solution
+
+        what = f"{split} puzzles with {self.min_clues} to {self.max_clues} clues"
+        return gather(draw, self.size or _DEFAULT_SIZE[split], what)
 
 
 def solution_split() -> tuple[list[str], list[str]]:

@@ -25,6 +25,7 @@ HOSTILE = [
 # Values for the columns that rewards ask for.
 COLUMNS: dict[str, Any] = {
     "answer": "5",
+    "expression": "1+2*2",
     "numbers": [2, 3],
     "target": 5,
     "puzzle": "1040002001022000",
@@ -61,7 +62,20 @@ def test_hostile_text_earns_nothing_but_the_consolation(name: str) -> None:
             assert value is not None and value <= (1.0 if name.startswith("math") else 0.5)
 
 
-@pytest.mark.parametrize("name", ["countdown", "sudoku", "few_clue_sudoku", "gsm8k:correctness", "math:correctness"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "countdown",
+        "sudoku",
+        "few_clue_sudoku",
+        "gsm8k:correctness",
+        "math:correctness",
+        "arithmetic_steps",
+        "arithmetic_steps:steps",
+        "countdown_small",
+        "countdown_small:tries",
+    ],
+)
 def test_hostile_text_in_an_answer_scores_zero(name: str) -> None:
     assert [pay(name, f"<answer>{text}</answer>") for text in HOSTILE] == [0.0] * len(HOSTILE)
 
@@ -72,7 +86,7 @@ def test_hostile_text_in_an_answer_scores_zero(name: str) -> None:
         ("gsm8k", "answer"), ("gsm8k_compat", "answer"), ("math", "answer"), ("math_compat", "answer"),
         ("countdown", "target"),
         ("countdown_compat", "numbers"), ("sudoku", "solution"), ("sudoku_compat", "puzzle"),
-        ("few_clue_sudoku", "puzzle"),
+        ("few_clue_sudoku", "puzzle"), ("arithmetic_steps", "answer"), ("countdown_small", "target"),
     ],
 )  # fmt: skip
 def test_row_without_its_gold_value_is_not_scored_and_a_missing_column_is_an_error(name: str, column: str) -> None:
@@ -238,3 +252,64 @@ def test_few_clue_sudoku_units_counts_rows_columns_and_boxes() -> None:
     assert pay("few_clue_sudoku:units", swapped, puzzle=puzzle) == pytest.approx(10 / 12)
     assert pay("few_clue_sudoku:units", "2" + answer[1:], puzzle=puzzle) == 0.0  # the clue is gone
     assert pay("few_clue_sudoku:units", answer[:-1], puzzle=puzzle) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "solved", "steps"),
+    [
+        ("7+6-4\n13-4\n\\boxed{9}", 1.0, 1.0),
+        ("7+6-4\n13-4\n\\boxed{9} or so 12\n12", 1.0, 1.0),  # text behind the box
+        ("7+6-4\n13-4\n\\boxed{8}", 0.0, 1.0),  # the work is right, the answer is not
+        ("7+6-4\n12-4\n\\boxed{8}", 0.0, 0.5),
+        ("9*3-4\n27-4\n\\boxed{23}", 0.0, 0.0),
+        ("\\boxed{9}", 1.0, 0.0), ("9", 1.0, 0.0), ("<answer>9</answer>", 1.0, 0.0),
+        ("7+6-4\n13-4\n9", 0.0, 2 / 3),  # several numbers and no box: none of them is the answer
+        ("7+6-4\n13-4\n\\boxed{9", 0.0, 1.0),  # a box that never closes
+        ("13-4\n\\boxed{9}", 1.0, 0.5),  # a step is left out
+        ("7+6-4\n7+6-4\n13-4\n\\boxed{9}", 1.0, 2 / 3), ("13-4\n7+6-4\n\\boxed{9}", 1.0, 0.5),
+        ("so\n7+6-4\n13-4\n\\boxed{9}", 1.0, 2 / 3),
+        ("7+2*3-4\n7+6-4\n13-4\n\\boxed{9}", 1.0, 2 / 3),  # the question again
+        ("\n 7 + 6 - 4 \n\n13-4\n\\boxed{9}", 1.0, 1.0), ("", 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_arithmetic_steps_pays_for_the_answer_and_for_each_step(text: str, solved: float, steps: float) -> None:
+    row = {"expression": "7+2*3-4", "answer": "9"}
+    assert pay("arithmetic_steps", text, **row) == solved
+    assert pay("arithmetic_steps:steps", text, **row) == pytest.approx(steps)
+
+
+@pytest.mark.parametrize("expression", [None, "", "x", "7", "7+2"])
+def test_arithmetic_without_anything_to_work_out_has_no_share_of_steps(expression: str | None) -> None:
+    assert pay("arithmetic_steps:steps", "9", expression=expression) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "solved", "tries"),
+    [
+        ("4*3+7=19\n4*7-3=25\n\\boxed{4*7-3}", 1.0, 1.0),
+        ("4*3+7=19\n\\boxed{4*7-3}", 1.0, 1.0),
+        ("\\boxed{4*7-3}", 1.0, 0.0), ("<answer>4*7-3</answer>", 1.0, 0.0), ("\\boxed{4*7-3=25} x", 1.0, 0.0),
+        ("4*7-3=25", 0.0, 1.0), ("4*7-3=25\n\\boxed{4*7-3", 0.0, 1.0),
+        ("4*3+7=19\n\\boxed{4*3+7}", 0.0, 1.0), ("\\boxed{25}", 0.0, 0.0),
+        ("4*3+7=20\n4*7-3=25\n\\boxed{4*7-3}", 1.0, 0.5),  # false
+        ("4*3+4=16\n4*7-3=25\n\\boxed{4*7-3}", 1.0, 0.5),  # other numbers
+        ("4*7-3=25\n4*7-3=25\n\\boxed{4*7-3}", 1.0, 0.5),  # the same again
+        ("4*7-3=20+5\n4*7-3\n=25\nso", 0.0, 0.0), ("4*7-3=25=25", 0.0, 0.0), ("", 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_countdown_small_pays_for_the_target_and_for_honest_tries(text: str, solved: float, tries: float) -> None:
+    row = {"numbers": [4, 7, 3], "target": 25}
+    assert pay("countdown_small", text, **row) == solved
+    assert pay("countdown_small:tries", text, **row) == tries
+    assert (pay("countdown", text, **row) == 1.0) == (solved == 1.0)
+
+
+def test_countdown_small_without_numbers_has_no_share_of_tries() -> None:
+    assert pay("countdown_small:tries", "4*7-3=25", numbers=None) is None
+    assert pay("countdown_small:tries", "4*7-3=25", numbers="x") is None
+
+
+@pytest.mark.parametrize(("name", "second"), [("arithmetic_steps", "steps"), ("countdown_small", "tries")])
+def test_worked_answers_earn_all_of_both_rewards(name: str, second: str) -> None:
+    for row in load_task(name, size=200).rows("train"):
+        assert pay(name, row["solution"], **row) == pay(f"{name}:{second}", row["solution"], **row) == 1.0

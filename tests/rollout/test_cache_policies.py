@@ -94,7 +94,7 @@ def test_a_policy_is_exact_where_it_says_so(kind: str, name: str, shift: int):
     assert cached.exact == (kind in build_cache(name).exact_for)
     if cached.exact:
         assert_same_rows(cached, full)
-    else:
+    elif not (kind == "written_first" and shift):  # a written token that another follows is fed again there
         assert not torch.allclose(cached.trace.raw_log_prob, full.trace.raw_log_prob, atol=1e-6)
 
 

@@ -17,6 +17,7 @@ from rl4dlm.tasks.prompts import MATH_STYLES
 from rl4dlm.training.checks import RESERVED_COLUMNS
 from tests.training.steps import SMALL_RUN
 
+TEXT_TASKS = ("arithmetic_steps", "countdown_small", "few_clue_sudoku")  # their prompts are text, in no paper's style
 BEGUN = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]
 THINKING = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>{% endfor %}"
@@ -31,7 +32,7 @@ def every_row(folder: Path) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name in available_tasks():
         for style in MATH_STYLES:
-            options: dict[str, Any] = {} if name == "few_clue_sudoku" else {"style": style}
+            options: dict[str, Any] = {} if name in TEXT_TASKS else {"style": style}
             if name in ("gsm8k", "math"):
                 file = folder / f"{name}.json"
                 options["path"] = dict.fromkeys(type(load_task(name)).splits, file)
@@ -89,6 +90,21 @@ def test_p1_trainer_evaluation_and_sft_render_every_row_of_every_task_alike(tmp_
         visible = [token for token, label in zip(taught["input_ids"], taught["labels"], strict=True) if label == -100]
         assert visible == ids
         assert tokenizer.decode(taught["input_ids"][len(ids) :]) == "7<eos>"
+
+
+@pytest.mark.parametrize("name", TEXT_TASKS)
+def test_the_worked_answers_of_text_tasks_are_taught_with_their_end(tmp_path: Path, name: str) -> None:
+    rows = load_task(name, size=4).rows("train")
+    sft = DiffusionSFTTrainer(
+        tiny_llada(),
+        DiffusionSFTConfig(output_dir=str(tmp_path), **SMALL_RUN),
+        Dataset.from_list([{"prompt": row["prompt"], "completion": row["solution"]} for row in rows]),
+        None,
+        tiny_tokenizer(),
+    )
+    for taught, row in zip(sft.train_dataset, rows, strict=True):
+        assert tiny_tokenizer().decode(taught["input_ids"]) == f"{row['prompt']}{row['solution']}<eos>"
+        assert sum(label != -100 for label in taught["labels"]) == len(row["solution"]) + 1
 
 
 def test_p1_a_started_answer_is_continued_in_training_with_the_settings_of_the_template(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def benchmark() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_step_is_the_sum_of_its_parts_and_goes_into_a_table(benchmark: ModuleType) -> None:
     (found,) = benchmark.in_turns({"after": ROOT}, "float64", 3).values()
     assert len(found["losses"]) == 3 and all(map(math.isfinite, found["losses"]))
