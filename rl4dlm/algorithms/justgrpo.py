@@ -107,6 +107,7 @@ class JustGRPOConfig(DiffusionPolicyConfig):
                 raise ValueError(
                     f"{name}={value!r} is not allowed: JustGRPO's scores are the probabilities that tokens were drawn "
                     f"with, and know nothing of it; needed: {off!r}"
+                    + (", 'auto', or a rollout_correction" if name == "cache" else "")
                 )
         if self.temperature != self.score_temperature:
             raise ValueError(

@@ -7,7 +7,6 @@ models whose noise is random tokens, in `uniform.py`.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from rl4dlm.models.attention import Sight, attention_mask
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy
+from rl4dlm.rollout.compiling import check_backend, compiled, keep_freed_memory
 from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drafts import DraftBatch
@@ -32,6 +33,9 @@ from rl4dlm.rollout.step import Batch
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
 
 logger = logging.getLogger(__name__)
+
+_said: set[tuple[str, str, str]] = set()
+"""Of which caches, attention and schedules it has been logged what `cache="auto"` stands for."""
 
 PROGRESS_DELAY = 5.0
 """Seconds after which a progress bar appears."""
@@ -63,9 +67,7 @@ class RolloutEngine:
         in_step: Callable[[bool], bool] | None = None,
         compile: str | None = None,
     ) -> None:
-        if compile is not None and compile not in torch.compiler.list_backends(exclude_tags=()):
-            known = ", ".join(sorted(torch.compiler.list_backends()))
-            raise ValueError(f"compile={compile!r} is no backend of torch.compile here; choose one of {known}, or None")
+        check_backend("compile", compile)
         if max_batch_rows is not None and max_batch_rows < 1:
             raise ValueError(f"max_batch_rows={max_batch_rows} is not allowed; it must be 1 or larger, or None")
         self.model = attach_scoring(model)
@@ -86,7 +88,6 @@ class RolloutEngine:
         self.in_step = in_step
         self.compile = compile
         self.weight_version: int | None = None
-        self._said: set[str] = set()
 
     @torch.no_grad()
     def generate(
@@ -138,7 +139,7 @@ class RolloutEngine:
         parts = schedule if isinstance(schedule, Schedule) else None
         if config.cache == "auto":
             self._say_cache(config, cache, max(map(len, rows), default=0))
-        self._check_parts(schedule, config, hints, choices, constraint, on_step)
+        self._check_parts(schedule, config, cache, hints, choices, constraint, on_step)
         if choices is None and isinstance(constraint, Automaton):  # candidates that can never be written waste a step
             choices = [constraint.choices(config.canvas_length)] * len(rows)
         size = self.max_batch_rows or max(1, len(rows))
@@ -157,10 +158,10 @@ class RolloutEngine:
         limits = None if choices is None else self._choices(choices, length, record.canvas.device)
         slots = int((~record.hinted).sum())
         if self.model.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         with (
             _evaluating(self.model),
-            _compiled(self.model, self.compile),
+            compiled(self.model, self.compile),
             tqdm(
                 total=slots, desc="decoding", unit="tok", delay=PROGRESS_DELAY, disable=not self.progress, leave=False
             ) as bar,
@@ -232,11 +233,18 @@ class RolloutEngine:
         """Idle forwards until no process has one of its own left."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         score = torch.ones_like(token, dtype=torch.bool)
+        sight = None if self.spec.attention == "full" else Sight(token, token + 1)
+        mask = attention_mask(score, 1, self.model.config._attn_implementation, self.model.dtype, sight)
         while in_step(False):
-            self.model(input_ids=token, score_positions=score, score_targets=token)
+            self.model(
+                input_ids=token, attention_mask=mask, position_ids=token, score_positions=score, score_targets=token
+            )
 
     def _say_cache(self, config: DecodingConfig, cache: CachePolicy, prompt: int) -> None:
         """Logs once what `cache="auto"` stands for, and what an inexact policy would buy."""
+        if (cache.name, self.spec.attention, config.schedule) in _said:
+            return
+        _said.add((cache.name, self.spec.attention, config.schedule))
         line = f"cache='auto' is {cache.name!r} here, which is exact for attention={self.spec.attention!r}"
         schedule = config.build_schedule()
         if self.spec.attention == "full" and isinstance(schedule, Schedule) and not schedule.whole:
@@ -247,9 +255,7 @@ class RolloutEngine:
                 f"; cache='dual' is not exact, and would feed about {gain:.1f} times fewer positions at {steps} steps "
                 f"per block of {block} in rows of {width} (docs/rollouts.md says what that risks)"
             )
-        if line not in self._said:
-            self._said.add(line)
-            logger.info(line)
+        logger.info(line)
 
     def _check(
         self,
@@ -303,6 +309,7 @@ class RolloutEngine:
         self,
         schedule: Schedule | CanvasSchedule,
         config: DecodingConfig,
+        cache: CachePolicy,
         hints: object,
         choices: object,
         constraint: object,
@@ -310,7 +317,8 @@ class RolloutEngine:
     ) -> None:
         """Whether the schedule can do with this model what it is asked to."""
         if isinstance(schedule, CanvasSchedule):
-            for name, value in (("choices", choices), ("constraint", constraint), ("on_step", on_step)):
+            given = {"choices": choices, "constraint": constraint, "on_step": on_step, "in_step": self.in_step}
+            for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name} is not supported for noise={self.spec.noise!r}; leave it None")
             return
@@ -320,6 +328,11 @@ class RolloutEngine:
             raise ValueError(
                 f"constraint is not supported for schedule={config.schedule!r}, which replaces written tokens; "
                 "leave it None"
+            )
+        if constraint is not None and cache.foresees:
+            raise ValueError(
+                f"constraint is not supported for cache={cache.name!r}, which looks at no other slots than those "
+                "that are written next; leave it None, or choose another cache"
             )
         if constraint is not None and not self.spec.eos_token_ids:
             raise ValueError(
@@ -393,36 +406,6 @@ def _check_no_text(prompts: Any) -> None:
             raise ValueError(
                 f"{name}={prompt!r} is text; the engine takes lists of token ids, such as tokenizer.encode(text) gives"
             )
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """On a CPU, makes the allocator keep activations that are freed, once per process.
-
-    glibc returns blocks to the system that are larger than the largest one freed so far (up to 32 MiB), and pays for
-    every page when it gets them again, at every operation of every forward: a quarter of a small model's rollout. Where
-    the allocator is another one, or is told what to do, this does nothing.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-@contextmanager
-def _compiled(model: Any, backend: str | None) -> Iterator[None]:
-    """The model's trunk is compiled inside; what is compiled is kept by torch for the next time."""
-    if backend is None:
-        yield
-        return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trunk = base.base_model
-    own = trunk.__dict__.get("forward")
-    trunk.forward = torch.compile(trunk.forward, backend=backend)
-    try:
-        yield
-    finally:
-        if own is None:
-            del trunk.forward
-        else:
-            trunk.forward = own
 
 
 @contextmanager

@@ -143,5 +143,6 @@ class AuditingTrainer(DecoderTrainer):
         whole = self.args.rollout_correction == "sequence_truncate"
         ratio = (difference.sum(-1, keepdim=True) if whole else difference).exp()
         ratio = ratio.clamp(max=self.args.rollout_correction_clip_max).to(current)
-        self.log_mean("sampling/importance_sampling_ratio/mean", ratio, mask.any(-1, keepdim=True) if whole else drawn)
+        weight = drawn.bool().any(-1, keepdim=True) if whole else drawn
+        self.log_mean("sampling/importance_sampling_ratio/mean", ratio, weight)
         return ratio

@@ -18,7 +18,7 @@ from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
-from rl4dlm.training.interventions.trainer import InterveningTrainer, places
+from rl4dlm.training.interventions.trainer import InterveningTrainer, groups
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.metrics import identical_groups
 from rl4dlm.training.rollout_columns import with_rollout
@@ -85,18 +85,25 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         """A shuffled batch whose rows are in the same optimizer steps, but in micro-batches with their group mates.
 
         What completions of a prompt have in common is computed once if they are in one micro-batch. Which rows make a
-        step, and so its gradient, stays the shuffle's.
+        step, and so its gradient, stays the shuffle's; with `loss_type="bnpo"`, whose means are of micro-batches, these
+        stay the shuffle's, too.
         """
         length, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if length % accumulated and accumulated % length:
+        if self.loss_type == "bnpo" or (length % accumulated and accumulated % length):
             return batch  # the micro-batches of a step are others in each pass
         row_ids = batch["row_ids"]
         window = len(row_ids) // length * min(length, accumulated)  # rows that are in one step in every pass
-        _, group = torch.unique(row_ids - places(row_ids) % self.num_generations, return_inverse=True)
+        _, group = torch.unique(groups(row_ids, self.num_generations), return_inverse=True)
         step = torch.arange(len(row_ids), device=row_ids.device) // window
         order = (step * len(row_ids) + group).argsort(stable=True)
-        alike = {n for n, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == len(order)}
-        return {name: value[order] if name in alike else value for name, value in batch.items()}
+        places = order.tolist()
+
+        def reordered(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(order):
+                return value[order]
+            return [value[place] for place in places] if isinstance(value, list) and len(value) == len(order) else value
+
+        return {name: reordered(value) for name, value in batch.items()}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions([dict(row) for row in inputs])

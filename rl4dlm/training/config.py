@@ -15,6 +15,7 @@ from trl import GRPOConfig
 from rl4dlm.likelihood.estimator import SCOPES, Estimator
 from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.compiling import check_backend
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.training.audit_settings import AuditSettings, check_audit
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
@@ -274,6 +275,7 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
             )
         if self.eos_penalty_decay and not self.eos_penalty:
             raise ValueError("eos_penalty_decay=True has no effect with eos_penalty=0; set a penalty, or leave it out")
+        check_backend("rollout_compile", self.rollout_compile)
         _check_delta(self)
         check_audit(self)
         self._check_kl()

@@ -23,7 +23,7 @@ from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.backward_per_view import loss_per_view
 from rl4dlm.training.contract import check_contract
-from rl4dlm.training.interventions.trainer import places
+from rl4dlm.training.interventions.trainer import groups
 from rl4dlm.training.loss_parts import LossParts, PolicyScores, resized
 from rl4dlm.training.metrics import rollout_gap
 
@@ -188,6 +188,8 @@ class ScoringTrainer(LossParts):
         if old is not None:
             where = absent.view(-1, *[1] * (old.dim() - 1))
             batch["old_per_token_logps"] = torch.where(where, self.compared(scores).detach().to(old.dtype), old)
+        if batch.get("drawn") is not None:
+            batch["drawn"] = batch["drawn"] & ~absent[:, None]
         shown = resized(scores.views.scored.any(1), scores.log_probs.shape[1])
         counted = (shown & batch["completion_mask"].bool())[kept]
         mean = (scores.entropies[kept].detach() * counted).sum() / counted.sum().clamp(min=1)
@@ -221,7 +223,7 @@ class ScoringTrainer(LossParts):
         keyed = rows
         if self.args.views_keyed_by == "prompt":  # by the id of the group's first row
             size = self.num_generations if self.model.training else self.num_generations_eval
-            keyed = replace(rows, row_ids=rows.row_ids - places(rows.row_ids) % size)
+            keyed = replace(rows, row_ids=groups(rows.row_ids, size))
         views = self.estimator.draw(keyed, seed=self.args.seed, iteration=iteration)
         return views if rows.given is None or self.scores_hints else views.without(rows.given)
 

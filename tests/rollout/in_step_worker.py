@@ -11,7 +11,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from tests.launch import leave
-from tests.rollout.queues import RUNS, model, prompts
+from tests.rollout.queues import BLOCK, BLOCKS, RUNS, model, prompts
 
 SHARES = (slice(0, 5), slice(5, 8))
 
@@ -50,12 +50,17 @@ def main(kind: str, folder: Path) -> None:
         torch.distributed.all_reduce(count)
         return bool(count > 0)
 
-    engine = RolloutEngine(sharded(kind), max_batch_rows=2, in_step=in_step)
+    shards = sharded(kind)
+    engine = RolloutEngine(shards, max_batch_rows=2, in_step=in_step)
     rows = list(range(8))[SHARES[rank]]
     found = []
     for seed, settings in enumerate(RUNS):
         rollout = engine.generate([prompts()[row] for row in rows], DecodingConfig(**settings), row_ids=rows, seed=seed)
         found.append((rollout.canvas, rollout.trace.commit_step, rollout.nfe))
+    shards.config.diffusion.update(attention="block_causal", block_length=BLOCK)  # idle forwards know of blocks, too
+    engine = RolloutEngine(shards, max_batch_rows=2, in_step=in_step)
+    rollout = engine.generate([prompts()[row] for row in rows], DecodingConfig(**BLOCKS), row_ids=rows, seed=0)
+    found.append((rollout.canvas, rollout.trace.commit_step, rollout.nfe))
     torch.save(found, folder / f"rank{rank}.pt")
     leave()
 

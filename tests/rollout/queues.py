@@ -39,3 +39,6 @@ RUNS = [
     for more in ({}, {"steps": None, "schedule": "threshold", "schedule_args": {"threshold": 0.5}})
 ]
 """Twenty decodings."""
+
+BLOCKS = {"canvas_length": LENGTH, "temperature": 1.0, "schedule": "threshold", "schedule_args": {"threshold": 0.4}}
+"""One of a model with attention blocks."""

@@ -364,3 +364,39 @@ def test_what_is_foreseen_is_what_is_written(schedule: str):
         greedy = settings_of("dkv_greedy", schedule=schedule, temperature=1.0)
         cached, full = decoded(kind, shift, greedy), decoded(kind, shift, plain(greedy))
         assert torch.equal(cached.trace.commit_step, full.trace.commit_step)
+
+
+# --- settings that meet ----------------------------------------------------------------------------------------------
+
+
+def fed(settings: dict[str, Any]) -> list[int]:
+    engine = engine_of("full", 0)
+    with forwards_of(engine.model.model) as seen:
+        engine.generate([PROMPTS[0]], DecodingConfig(**settings), seed=4)
+    return [len(positions) for positions, _ in seen]
+
+
+@pytest.mark.parametrize("name", ["prefix", "dual", "dual_masked"])
+def test_a_period_in_steps_leaves_the_period_in_blocks_as_it_is(name: str):
+    seldom = settings_of(name, cache_args={"refresh_blocks": 3})
+    both = settings_of(name, cache_args={"refresh_blocks": 3, "refresh_steps": 50})
+    assert fed(seldom) == fed(both)
+    assert sum(fed(seldom)) < sum(fed(settings_of(name)))
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize(("kind", "shift"), [(kind, shift) for kind in LEFT_TO_RIGHT for shift in (0, 1)])
+def test_a_delay_is_exact_from_left_to_right_whatever_it_is(kind: str, shift: int, delay: int):
+    settings = settings_of("delayed_prefix", steps=12, temperature=1.0, cache_args={"delay": delay})
+    cached = decoded(kind, shift, settings)
+    assert cached.exact
+    assert_same_rows(cached, decoded(kind, shift, plain(settings)))
+
+
+def test_a_cache_that_foresees_takes_no_constraint():
+    class Anything:
+        def admissible(self, canvas: Any, slot: int, token: int) -> bool:
+            return True
+
+    with pytest.raises(ValueError, match="constraint is not supported for cache='dkv_greedy'"):
+        engine_of("full", 0).generate([[5]], DecodingConfig(**settings_of("dkv_greedy")), constraint=Anything())

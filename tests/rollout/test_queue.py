@@ -19,7 +19,7 @@ from rl4dlm.rollout.rollout import Rollout
 from tests.launch import launch
 from tests.models.block_denoisers import KINDS, block_denoiser
 from tests.rollout.denoisers import assert_same_rows
-from tests.rollout.queues import LENGTH, RUNS, model, prompts, settings
+from tests.rollout.queues import BLOCK, BLOCKS, LENGTH, RUNS, model, prompts, settings
 
 WORKER = Path(__file__).parent / "in_step_worker.py"
 
@@ -108,15 +108,26 @@ def needs(kind: str) -> Any:
     return pytest.param(kind, marks=pytest.mark.skipif(missing, reason="deepspeed is not installed"))
 
 
+@pytest.mark.parametrize(("kind", "origin"), [*KINDS, ("causal", "response"), ("written_first", "response")])
+def test_a_process_that_is_done_waits_whatever_the_attention(kind: str, origin: str):
+    answers = iter([True] * 40)
+    engine = RolloutEngine(block_denoiser(kind, origin), in_step=lambda working: working or next(answers, False))
+    settings = {"block_length": 4} if kind in ("causal", "written_first") else {}
+    engine.generate([[5, 6, 7]], DecodingConfig(canvas_length=LENGTH, **settings))
+    assert next(answers, None) is None, "every other process had its forwards"
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["fsdp2", needs("zero3")])
 def test_sharded_models_wait_for_each_other(kind: str, tmp_path: Path):
     """Uneven rows, early ends, a queue: twenty decodings in two processes end, and are those of one process."""
     launch(WORKER, tmp_path, kind, tmp_path)
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    engine = RolloutEngine(denoiser(), max_batch_rows=2)
-    for seed, (changes, *found) in enumerate(zip(RUNS, *parts, strict=True)):
-        whole = engine.generate(prompts(), DecodingConfig(**changes), seed=seed)
+    blocks = model()
+    blocks.config.diffusion.update(attention="block_causal", block_length=BLOCK)
+    cases = [*((changes, denoiser(), seed) for seed, changes in enumerate(RUNS)), (BLOCKS, attach_scoring(blocks), 0)]
+    for (changes, one, seed), *found in zip(cases, *parts, strict=True):
+        whole = RolloutEngine(one, max_batch_rows=2).generate(prompts(), DecodingConfig(**changes), seed=seed)
         expected = (whole.canvas, whole.trace.commit_step, whole.nfe)
         for name, both in zip(expected, zip(*found, strict=True), strict=True):
             assert torch.equal(torch.cat(both), name)

@@ -10,6 +10,7 @@ import torch
 
 from rl4dlm import DiffuGRPOTrainer
 from rl4dlm.models.tiny import tiny_llada
+from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT, groups
 from tests.models.float64 import exactly_float64
 from tests.training.steps import recording
 
@@ -45,12 +46,30 @@ def test_steps_have_the_same_rows_and_micro_batches_fewer_groups(
     steps, weights = run()
     monkeypatch.setattr(DiffuGRPOTrainer, "_groups_together", lambda self, batch: batch)
     shuffled, expected = run()
-    groups = [sum(len({row // 4 for row in batch}) for step in found for batch in step) for found in (steps, shuffled)]
+    met = [sum(len({row // 4 for row in batch}) for step in found for batch in step) for found in (steps, shuffled)]
     if accumulated == 1 or (length % accumulated and accumulated % length):
-        assert groups[0] == groups[1]
+        assert met[0] == met[1]
     else:
-        assert groups[0] < groups[1]
+        assert met[0] < met[1]
     for a, b in zip(steps, shuffled, strict=True):
         assert sorted(itertools.chain(*a)) == sorted(itertools.chain(*b))
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-12)
+
+
+def test_means_of_micro_batches_keep_the_micro_batches_of_the_shuffle(make_trainer: Any) -> None:
+    made = make_trainer(loss_type="bnpo", steps_per_generation=2, gradient_accumulation_steps=2)
+    batch = {"row_ids": torch.tensor([0, 4, 1, 5])}
+    assert made._groups_together(batch) is batch
+
+
+def test_lists_go_with_their_rows(make_trainer: Any) -> None:
+    made = make_trainer(loss_type="dapo", steps_per_generation=2, gradient_accumulation_steps=2)
+    batch = made._groups_together({"row_ids": torch.tensor([0, 4, 1, 5]), "names": ["a", "b", "c", "d"], "one": 3})
+    assert batch["row_ids"].tolist() == [0, 1, 4, 5]
+    assert batch["names"] == ["a", "c", "b", "d"]
+
+
+def test_rows_that_were_replaced_stay_with_their_group() -> None:
+    ids = torch.tensor([0, 1, SECOND_ATTEMPT + 2, 3, 4, SECOND_ATTEMPT + 5, 2 * SECOND_ATTEMPT + 1])
+    assert groups(ids, 4).tolist() == [0, 0, 0, 0, 4, 4, 2 * SECOND_ATTEMPT]

@@ -61,7 +61,7 @@ class DelayedPrefixCache(CachePolicy):
         finished = torch.where(complete & (finished == 0), step, finished)
         settled = complete & ~kept & (step - finished >= self.delay)
         waits = (complete & ~kept).any(-1) & ~settled.any(-1)
-        first = torch.where(settled.any(-1), now.width + kept.sum(-1), now.start)
+        first = torch.where(settled.any(-1), torch.minimum(now.before, now.width + kept.sum(-1)), now.start)
         slots[FINISHED], slots[KEPT] = finished, kept | settled
         full = waits | (now.refreshed < 0) | (now.total_step < self.delay)
         if self.refresh_steps is not None:

@@ -36,7 +36,7 @@ class DualCache(CachePolicy):
 
     Args:
         refresh_blocks: blocks from one refresh to the next.
-        refresh_steps: steps within a block from one refresh to the next; None: only at entry.
+        refresh_steps: steps within a block from one refresh to the next, besides those at entry; None: none.
 
     Raises:
         ValueError: a setting that is no such number.

@@ -138,7 +138,7 @@ def refresh_due(now: Now, blocks: int | None, steps: int | None) -> Tensor:
     if blocks is not None:
         due = due | ((now.block_step == 0) & (now.block - now.refreshed >= blocks))
     if steps is not None:
-        due = due | (now.block_step % steps == 0)
+        due = due | ((now.block_step > 0) & (now.block_step % steps == 0))
     return due
 
 

@@ -32,7 +32,7 @@ class PrefixCache(CachePolicy):
     Args:
         refresh_blocks: blocks from one refresh to the next; rows that enter a block in between feed the block before
             it and all that follows.
-        refresh_steps: steps within a block from one refresh to the next; None: only at entry.
+        refresh_steps: steps within a block from one refresh to the next, besides those at entry; None: none.
         suffix_window: slots behind the block that are fed; what lies behind them is read from the store. None: all.
 
     Raises:

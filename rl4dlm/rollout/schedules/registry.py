@@ -37,7 +37,7 @@ def register(
         takes_steps: whether the number of steps is given (`DecodingConfig.steps`) or follows from the logits.
         noise: the corruption that it undoes, as in `DiffusionSpec`.
         fixed_forwards: whether the number of forwards follows from the settings alone, whatever the model says, where
-            nothing is given and rows do not stop early. Models that are sharded over processes need that.
+            nothing is given and rows do not stop early. Processes that share a sharded model then need not agree.
 
     Raises:
         ValueError: the name is taken.

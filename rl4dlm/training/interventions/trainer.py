@@ -223,3 +223,11 @@ def places(row_ids: Tensor) -> Tensor:
     for, so that two of a group may have one place.
     """
     return row_ids % SECOND_ATTEMPT
+
+
+def groups(row_ids: Tensor, size: int) -> Tensor:
+    """The id of the first row of each row's group of `size` completions, as it was asked for; long `[B]`.
+
+    Rows that were replaced since belong to the group that they were decoded for.
+    """
+    return row_ids - row_ids // SECOND_ATTEMPT % 2 * SECOND_ATTEMPT - places(row_ids) % size
