@@ -226,6 +226,28 @@ def test_corrected_gradients_are_those_of_weighted_terms(
     assert logged == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["token_truncate", "sequence_truncate"])
+def test_the_mean_weight_is_of_the_rows_that_are_scored(make_trainer: Any, kind: str) -> None:
+    """Completions below the baseline count for nothing here: they are not scored, and have no weight to speak of."""
+    settings: dict[str, Any] = {
+        "rollout_correction": kind, "rollout_correction_clip_max": 3.0, "cache": "prefix", "max_completion_length": 8,
+        "denoising_steps": None, "negative_advantage_weight": 0.0,
+    }  # fmt: skip
+    watched, _ = one_step(lambda **values: make_trainer(wide(), **values), JustGRPOTrainer, **settings)
+    record = watched.seen[0]  # a trainer with a loss of its own scores all rows
+    scored = record["advantages"] != 0
+    assert 0 < int(scored.sum()) < len(scored)
+    log_probs, views = plain_log_probs(watched, record)
+    scores = (log_probs * views.weight.to(log_probs.dtype)).sum(1)[:, : record["completion_mask"].shape[1]]
+    weight, mask = weights(record, scores, kind, 3.0)[scored], record["completion_mask"][scored]
+    expected = weight.mean() if kind == "sequence_truncate" else (weight * mask).sum() / mask.sum()
+    trainer = make_trainer(wide(), trainer=JustGRPOTrainer, config=JustGRPOConfig, max_steps=1, **settings)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["diffusion/rows_scored_share"] == pytest.approx(scored.float().mean().item())
+    assert logged["sampling/importance_sampling_ratio/mean"] == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_without_a_cache_there_is_nothing_to_correct(make_trainer: Any, losses: Any) -> None:
     found = []
     for kind in ("none", "token_truncate"):
