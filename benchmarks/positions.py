@@ -95,9 +95,12 @@ def _exact(at: At, grid: Grid) -> int:
     return 2 * grid.block if at.block else at.stop
 
 
-def _refreshes(at: At, blocks: int | None, inside: int | None) -> bool:
-    by_block = at.inside == 0 and (at.block == 0 if blocks is None else at.block % blocks == 0)
-    return by_block or (inside is not None and at.inside % inside == 0)
+def _refreshes(at: At, grid: Grid, blocks: int | None, inside: int | None) -> bool:
+    """At the first step, so many blocks after the block of the last refresh, and after so many steps in a block."""
+    if at.inside:
+        return inside is not None and at.inside % inside == 0
+    within = inside is not None and inside < grid.steps_per_block  # every block has a refresh of its own
+    return at.block == 0 or (blocks is not None and (blocks == 1 if within else at.block % blocks == 0))
 
 
 def _none(at: At, grid: Grid) -> int:
@@ -107,7 +110,7 @@ def _none(at: At, grid: Grid) -> int:
 def _prefix(
     at: At, grid: Grid, refresh_blocks: int = 1, refresh_steps: int | None = None, suffix_window: int | None = None
 ) -> int:
-    if _refreshes(at, refresh_blocks, refresh_steps):
+    if _refreshes(at, grid, refresh_blocks, refresh_steps):
         return grid.columns
     last = grid.columns if suffix_window is None else min(at.stop + suffix_window, grid.columns)
     return last - (at.start if at.inside else at.start - grid.block)
@@ -118,7 +121,7 @@ def _dual(at: At, grid: Grid, refresh_blocks: int = 1, refresh_steps: int | None
 
 
 def _dual_masked(at: At, grid: Grid, refresh_blocks: int = 1, refresh_steps: int | None = None) -> int:
-    return grid.columns if _refreshes(at, refresh_blocks, refresh_steps) else at.open + grid.per_step
+    return grid.columns if _refreshes(at, grid, refresh_blocks, refresh_steps) else at.open + grid.per_step
 
 
 def _frozen_prompt(at: At, grid: Grid) -> int:
@@ -135,7 +138,7 @@ def _delayed_prefix(at: At, grid: Grid) -> int:
 
 
 def _dkv_decode(at: At, grid: Grid, refresh_steps: int | None = 8) -> int:
-    return grid.columns if _refreshes(at, 1, refresh_steps) else at.masked + grid.per_step
+    return grid.columns if _refreshes(at, grid, 1, refresh_steps) else at.masked + grid.per_step
 
 
 def _dkv_prefill(at: At, grid: Grid) -> int:
@@ -151,7 +154,7 @@ def _dkv_greedy(at: At, grid: Grid, window: int = 4, refresh_steps: int = 2) -> 
 def _vicinity(
     at: At, grid: Grid, before: int = 16, after: int = 16, warmup_steps: int = 4, refresh_steps: int | None = None
 ) -> int:
-    if at.step < warmup_steps or _refreshes(at, 1, refresh_steps):
+    if at.step < warmup_steps or _refreshes(at, grid, 1, refresh_steps):
         return grid.columns
     return min(at.stop + after, grid.columns) - max(at.start - before, 0)
 

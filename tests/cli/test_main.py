@@ -294,7 +294,7 @@ def broken_models(tmp_path_factory) -> dict[str, str]:
     ("settings", "said"),
     [
         ({"--schedule": "fast"}, "schedule='fast' is unknown; choose one of "),
-        ({"--task": "chess"}, "unknown task 'chess'; known tasks: countdown, few_clue_sudoku"),
+        ({"--task": "chess"}, "unknown task 'chess'; known tasks: arithmetic_steps, countdown"),
         ({"--task": "sudoku,sudoku"}, "names one thing twice"),
         ({"--task": ","}, "task=',' names nothing"),
         ({"--task-args": "{"}, "task-args='{' is not JSON"),

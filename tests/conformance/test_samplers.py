@@ -63,7 +63,7 @@ def test_a_count_that_is_not_the_length_of_its_own_list_is_a_difference():
 
 @pytest.mark.skipif(not folder().is_dir(), reason="no conformance cases")
 @pytest.mark.parametrize("module", [pytest.param(module, id=name.split(".")[-1]) for name, module in MADE_UP])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_settings_that_no_record_has(module: Any, seed: int):
     """A literal sampler is plain: rows unpadded by hand, no compaction, no store. The engine must do what it does."""
     recorded = module.made_up(seed)

@@ -97,7 +97,7 @@ def test_nothing_but_the_forwards_changes(name: str, temperature: float, cache: 
     settings = {"temperature": temperature, **CACHES[cache], **SCHEDULES[name]}
     plain = decoded(denoiser(), **settings)
     fewer = 0
-    for draft_steps, draft_width in ((1, 1), (3, 1), (3, 3)):
+    for draft_steps, draft_width in ((1, 1), (3, 3)):
         drafted = decoded(denoiser(), draft_steps, draft_width=draft_width, **settings)
         assert_lossless(drafted, plain)
         fewer += int((plain.nfe - drafted.nfe).sum())
