@@ -57,7 +57,8 @@ def test_views_one_after_another_in_two_processes(two: dict[Any, Any], alone: di
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_views_one_after_another_under_zero_equal_one_process(
     alone: dict[Any, Any], tmp_path: Path, stage: int
 ) -> None:

@@ -142,6 +142,7 @@ def test_rounds_are_refused():
         rollout.main(["--rounds", "0"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_gpus_runs(tmp_path: Path):
     gpu.main(["--tiny", "--output", str(tmp_path)])
     report = json.loads((tmp_path / "gpu.json").read_text())
