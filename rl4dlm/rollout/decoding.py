@@ -92,10 +92,10 @@ class DecodingConfig:
         required = ("canvas_length", "top_k", "min_new_tokens", "draft_steps", "draft_width")
         for name in (*required, "steps", "block_length", "known_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) and (value is not None or name in required):
+            if isinstance(value, bool) or (not isinstance(value, int) and (value is not None or name in required)):
                 raise ValueError(f"{name}={value!r} is not allowed; it must be an integer")
         for name in ("temperature", "top_p", "cfg_scale", "eos_penalty"):
-            if not isinstance(getattr(self, name), int | float):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number")
         if self.known_tokens is not None and self.known_tokens < 1:
             raise ValueError(f"known_tokens={self.known_tokens} is not allowed; it must be 1 or larger, or None")

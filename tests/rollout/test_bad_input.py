@@ -161,3 +161,9 @@ def _scaled(output: Any) -> Any:
 def test_p6_text_prompts_are_named_as_text(prompts: Any, name: str):
     with pytest.raises(ValueError, match=f"{name}.*is text; the engine takes lists of token ids"):
         RolloutEngine(denoiser()).generate(prompts, DecodingConfig(canvas_length=4))
+
+
+@pytest.mark.parametrize("name", ["steps", "top_k", "draft_steps", "top_p", "temperature"])
+def test_a_flag_is_no_number(name: str):
+    with pytest.raises(ValueError, match=f"{name}=True is not allowed"):
+        DecodingConfig(canvas_length=8, **{name: True})

@@ -26,38 +26,19 @@ from typing import ClassVar
 import torch
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT
-from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, check_period, refresh_due, register
+from rl4dlm.rollout.caches.policy import Now, PeriodicPolicy, Plan, register
 
 
 @register
 @dataclass(frozen=True)
-class DualCache(CachePolicy):
-    """Refreshes at block entry, then reuses everything around the block.
-
-    Args:
-        refresh_blocks: blocks from one refresh to the next.
-        refresh_steps: steps within a block from one refresh to the next, besides those at entry; None: none.
-
-    Raises:
-        ValueError: a setting that is no such number.
-    """
-
-    refresh_blocks: int = 1
-    refresh_steps: int | None = None
+class DualCache(PeriodicPolicy):
+    """Refreshes at block entry, then reuses everything around the block; settings as in `PeriodicPolicy`."""
 
     name: ClassVar[str] = "dual"
     exact_for: ClassVar[frozenset[str]] = frozenset(LEFT_TO_RIGHT)
 
-    def __post_init__(self) -> None:
-        check_period(self, "refresh_blocks", "refresh_steps")
-
-    @property
-    def feeds_again(self) -> bool:
-        return self.refresh_steps is None
-
     def plan(self, now: Now) -> Plan:
-        first = torch.where(now.block_step == 0, now.before, now.start)
-        first = first.masked_fill(refresh_due(now, self.refresh_blocks, self.refresh_steps), -1)
+        first = self.first(now)
         return Plan(first, torch.where(first < 0, now.columns, now.stop))
 
 

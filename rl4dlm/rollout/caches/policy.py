@@ -157,6 +157,35 @@ def check_count(policy: object, name: str, low: int) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; it must be an integer, {low} or larger")
 
 
+@dataclass(frozen=True)
+class PeriodicPolicy(CachePolicy):
+    """Refreshes when a block is entered, every block or every few, and in between feeds from some column on.
+
+    Args:
+        refresh_blocks: blocks from one refresh to the next; rows that enter a block in between feed from the block
+            before it.
+        refresh_steps: steps within a block from one refresh to the next, besides those at entry; None: none.
+
+    Raises:
+        ValueError: a setting that is no such number.
+    """
+
+    refresh_blocks: int = 1
+    refresh_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_period(self, "refresh_blocks", "refresh_steps")
+
+    @property
+    def feeds_again(self) -> bool:
+        return self.refresh_steps is None
+
+    def first(self, now: Now) -> Tensor:
+        """The first column, long `[R]`; -1 for a refresh."""
+        first = torch.where(now.block_step == 0, now.before, now.start)
+        return first.masked_fill(refresh_due(now, self.refresh_blocks, self.refresh_steps), -1)
+
+
 _policies: dict[str, type[CachePolicy]] = {}
 
 

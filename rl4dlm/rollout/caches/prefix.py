@@ -21,26 +21,23 @@ from typing import ClassVar
 import torch
 
 from rl4dlm.models.attention import LEFT_TO_RIGHT
-from rl4dlm.rollout.caches.policy import CachePolicy, Now, Plan, check_period, refresh_due, register
+from rl4dlm.rollout.caches.policy import Now, PeriodicPolicy, Plan, check_period, register
 
 
 @register
 @dataclass(frozen=True)
-class PrefixCache(CachePolicy):
+class PrefixCache(PeriodicPolicy):
     """Refreshes at block entry, then reuses everything before the block.
 
     Args:
-        refresh_blocks: blocks from one refresh to the next; rows that enter a block in between feed the block before
-            it and all that follows.
-        refresh_steps: steps within a block from one refresh to the next, besides those at entry; None: none.
+        refresh_blocks, refresh_steps: as in `PeriodicPolicy`; rows that enter a block between two refreshes feed the
+            block before it and all that follows.
         suffix_window: slots behind the block that are fed; what lies behind them is read from the store. None: all.
 
     Raises:
         ValueError: a setting that is no such number.
     """
 
-    refresh_blocks: int = 1
-    refresh_steps: int | None = None
     suffix_window: int | None = None
 
     name: ClassVar[str] = "prefix"
@@ -48,16 +45,11 @@ class PrefixCache(CachePolicy):
     shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_period(self, "refresh_blocks", "refresh_steps")
+        super().__post_init__()
         check_period(self, "suffix_window", low=0)
 
-    @property
-    def feeds_again(self) -> bool:
-        return self.refresh_steps is None
-
     def plan(self, now: Now) -> Plan:
-        first = torch.where(now.block_step == 0, now.before, now.start)
-        first = first.masked_fill(refresh_due(now, self.refresh_blocks, self.refresh_steps), -1)
+        first = self.first(now)
         if self.suffix_window is None:
             return Plan(first)
         last = (now.stop + self.suffix_window).clamp(max=now.columns)
