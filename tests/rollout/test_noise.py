@@ -192,3 +192,11 @@ def test_the_tail_of_a_large_vocabulary_is_reached():
     middle = inverse_cdf(probabilities, torch.tensor([1 - 63_232e-9 / (1 + 126_463e-9)], dtype=torch.float64))
     assert last.item() == 126_463
     assert abs(middle.item() - 63_231) <= 10
+
+
+def test_numbers_that_are_looked_up_are_those_that_are_computed():
+    rows = torch.tensor([0, 7, 2**40, 5, 5])
+    steps, positions = torch.tensor([0, 3, 99, 1, 2]), torch.tensor([4, 0, 17, 2, 1])
+    expected = keyed_uniform(3, "token", rows, steps, positions)
+    assert torch.equal(KeyedNoise(3, limit=100).uniform("token", rows, steps, positions), expected)
+    assert torch.equal(KeyedNoise(3).uniform("token", rows, steps, positions), expected)

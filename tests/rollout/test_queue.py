@@ -172,3 +172,10 @@ def test_the_first_forward_of_a_group_is_shared_by_block_models_too(monkeypatch:
     monkeypatch.setattr(found.model, "forward", forward)
     assert_same_rows(RolloutEngine(found).generate([prompts()[1]], config, num_generations=4), alone)
     assert fed == [1, *[4] * 11]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual", "dual_masked"])
+def test_columns_that_are_cut_off_are_not_counted_any_more(cache: str):
+    """Rows go on from where they were between two refreshes, also when the padding before them has gone."""
+    changes = settings(steps=12, cache=cache, cache_args={"refresh_blocks": 3})
+    assert_same_rows(decoded(3, **changes), decoded(None, **changes))
