@@ -33,9 +33,7 @@ from torch import Tensor
 
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.quadrature import Quadrature
-from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
-
-RATIO_NORMS = ("length", "none")
+from rl4dlm.training.sequence_ratio import RATIO_NORMS, SequenceRatioConfig, SequenceRatioTrainer
 
 
 @dataclass
