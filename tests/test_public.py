@@ -24,7 +24,7 @@ SIGNATURES = {
     "DecodingConfig": (
         "canvas_length schedule steps block_length temperature top_p top_k cfg_scale cache stop_at_eos "
         "min_new_tokens eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args "
-        "known_tokens cache_args draft_steps draft_width record_entropy"
+        "known_tokens cache_args draft_steps draft_width record record_steps num_fillings"
     ),
     "DiffuGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiffusionGDPOTrainer": ("model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"),
@@ -48,8 +48,9 @@ SIGNATURES = {
     ),
     "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "State": "canvas commit_step steps hinted raw_log_prob confidence log_prob entropy block_stop exact",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
-    "confidence entropy block_stop",
+    "confidence entropy block_stop predictions fillings filling_log_probs flagged",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Views": "hidden weight ids",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -59,6 +60,7 @@ SIGNATURES = {
     ),
     "attach_scoring": "model",
     "available_schedules": "",
+    "branch_row_ids": "parents steps branches",
     "check_adapter": "model peft_config",
     "convert": "source target form revision mask_token_id block_length",
     "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress",
