@@ -37,8 +37,9 @@ from torch import Tensor
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import STRATIFY, check_choice
+from rl4dlm.training.clipping import Clip, ratio_surrogate
 from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
-from rl4dlm.training.losses import clipped_ratio, kl_estimate, ratio_bound
+from rl4dlm.training.losses import kl_estimate, ratio_bound
 from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
@@ -151,7 +152,7 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         advantages = batch["advantages"][:, None]
         bound = ratio_bound(difference, advantages)
         low, high = self.epsilon_low, self.epsilon_high
-        values = clipped_ratio(bound, advantages, low, high, self.args.delta)
+        values = ratio_surrogate(bound, advantages, Clip("ppo", low, high, self.args.delta))
         outside = ((bound < 1 - low) & (advantages < 0)) | ((bound > 1 + high) & (advantages > 0))
         self.log_mean("clip_ratio/region_mean", outside, counts[:, None].expand_as(bound))
         if self.args.beta:

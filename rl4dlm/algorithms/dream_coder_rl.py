@@ -40,10 +40,10 @@ from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.rollout.noise import keyed_uniform
+from rl4dlm.training.clipping import Clip, surrogate
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import resized
-from rl4dlm.training.losses import clipped_surrogate
 from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
 
@@ -189,7 +189,9 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         log_ratio = self.log_ratio_to("old", scores.log_probs, batch)
         high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
         advantages = batch["advantages"][:, None]
-        losses = clipped_surrogate(log_ratio, advantages, self.args.epsilon, high, dual_clip=self.args.delta)
+        losses = surrogate(
+            log_ratio, scores.log_probs, advantages, Clip("ppo", self.args.epsilon, high, self.args.delta)
+        )
         if self.args.beta:
             divergence = self.token_kl(scores.log_probs, batch)
             losses = losses + self.args.beta * divergence
