@@ -156,7 +156,7 @@ class ScoringTrainer(LossParts):
                     inputs["old_per_token_logps"] = batch["old_per_token_logps"][:, None]
             if kept is not None:
                 scores = self._completed(scores, batch, kept)
-            if iteration == 0:
+            if iteration == 0 and self.spec.noise == "mask":  # other tokens are drawn until the last step, not once
                 self._log_rollout_gap(*self.as_drawn(scores, width), inputs, kept)
             self._note(scores, batch)
             return self.loss(scores, batch)
