@@ -91,11 +91,11 @@ SIGNATURES = {
 """Parameters of functions and classes, in their order."""
 
 SETTINGS = {
-    "BGPOConfig": "num_views stratify",
+    "BGPOConfig": "num_views stratify complement",
     "CoupledGRPOConfig": "pairs level_range baseline",
     "DMPOConfig": (
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
-        "ddo_negative_weight ddo_split"
+        "ddo_negative_weight ddo_split form"
     ),
     "DiffuGRPOConfig": "p_mask_prompt",
     "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
@@ -111,7 +111,7 @@ SETTINGS = {
         "ar_loss_weight noise_floor eos_padding random_truncation"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
-    "ESPOConfig": "num_views complement baseline",
+    "ESPOConfig": "num_views complement form baseline",
     "IGPOConfig": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"

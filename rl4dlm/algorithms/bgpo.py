@@ -35,9 +35,12 @@ import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.elbo import ELBO
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import STRATIFY, check_choice
+from rl4dlm.training.clipping import Clip, ratio_surrogate
 from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
-from rl4dlm.training.losses import clipped_ratio, kl_estimate, ratio_bound
+from rl4dlm.training.losses import kl_estimate, ratio_bound
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["BGPOConfig", "BGPOTrainer"]
@@ -62,6 +65,8 @@ class BGPOConfig(DiffusionPolicyConfig):
         num_views: n, views per completion and pass.
         stratify: whether the numbers of hidden tokens are spread over the `"views"` of a completion, also over
             `"rows"`, or drawn one by one (`"none"`).
+        complement: views come in pairs that hide complementary tokens, each with the expectation of a view by itself;
+            `num_views` is even then.
         bound_norm: what bounds are divided by: the number of `"tokens"` of a completion that they are about, or the
             length of the `"canvas"`.
         epsilon, epsilon_high: clip range of a view's bound.
@@ -82,6 +87,7 @@ class BGPOConfig(DiffusionPolicyConfig):
             "choices": list(STRATIFY),
         },
     )
+    complement: bool = field(default=False, metadata={"help": "Views come in pairs that hide complementary tokens."})
     bound_norm: str = field(
         default="tokens",
         metadata={
@@ -106,7 +112,7 @@ class BGPOConfig(DiffusionPolicyConfig):
 
     def estimator(self) -> ELBO:
         """The views."""
-        return ELBO(num_views=self.num_views, form="count", stratify=self.stratify, scope=self.scope)
+        return ELBO(self.num_views, "count", self.complement, self.stratify, scope=self.scope)
 
 
 class BGPOTrainer(DiffusionPolicyTrainer):
@@ -121,9 +127,9 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         "id": "2510.11683",
     }
 
-    def build_estimator(self) -> ELBO:
+    def build_estimator(self) -> Estimator:
         """The views."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def compared(self, scores: PolicyScores) -> Tensor:
         """What each view says of the sequence, `[B, K]`."""
@@ -146,7 +152,7 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         advantages = batch["advantages"][:, None]
         bound = ratio_bound(difference, advantages)
         low, high = self.epsilon_low, self.epsilon_high
-        values = clipped_ratio(bound, advantages, low, high, self.args.delta)
+        values = ratio_surrogate(bound, advantages, Clip("ppo", low, high, self.args.delta))
         outside = ((bound < 1 - low) & (advantages < 0)) | ((bound > 1 + high) & (advantages > 0))
         self.log_mean("clip_ratio/region_mean", outside, counts[:, None].expand_as(bound))
         if self.args.beta:

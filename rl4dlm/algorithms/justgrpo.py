@@ -125,6 +125,10 @@ class JustGRPOTrainer(DiffusionPolicyTrainer):
 
     config_class = JustGRPOConfig
     args: JustGRPOConfig
+    needs_masks = (
+        "its scores are those of tokens that are written once, from left to right; where tokens are refined all at "
+        "once, the likelihood of a trajectory is another one"
+    )
     _tag_names = ["trl", "rl4dlm", "justgrpo"]  # noqa: RUF012  (TRL's own form)
     _name = "JustGRPO"
     _paper = {  # noqa: RUF012  (TRL's own form)

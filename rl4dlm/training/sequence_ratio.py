@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rl4dlm.training.clipping import Clip, surrogate
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
-from rl4dlm.training.losses import clipped_surrogate, kl_estimate
+from rl4dlm.training.losses import kl_estimate
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
 
 _PER_TOKEN = "the loss here is one clipped ratio per sequence"
@@ -87,8 +88,8 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
             return (self.log_ratio_to(policy, scores.log_probs, batch) * mask).sum(-1)
 
         log_ratio, share = self.log_ratio(difference("old"), length)
-        surrogate = clipped_surrogate(log_ratio, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
-        per_sequence = surrogate * share
+        clip = Clip("ppo", self.epsilon_low, self.epsilon_high, self.args.delta)
+        per_sequence = surrogate(log_ratio, log_ratio, advantages, clip) * share
         measured: dict[str, Tensor] = {}
         if self.args.beta:
             kl = kl_estimate(difference(self.args.kl_target), self.args.kl_estimator) / length
