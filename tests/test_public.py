@@ -116,7 +116,7 @@ SETTINGS = {
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"
     ),
-    "JustGRPOConfig": "tokens_per_view",
+    "JustGRPOConfig": "tokens_per_view within",
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "UniGRPOConfig": "levels level_range",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt",
