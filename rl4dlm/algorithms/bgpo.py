@@ -36,10 +36,12 @@ import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.elbo import ELBO
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import STRATIFY, check_choice
 from rl4dlm.training.clipping import ratio_surrogate
 from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
 from rl4dlm.training.losses import kl_estimate, ratio_bound
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["BGPOConfig", "BGPOTrainer"]
@@ -64,6 +66,8 @@ class BGPOConfig(DiffusionPolicyConfig):
         num_views: n, views per completion and pass.
         stratify: whether the numbers of hidden tokens are spread over the `"views"` of a completion, also over
             `"rows"`, or drawn one by one (`"none"`).
+        complement: views come in pairs that hide complementary tokens, each with the expectation of a view by itself;
+            `num_views` is even then.
         bound_norm: what bounds are divided by: the number of `"tokens"` of a completion that they are about, or the
             length of the `"canvas"`.
         epsilon, epsilon_high: clip range of a view's bound.
@@ -84,6 +88,7 @@ class BGPOConfig(DiffusionPolicyConfig):
             "choices": list(STRATIFY),
         },
     )
+    complement: bool = field(default=False, metadata={"help": "Views come in pairs that hide complementary tokens."})
     bound_norm: str = field(
         default="tokens",
         metadata={
@@ -113,7 +118,7 @@ class BGPOConfig(DiffusionPolicyConfig):
 
     def estimator(self) -> ELBO:
         """The views."""
-        return ELBO(num_views=self.num_views, form="count", stratify=self.stratify, scope=self.scope)
+        return ELBO(self.num_views, "count", self.complement, self.stratify, scope=self.scope)
 
 
 class BGPOTrainer(DiffusionPolicyTrainer):
@@ -128,9 +133,9 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         "id": "2510.11683",
     }
 
-    def build_estimator(self) -> ELBO:
+    def build_estimator(self) -> Estimator:
         """The views."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def compared(self, scores: PolicyScores) -> Tensor:
         """What each view says of the sequence, `[B, K]`."""

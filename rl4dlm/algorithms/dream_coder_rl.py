@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.rollout.noise import keyed_uniform
@@ -43,6 +44,7 @@ from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
 
 LOSS_TYPES = ("dapo", "bnpo", "grpo")
@@ -149,11 +151,22 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
                 f"{rows} is no multiple of num_generations={self.num_generations}"
             )
 
-    def build_estimator(self) -> Complementary:
+    @property
+    def needs_masks(self) -> str:  # type: ignore[override]
+        """Context-adaptive weights go by what a view hides."""
+        if self.args.cart_p is None:
+            return ""
+        return (
+            f"cart_p={self.args.cart_p} weights tokens by which neighbours a view hides, and random tokens do not say "
+            "it; allowed: None"
+        )
+
+    def build_estimator(self) -> Estimator:
         """One pair of complementary views."""
         rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
         shared_by = rows if self.args.noise_per == "process" else None
-        return Complementary(scope=self.args.scope, shared_by=shared_by, row_period=SECOND_ATTEMPT)
+        pair = Complementary(scope=self.args.scope, shared_by=shared_by, row_period=SECOND_ATTEMPT)
+        return of_noise(self.model, pair)
 
     def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
         """Overwrites groups that teach nothing, and sums up what tokens count for in each pass."""

@@ -21,7 +21,7 @@ from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import InterveningTrainer, groups
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.metrics import identical_groups
-from rl4dlm.training.rollout_columns import with_rollout
+from rl4dlm.training.rollout_columns import recorded_columns, with_rollout
 from rl4dlm.training.scores import ScoringTrainer
 from rl4dlm.training.setup import swapped
 
@@ -62,6 +62,15 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     @abstractmethod
     def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
         """Changes a finished batch in place."""
+
+    def extend_batch(self, batch: dict[str, Any], rollout: Rollout, rewards_per_func: Tensor) -> None:
+        """Adds to a batch what is made of its rollout, before advantages and scores; in training and evaluation.
+
+        Args:
+            batch: of this process: tensors whose first dimension is its completions, and `num_items_in_batch`.
+            rollout: this process's, as it is learnt from.
+            rewards_per_func: `[N * G, F]` of all processes, by reward function; NaN where one could not tell.
+        """
 
     @abstractmethod
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
@@ -133,6 +142,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             recorded = trace.confidence.clamp(min=torch.finfo(trace.confidence.dtype).tiny).log()  # scores are guided
         assert recorded is not None
         batch["drawn_log_probs"] = recorded.to(device)
+        batch |= {name: values.to(device) for name, values in recorded_columns(trace).items()}
         if rollout.trace.length is not None:
             slots = torch.arange(rollout.canvas.shape[1], device=device)
             batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]
@@ -159,6 +169,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
+        self.extend_batch(batch, rollout, rewards)
         first = self._scores_come_first()
         if not first:
             self._replace_advantages(batch, rewards, num_generations)
@@ -183,6 +194,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if self.args.negative_advantage_weight != 1:
             signed = batch["advantages"]
             batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        self._note_rows_weighed(batch)
 
     def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
         batch["advantages"] = everyone[own].to(batch["advantages"])
