@@ -146,6 +146,7 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
 
     Raises:
         NonFiniteError: the run came to nothing.
+        RuntimeError: it was stopped from outside.
     """
     scale, positions = run.scale, Positions(model)
     batch = scale.batches * scale.completions
@@ -181,6 +182,8 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.train()
         wall, cpu = time.perf_counter() - wall - budget.wall, time.process_time() - cpu - budget.cpu
+    if used(trainer.state.global_step) < 1:  # a signal asks trainers to save and end
+        raise RuntimeError(f"training was stopped after {trainer.state.global_step} steps, before its budget was used")
     return {
         "steps": trainer.state.global_step,
         "completions": 0 if run.algorithm == "sft" else trainer.state.global_step * scale.completions,
