@@ -18,6 +18,12 @@ import rl4dlm
 ROOT = Path(__file__).resolve().parent.parent
 
 SIGNATURES = {
+    "AGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "CJGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "D2Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -88,7 +94,13 @@ SIGNATURES = {
 }
 """Parameters of functions and classes, in their order."""
 
+_TRAJECTORY = (
+    "steps num_scored_steps merge step_proposal step_scale ratio_unit ratio_norm clip aggregation old_policy kl_unit"
+)
 SETTINGS = {
+    **dict.fromkeys(
+        ["AGRPOConfig", "CJGRPOConfig", "D2Config", "DiPOConfig", "TraceRLConfig", "TrajectoryConfig"], _TRAJECTORY
+    ),
     "BGPOConfig": "num_views stratify",
     "CoupledGRPOConfig": "pairs level_range baseline",
     "DMPOConfig": (
@@ -144,6 +156,8 @@ METRICS = {
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
     "diffusion/rows_scored_share",
+    "diffusion/scored_steps",
+    "diffusion/scored_token_share",
     "diffusion/tokens_per_forward",
 }
 
