@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
-    from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
+    from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate

@@ -57,6 +57,14 @@ CASES = {
     "dream-coder": Case("DreamCoderRLTrainer", {"beta": 0.02}),
     "dream-coder-all-tokens": Case("DreamCoderRLTrainer", {"cart_p": None, "substitute_groups": False}),
     "igpo": Case("IGPOTrainer", {**HINTS, "beta": 0.04}),
+    "cj-grpo": Case("CJGRPOTrainer", {}),
+    "cj-grpo-steps": Case("CJGRPOTrainer", {"ratio_unit": "step", "kl_unit": "step", "aggregation": "step_sums"}),
+    "tracerl": Case("TraceRLTrainer", {"merge": 2}),
+    "agrpo": Case("AGRPOTrainer", {"num_scored_steps": 2}),
+    "agrpo-recorded": Case("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded", "aggregation": "steps"}),
+    "d2": Case("D2Trainer", {"num_scored_steps": 2}),
+    "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
+    "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
 }
 WHOLE_GROUPS = {
     "dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"}),
