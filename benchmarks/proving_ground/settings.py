@@ -43,18 +43,18 @@ class Ground:
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-SMALL = {kind: f"examples/small_models/{kind}" for kind in ("full", "shifted", "block")}
+SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
 TASKS = {
     "arithmetic_steps": Ground(
-        {"max_operations": 3},
-        canvas=40,
+        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        canvas=32,
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
         checkpoints=SMALL,
     ),
     "countdown_small": Ground(
         {"max_number": 12, "max_tries": 1, "symbols": "+-*"},
-        canvas=40,
+        canvas=32,
         block=8,
         rewards=("countdown_small", "countdown_small:tries"),
         checkpoints=SMALL,
@@ -69,7 +69,7 @@ TASKS = {
         own={"spg": {"masking": "random"}, "igpo": {"hide_answer": False, "chunk_length": [1, 2]}},
     ),
 }
-"""Language tasks as `examples/make_small_models.py` has them, and the demo's puzzles."""
+"""Language tasks as `benchmarks/make_models.py` has them, and the demo's puzzles."""
 MODELS = ("full", "shifted", "block")
 
 COMMON: dict[str, Any] = {
