@@ -47,6 +47,7 @@ SIGNATURES = {
         "chunk_length max_replaced_share free_tail max_stretch max_gap"
     ),
     "Intervention": "",
+    "LightningRLTrainer": "args kwargs",
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
@@ -130,6 +131,10 @@ SETTINGS = {
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"
     ),
     "JustGRPOConfig": "tokens_per_view within",
+    "LightningRLConfig": (
+        "correctness_reward correct_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
+        "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
+    ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "UniGRPOConfig": "levels level_range",
