@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
+    from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
     from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
     from rl4dlm.rollout.rollout import Rollout as Rollout, Trace as Trace
+    from rl4dlm.rollout.state import State as State, branch_row_ids as branch_row_ids
     from rl4dlm.sft.adapt import adapt_causal_lm as adapt_causal_lm
     from rl4dlm.sft.trainer import (
         DiffusionSFTConfig as DiffusionSFTConfig,
@@ -126,6 +128,9 @@ _MODULE_OF = {
     "RolloutEngine": "rl4dlm.rollout.engine",
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
+    "State": "rl4dlm.rollout.state",
+    "StableDRLConfig": "rl4dlm.algorithms.stabledrl",
+    "StableDRLTrainer": "rl4dlm.algorithms.stabledrl",
     "Trace": "rl4dlm.rollout.rollout",
     "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
     "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
@@ -134,6 +139,7 @@ _MODULE_OF = {
     "WD1Trainer": "rl4dlm.algorithms.wd1",
     "attach_scoring": "rl4dlm.models.scoring",
     "available_schedules": "rl4dlm.rollout.decoding",
+    "branch_row_ids": "rl4dlm.rollout.state",
     "adapt_causal_lm": "rl4dlm.sft.adapt",
     "check_adapter": "rl4dlm.models.adapters",
     "convert": "rl4dlm.models.convert",

@@ -19,6 +19,7 @@ REPOSITORIES = {
     "igpo": "facebookresearch/igpo",
     "justgrpo": "LeapLabTHU/JustGRPO",
     "spg": "facebookresearch/SPG",
+    "stabledrl": "JianyuanZhong/StableDRL",
     "tracerl": "Gen-Verse/dLLM-RL",
     "wd1": "xiaohangt/wd1",
 }
@@ -26,8 +27,10 @@ REPOSITORIES = {
 THEIR_NAMES = {
     "denoising_steps": "diffusion_steps",
     "warmup_steps": "warmup_ratio (d1, SPG, wd1, ESPO, DMPO: a share of all steps)",
-    "num_views": "num_t (SPG), 2 * num_mc (ESPO), num_replicates (DMPO)",
+    "num_views": "num_t (SPG), 2 * num_mc (ESPO), num_replicates (DMPO), num_mc_samples (StableDRL)",
     "masking": "forward_type",
+    "epsilon_high": "ais_clip_iw - 1 (StableDRL)",
+    "self_normalize": "use_snis (StableDRL)",
     "negatives": "logp_estimation",
     "task_args.style": "the prompt",
     "hint_ratio": "inpaint_chunk_ratio_low, inpaint_chunk_high_initial_ratio",
@@ -141,6 +144,37 @@ def _spg(script: str, eubo_beta: float, **settings: Any) -> dict[str, Flag]:
     }
 
 
+def _stabledrl(script: str, learning_rate: float) -> dict[str, Flag]:
+    return {
+        **_in(
+            f"configs/{script}_spg_snis.yaml",
+            **_ADAM,
+            dtype="bfloat16",
+            seed=113,
+            weight_decay=0.1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            max_steps=2000,
+            num_generations=16,  # 8, taken twice
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=4,
+            num_iterations=2,
+            max_completion_length=256,
+            denoising_steps=128,
+            block_length=32,
+            temperature=0.9,
+            num_views=2,
+            p_mask_prompt=0.15,
+            eubo_beta=1.5,
+            mix_weight=0.5,
+            self_normalize="group",
+            epsilon_high=4.0,
+        ),
+        **_in("training/training_loop_spg_snis.py", negatives="mix"),
+        **_in("networks/llada_svpo.py", masking="block_random", epsilon=1.0, ratio_norm="length", scale_rewards="none"),
+    }
+
+
 _ESPO_FILE = "recipes/train.yaml"
 
 
@@ -239,6 +273,10 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         max_prompt_length=1500,
         task_args__style="spg",
     ),
+    "stabledrl/gsm8k_llada-8b": _stabledrl("gsm8k_math", 2e-6),
+    "stabledrl/math_llada-8b": _stabledrl("math", 2e-6),
+    "stabledrl/countdown_llada-8b": _stabledrl("countdown", 1e-6),
+    "stabledrl/sudoku_llada-8b": _stabledrl("sudoku", 1e-6),
     "espo/gsm8k_llada-8b": _espo(
         "run_gsm8k_llada.sh",
         **_ESPO_LORA,

@@ -95,16 +95,25 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
 
         What completions of a prompt have in common is computed once if they are in one micro-batch. Which rows make a
         step, and so its gradient, stays the shuffle's; with `loss_type="bnpo"`, whose means are of micro-batches, these
-        stay the shuffle's, too.
+        stay the shuffle's, too. Not with `self_normalize="group"`, which needs whole groups: of these, the shuffle
+        decides the order.
         """
         length, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if self.loss_type == "bnpo" or (length % accumulated and accumulated % length):
+        whole = self.args.self_normalize == "group"
+        if not whole and (self.loss_type == "bnpo" or (length % accumulated and accumulated % length)):
             return batch  # the micro-batches of a step are others in each pass
         row_ids = batch["row_ids"]
         window = len(row_ids) // length * min(length, accumulated)  # rows that are in one step in every pass
         _, group = torch.unique(groups(row_ids, self.num_generations), return_inverse=True)
-        step = torch.arange(len(row_ids), device=row_ids.device) // window
-        order = (step * len(row_ids) + group).argsort(stable=True)
+        place = torch.arange(len(row_ids), device=row_ids.device)
+        if whole:
+            copy = (row_ids[:, None] == row_ids).tril(-1).sum(1)  # of a group that is there twice
+            _, group = torch.unique(group * len(row_ids) + copy, return_inverse=True)
+            order = (
+                torch.full_like(place, len(place)).scatter_reduce(0, group, place, "amin")[group].argsort(stable=True)
+            )
+        else:
+            order = (place // window * len(row_ids) + group).argsort(stable=True)
         places = order.tolist()
 
         def reordered(value: Any) -> Any:

@@ -66,8 +66,12 @@ CASES = {
     "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
     "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
 }
-WHOLE_GROUPS = {"dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"})}
-"""For steps that see all of a group: micro-batches are refused."""
+WHOLE_GROUPS = {
+    "dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"}),
+    "stabledrl": Case("StableDRLTrainer", {"block_length": 4}),
+    "diffu-grpo-normalised": Case("DiffuGRPOTrainer", {"clip": "unconditional", "self_normalize": "group"}),
+}
+"""For micro-batches that see all of a group: others are refused."""
 
 
 def denoiser() -> Any:

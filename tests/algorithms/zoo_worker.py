@@ -28,6 +28,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "CoupledGRPOTrainer": {"beta": 0.04},
     "UniGRPOTrainer": {"beta": 0.04},
     "SPGTrainer": {"block_length": 4},
+    "StableDRLTrainer": {"block_length": 4},
     "DiffusionGDPOTrainer": {"beta": 0.04},
     "ESPOTrainer": {"beta": 0.04},
     "BGPOTrainer": {"beta": 0.04, "num_views": 2},

@@ -47,6 +47,8 @@ LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
     "bgpo": ("BGPOTrainer", {"num_views": 3}),
     "spg": ("SPGTrainer", {"block_length": 4}),
     "spg-positive": ("SPGTrainer", {"block_length": 4, "negatives": "zero"}),
+    "stabledrl": ("StableDRLTrainer", {"block_length": 4, "self_normalize": "none"}),
+    "unconditional": ("DiffuGRPOTrainer", {**NO_KL, "clip": "unconditional"}),
     "wd1": ("WD1Trainer", {}),
     "dmpo": ("DMPOTrainer", {"alpha": 0.5, "num_views": 2}),
     "dream-coder": ("DreamCoderRLTrainer", {"substitute_groups": False}),
