@@ -66,7 +66,11 @@ TASKS = {
         rewards=("few_clue_sudoku", "few_clue_sudoku:units"),
         checkpoints={"full": "examples/demo_checkpoint"},
         ends=False,
-        own={"spg": {"masking": "random"}, "igpo": {"hide_answer": False, "chunk_length": [1, 2]}},
+        own={
+            "spg": {"masking": "random"},
+            "stabledrl": {"masking": "random"},
+            "igpo": {"hide_answer": False, "chunk_length": [1, 2]},
+        },
     ),
 }
 """Language tasks as `benchmarks/make_models.py` has them, and the demo's puzzles."""
@@ -124,6 +128,12 @@ ALGORITHMS = {
         "Dream-Coder RL", "DreamCoderRLTrainer", {"schedule": "low_confidence", "top_p": 1.0, **_ABOVE}
     ),
     "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0}),
+    "stabledrl": Line("StableDRL", "StableDRLTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "num_iterations": 2}),
+    "cj_grpo": Line("CJ-GRPO", "CJGRPOTrainer"),
+    "tracerl": Line("TraceRL", "TraceRLTrainer"),
+    "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
+    "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
+    "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
 }
 """One line for each."""
 CONTROLS = {
@@ -188,7 +198,7 @@ class Scale:
     """How much is done.
 
     Args:
-        batches: generation batches with the budget `completions`; one optimizer step each.
+        batches: generation batches with the budget `completions`; one optimizer step each, or `num_iterations`.
         completions: in a batch. views: what the budget `positions` allows each completion beside its rollout.
         test: rows of the test split that are decoded greedily. validation: rows of the learning curve.
         curve: points of the learning curve.
