@@ -197,6 +197,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if self.args.negative_advantage_weight != 1:
             signed = batch["advantages"]
             batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        self._note_rows_weighed(batch)
 
     def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
         batch["advantages"] = everyone[own].to(batch["advantages"])

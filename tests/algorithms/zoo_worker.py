@@ -44,6 +44,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Settings besides the small ones."""
+SPLIT_GROUPS = {"StableDRLTrainer": {}, "CoupledGRPOTrainer": {"clip": "unconditional", "self_normalize": "group"}}
+"""Algorithms whose weights are normalised over groups; they are also run with groups that processes share."""
 ONE_VIEW = {
     "ESPOTrainer": {"num_views": 2},
     "SPGTrainer": {"num_views": 3},
@@ -103,6 +105,10 @@ def main(results: Path, deepspeed: str | None) -> None:
             (name, adapter): run(name, folder / f"{name}-{adapter}", world_size, adapter)
             for name in ALGORITHMS
             for adapter in (False, True)
+        }
+        found |= {
+            ("groups", name): run(name, folder / f"{name}-groups", world_size, False, num_generations=16, **changes)
+            for name, changes in SPLIT_GROUPS.items()
         }
         found |= {("one view", name): run_one_view(name, folder / name, world_size, adapter=True) for name in ONE_VIEW}
     else:
