@@ -30,9 +30,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "draw.json"
 
 CASES: dict[str, dict[str, Any]] = {
     "T=0.9": {"temperature": 0.9},
-    "T=0.9, record_entropy=False": {"temperature": 0.9, "entropy": False},
+    "T=0.9, record=()": {"temperature": 0.9, "entropy": False},
     "greedy": {"temperature": 0.0},
-    "greedy, record_entropy=False": {"temperature": 0.0, "entropy": False},
+    "greedy, record=()": {"temperature": 0.0, "entropy": False},
     "T=0.9, top_p=0.95": {"temperature": 0.9, "top_p": 0.95},
     "T=0.9, top_k=50": {"temperature": 0.9, "top_k": 50},
     "flat, T=0.9, top_p=0.95": {"temperature": 0.9, "top_p": 0.95},

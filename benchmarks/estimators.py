@@ -118,6 +118,7 @@ ENTRIES = [
     *(elbo(k, "count", stratify="none") for k in (1, 2, 4, 8, 16)),
     *(elbo(k, "count", "levels spread: BGPO, VRPO") for k in (2, 4, 8, 16)),
     *(elbo(k, "count_with_zero", "pairs: ESPO", complement=True) for k in (2, 4, 8, 16)),
+    *(elbo(k, "count", "pairs", complement=True) for k in (2, 4, 8, 16)),
     elbo(4, "bernoulli_count", "pairs, levels (.1, 1): DMPO", complement=True, stratify="none", level_range=(0.1, 1)),
     *(Entry("quadrature", "independent tokens", Quadrature(n), "any-order bound") for n in (1, 2, 3, 4)),
     Entry("quadrature", "counts / level: GDPO", Quadrature(3, masks="count"), "any-order bound"),

@@ -223,7 +223,7 @@ def measured(name: str, model: Any, sizes: Sizes, runs: Sequence[Run], options: 
         if clock.read() + 2.5 * least + (COMPILING if run.compiled else 5) > options.seconds:
             result["left_out"] = True
             continue
-        settings = {"block_length": run.block, "temperature": 0.9, "stop_at_eos": False, "record_entropy": False}
+        settings = {"block_length": run.block, "temperature": 0.9, "stop_at_eos": False, "record": ()}
         settings |= {"cache": run.cache, "cache_args": dict(run.cache_args), "schedule": run.schedule}
         config = DecodingConfig(canvas_length=canvas, steps=grid.steps, **settings)
         short = DecodingConfig(canvas_length=2 * run.block, steps=4, **settings)

@@ -10,16 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rl4dlm.algorithms.agrpo import AGRPOConfig as AGRPOConfig, AGRPOTrainer as AGRPOTrainer
     from rl4dlm.algorithms.bgpo import BGPOConfig as BGPOConfig, BGPOTrainer as BGPOTrainer
+    from rl4dlm.algorithms.cj_grpo import CJGRPOConfig as CJGRPOConfig, CJGRPOTrainer as CJGRPOTrainer
     from rl4dlm.algorithms.coupled_grpo import (
         CoupledGRPOConfig as CoupledGRPOConfig,
         CoupledGRPOTrainer as CoupledGRPOTrainer,
     )
+    from rl4dlm.algorithms.d2 import D2Config as D2Config, D2Trainer as D2Trainer
     from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig as DiffuGRPOConfig, DiffuGRPOTrainer as DiffuGRPOTrainer
     from rl4dlm.algorithms.diffusion_gdpo import (
         DiffusionGDPOConfig as DiffusionGDPOConfig,
         DiffusionGDPOTrainer as DiffusionGDPOTrainer,
     )
+    from rl4dlm.algorithms.dipo import DiPOConfig as DiPOConfig, DiPOTrainer as DiPOTrainer
     from rl4dlm.algorithms.dmpo import DMPOConfig as DMPOConfig, DMPOTrainer as DMPOTrainer
     from rl4dlm.algorithms.dream_coder_rl import (
         DreamCoderRLConfig as DreamCoderRLConfig,
@@ -28,7 +32,13 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
+    from rl4dlm.algorithms.lightningrl import (
+        LightningRLConfig as LightningRLConfig,
+        LightningRLTrainer as LightningRLTrainer,
+    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
+    from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
+    from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
@@ -60,6 +70,7 @@ if TYPE_CHECKING:
     from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
     from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
     from rl4dlm.rollout.rollout import Rollout as Rollout, Trace as Trace
+    from rl4dlm.rollout.state import State as State, branch_row_ids as branch_row_ids
     from rl4dlm.sft.adapt import adapt_causal_lm as adapt_causal_lm
     from rl4dlm.sft.trainer import (
         DiffusionSFTConfig as DiffusionSFTConfig,
@@ -72,11 +83,25 @@ if TYPE_CHECKING:
         DiffusionPolicyConfig as DiffusionPolicyConfig,
         DiffusionPolicyTrainer as DiffusionPolicyTrainer,
     )
+    from rl4dlm.training.trajectory import TrajectoryTrainer as TrajectoryTrainer
+    from rl4dlm.training.trajectory_settings import TrajectoryConfig as TrajectoryConfig
 
 __version__ = "0.1.0.dev0"
 
 # The imports above are for type checkers and editors, this table is what runs; tests/test_import.py holds them equal.
 _MODULE_OF = {
+    "AGRPOConfig": "rl4dlm.algorithms.agrpo",
+    "AGRPOTrainer": "rl4dlm.algorithms.agrpo",
+    "CJGRPOConfig": "rl4dlm.algorithms.cj_grpo",
+    "CJGRPOTrainer": "rl4dlm.algorithms.cj_grpo",
+    "D2Config": "rl4dlm.algorithms.d2",
+    "D2Trainer": "rl4dlm.algorithms.d2",
+    "DiPOConfig": "rl4dlm.algorithms.dipo",
+    "DiPOTrainer": "rl4dlm.algorithms.dipo",
+    "TraceRLConfig": "rl4dlm.algorithms.tracerl",
+    "TraceRLTrainer": "rl4dlm.algorithms.tracerl",
+    "TrajectoryConfig": "rl4dlm.training.trajectory_settings",
+    "TrajectoryTrainer": "rl4dlm.training.trajectory",
     "BGPOConfig": "rl4dlm.algorithms.bgpo",
     "BGPOTrainer": "rl4dlm.algorithms.bgpo",
     "CoupledGRPOConfig": "rl4dlm.algorithms.coupled_grpo",
@@ -97,6 +122,8 @@ _MODULE_OF = {
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",
     "JustGRPOTrainer": "rl4dlm.algorithms.justgrpo",
+    "LightningRLConfig": "rl4dlm.algorithms.lightningrl",
+    "LightningRLTrainer": "rl4dlm.algorithms.lightningrl",
     "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
@@ -107,6 +134,9 @@ _MODULE_OF = {
     "RolloutEngine": "rl4dlm.rollout.engine",
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
+    "State": "rl4dlm.rollout.state",
+    "StableDRLConfig": "rl4dlm.algorithms.stabledrl",
+    "StableDRLTrainer": "rl4dlm.algorithms.stabledrl",
     "Trace": "rl4dlm.rollout.rollout",
     "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
     "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
@@ -115,6 +145,7 @@ _MODULE_OF = {
     "WD1Trainer": "rl4dlm.algorithms.wd1",
     "attach_scoring": "rl4dlm.models.scoring",
     "available_schedules": "rl4dlm.rollout.decoding",
+    "branch_row_ids": "rl4dlm.rollout.state",
     "adapt_causal_lm": "rl4dlm.sft.adapt",
     "check_adapter": "rl4dlm.models.adapters",
     "convert": "rl4dlm.models.convert",

@@ -30,8 +30,10 @@ from typing import Any
 from torch import Tensor
 
 from rl4dlm.likelihood.coupled import Coupled
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.training.advantages import BASELINES, above_baseline, check_baseline
 from rl4dlm.training.config import check_ratio_level, set_but_not_supported
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 
@@ -99,9 +101,9 @@ class CoupledGRPOTrainer(DiffusionPolicyTrainer):
         "id": "2506.20639",
     }
 
-    def build_estimator(self) -> Coupled:
+    def build_estimator(self) -> Estimator:
         """Pairs of complementary views, and one that hides everything."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
         """Rewards above the baseline."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.training.setup import mean_field
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
@@ -83,6 +84,6 @@ class DiffuGRPOTrainer(DiffusionPolicyTrainer):
         "id": "2504.12216",
     }
 
-    def build_estimator(self) -> MeanField:
+    def build_estimator(self) -> Estimator:
         """The mean-field estimator of the model's noise, with this run's prompt masking."""
         return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)

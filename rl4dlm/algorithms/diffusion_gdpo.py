@@ -31,11 +31,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.quadrature import Quadrature
-from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
-
-RATIO_NORMS = ("length", "none")
+from rl4dlm.training.sequence_ratio import RATIO_NORMS, SequenceRatioConfig, SequenceRatioTrainer
+from rl4dlm.training.setup import of_noise
 
 
 @dataclass
@@ -97,9 +97,9 @@ class DiffusionGDPOTrainer(SequenceRatioTrainer):
         "id": "2510.08554",
     }
 
-    def build_estimator(self) -> Quadrature:
+    def build_estimator(self) -> Estimator:
         """Views at the nodes of a Gauss-Legendre rule."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def log_ratio(self, difference: Tensor, length: Tensor) -> tuple[Tensor, Tensor | float]:
         """Of bounds per token, or of whole ones, whose surrogate counts for one token."""

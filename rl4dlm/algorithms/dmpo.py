@@ -51,18 +51,20 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rl4dlm.likelihood.elbo import ELBO
-from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.estimator import SCOPES, Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.training.advantages import softmax_weights
 from rl4dlm.training.interventions.trainer import places
 from rl4dlm.training.losses import weighted_likelihood
 from rl4dlm.training.ratio_free import RATIO_SETTINGS, RatioFreeConfig
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores, rows_of
 
 __all__ = ["DMPOConfig", "DMPOTrainer"]
 
 BASELINES = ("negative", "mean", "unbiased", "none")
 OBJECTIVES = ("cross_entropy", "ddo")
+FORMS = ("bernoulli_count", "count")
 _NO_KL = "there is no KL term; beta is a share in the weights"
 
 
@@ -78,6 +80,8 @@ class DMPOConfig(RatioFreeConfig):
         weight_baseline_strength: s.
         num_views: K, in the loss and in log p_ref - log p_old; even.
         level_range: share of the canvas that a view hides, before complements.
+        form: `"bernoulli_count"`, tokens hidden independently, as published, or `"count"`, a fixed number of them,
+            whose pairs estimate exponents with less noise; see `rl4dlm.likelihood.elbo`.
         objective: `"cross_entropy"` or `"ddo"`.
         ddo_scale, ddo_negative_weight, ddo_split: c, a, and whether both terms have views of their own.
         scope: the whole `"canvas"`, as published, or its `"valid"` tokens.
@@ -103,6 +107,10 @@ class DMPOConfig(RatioFreeConfig):
         default_factory=lambda: [0.1, 1.0],
         metadata={"help": "Range of the share of the canvas that a view hides."},
     )
+    form: str = field(
+        default="bernoulli_count",
+        metadata={"help": f"How tokens of a view are hidden: {', '.join(FORMS)}.", "choices": list(FORMS)},
+    )
     objective: str = field(
         default="cross_entropy",
         metadata={"help": f"The loss: {', '.join(OBJECTIVES)}.", "choices": list(OBJECTIVES)},
@@ -124,6 +132,7 @@ class DMPOConfig(RatioFreeConfig):
         super().__post_init__()
         check_choice("weight_baseline", self.weight_baseline, BASELINES)
         check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("form", self.form, FORMS)
         if not self.alpha > 0:
             raise ValueError(f"alpha={self.alpha} is not allowed; it must be larger than 0")
         if not 0 < self.kappa <= 1:
@@ -167,7 +176,7 @@ class DMPOConfig(RatioFreeConfig):
         """The views, in complementary pairs."""
         return ELBO(
             num_views=self.num_views,
-            form="bernoulli_count",
+            form=self.form,
             complement=True,
             stratify="none",
             level_range=tuple(self.level_range),  # type: ignore[arg-type]
@@ -188,9 +197,9 @@ class DMPOTrainer(DiffusionPolicyTrainer):
         "id": "2510.08233",
     }
 
-    def build_estimator(self) -> ELBO:
+    def build_estimator(self) -> Estimator:
         """The views, in complementary pairs."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def _score_fixed_policies(self, batch: dict[str, Any], iterations: int) -> None:
         """Sequences' scores `[B]` by both policies, in views that no pass of the loss has."""

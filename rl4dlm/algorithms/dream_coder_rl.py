@@ -36,13 +36,15 @@ import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.complementary import Complementary, check_context, context_weights
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.rollout.noise import keyed_uniform
+from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import resized
-from rl4dlm.training.losses import clipped_surrogate
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores, rows_of
 
 LOSS_TYPES = ("dapo", "bnpo", "grpo")
@@ -149,11 +151,22 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
                 f"{rows} is no multiple of num_generations={self.num_generations}"
             )
 
-    def build_estimator(self) -> Complementary:
+    @property
+    def needs_masks(self) -> str:  # type: ignore[override]
+        """Context-adaptive weights go by what a view hides."""
+        if self.args.cart_p is None:
+            return ""
+        return (
+            f"cart_p={self.args.cart_p} weights tokens by which neighbours a view hides, and random tokens do not say "
+            "it; allowed: None"
+        )
+
+    def build_estimator(self) -> Estimator:
         """One pair of complementary views."""
         rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
         shared_by = rows if self.args.noise_per == "process" else None
-        return Complementary(scope=self.args.scope, shared_by=shared_by, row_period=SECOND_ATTEMPT)
+        pair = Complementary(scope=self.args.scope, shared_by=shared_by, row_period=SECOND_ATTEMPT)
+        return of_noise(self.model, pair)
 
     def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
         """Overwrites groups that teach nothing, and sums up what tokens count for in each pass."""
@@ -174,17 +187,15 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         assert scores.views is not None
         weights = self._weights(scores.views, batch).to(scores.log_probs.dtype)
         log_ratio = self.log_ratio_to("old", scores.log_probs, batch)
-        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        advantages = batch["advantages"][:, None]
-        losses = clipped_surrogate(log_ratio, advantages, self.args.epsilon, high, dual_clip=self.args.delta)
+        advantages, counts = batch["advantages"][:, None], weights > 0
+        losses = self.surrogate(log_ratio, scores.log_probs, advantages, counts, batch)
         if self.args.beta:
             divergence = self.token_kl(scores.log_probs, batch)
             losses = losses + self.args.beta * divergence
             self.log_mean("kl", divergence, weights)
-        ratio = log_ratio.detach().exp()
-        clipped = ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+        clipped = torch.stack(clipped_units(log_ratio.detach(), advantages, self.clip)).any(0)
         self.log_mean("clip_ratio/region_mean", clipped, weights)
-        self.log_mean("entropy", scores.entropies, weights > 0)
+        self.log_mean("entropy", scores.entropies, counts)
         # Without any weight, nothing was visible next to what was hidden, and the sum is zero too.
         if self.args.loss_type == "dapo" and "weight_total" in batch:
             total = batch["weight_total"][0].to(losses.dtype)

@@ -16,6 +16,8 @@ Where the paper and its released code differ, or both are wrong, this is decided
 - The code noises and scores the whole canvas, and n is its length. `scope="canvas"`, the default, is the same;
   with `"valid"` tokens behind the first end stay hidden, and n is the number of the others.
 - The code's switch for complementary views has no effect; here `complement=False` is live.
+- The weights of its pairs add up to (n + 1) / 2 where a view hides nothing, else to n + 1; those of `form="count"` to n
+  always, which varies less. It cancels where the policy has not moved; the KL term and random tokens feel it.
 - The code passes no attention mask when it scores; here padding is hidden.
 - The code logs minus the bound per token as `entropy`. Here that is the mean entropy of hidden tokens, as in TRL.
 """
@@ -28,9 +30,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rl4dlm.likelihood.elbo import ELBO
-from rl4dlm.likelihood.estimator import SCOPES
+from rl4dlm.likelihood.estimator import SCOPES, Estimator
+from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.training.advantages import BASELINES, above_baseline, check_baseline
 from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
+from rl4dlm.training.setup import of_noise
+
+PAIR_FORMS = ("count_with_zero", "count")
 
 
 @dataclass
@@ -42,6 +48,8 @@ class ESPOConfig(SequenceRatioConfig):
         learning_rate: of AdamW.
         num_views: views per completion: 4 are two pairs.
         complement: views come in pairs that hide complementary tokens; `num_views` is even then.
+        form: how many tokens a view hides: `"count_with_zero"`, 0 to n, as published, or `"count"`, 1 to n; see
+            `rl4dlm.likelihood.elbo`.
         scope: which tokens are noised and scored: the whole `"canvas"`, or `"valid"` ones, up to the first end.
         stop_at_eos: off, since what is behind the end is scored, too; only with scope `"valid"` may rows stop there.
         baseline: `"leave_one_out"` or `"group_mean"`.
@@ -63,6 +71,10 @@ class ESPOConfig(SequenceRatioConfig):
     learning_rate: float = field(default=3e-6, metadata={"help": "Learning rate of AdamW, the paper's."})
     num_views: int = field(default=4, metadata={"help": "Views that a bound is estimated from, per completion."})
     complement: bool = field(default=True, metadata={"help": "Views come in pairs that hide complementary tokens."})
+    form: str = field(
+        default="count_with_zero",
+        metadata={"help": f"How many tokens views hide: {', '.join(PAIR_FORMS)}.", "choices": list(PAIR_FORMS)},
+    )
     scope: str = field(
         default="canvas",
         metadata={"help": "Tokens that are noised and scored: valid or canvas.", "choices": list(SCOPES)},
@@ -80,12 +92,13 @@ class ESPOConfig(SequenceRatioConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("form", self.form, PAIR_FORMS)
         self.estimator()
         check_baseline(self)
 
     def estimator(self) -> ELBO:
         """The estimator that these settings describe; ValueError for settings that describe none."""
-        return ELBO(self.num_views, "count_with_zero", self.complement, stratify="rows", scope=self.scope)
+        return ELBO(self.num_views, self.form, self.complement, stratify="rows", scope=self.scope)
 
 
 class ESPOTrainer(SequenceRatioTrainer):
@@ -101,9 +114,9 @@ class ESPOTrainer(SequenceRatioTrainer):
         "id": "2512.03759",
     }
 
-    def build_estimator(self) -> ELBO:
+    def build_estimator(self) -> Estimator:
         """Pairs of complementary views with the weights of their counts."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
         """Rewards above the baseline."""

@@ -91,6 +91,7 @@ class IGPOTrainer(DiffusionPolicyTrainer):
     args: IGPOConfig
     advantages_read_scores = False
     scores_hints = True
+    needs_masks = "given tokens would be replaced by random ones while decoding, so that nothing could be inpainted"
     _tag_names = ["trl", "rl4dlm", "igpo"]  # noqa: RUF012  (TRL's own form)
     _name = "IGPO"
     _paper = {  # noqa: RUF012  (TRL's own form)

@@ -24,10 +24,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rl4dlm.likelihood.blockwise import BOUNDS, MODES, BlockELBO, BlockwiseBound
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.losses import weighted_likelihood
 from rl4dlm.training.ratio_free import RatioFreeConfig
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
 __all__ = ["SPGConfig", "SPGTrainer"]
@@ -184,11 +186,11 @@ class SPGTrainer(DiffusionPolicyTrainer):
         "id": "2510.09541",
     }
 
-    def build_estimator(self) -> BlockwiseBound | BlockELBO:
+    def build_estimator(self) -> Estimator:
         """The views and bounds, in the blocks of the rollout."""
         self.args.check_blocks(self.decoding.block_length, self.decoding.canvas_length)
         self._bounds = self.args.estimator(self.decoding.block_length or self.decoding.canvas_length)
-        return self._bounds
+        return of_noise(self.model, self._bounds)
 
     def bounds(self, scores: PolicyScores, positive: Tensor) -> Tensor:
         """Scores `[B, C]` per token: of the lower bound where `positive` (bool `[B]`), of the negatives' elsewhere."""

@@ -24,9 +24,11 @@ from typing import Any
 
 from torch import Tensor
 
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.iid import IIDRatio
 from rl4dlm.training.config import check_ratio_level
 from rl4dlm.training.loss_parts import resized
+from rl4dlm.training.setup import of_noise
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "luspo", "sapo")
@@ -93,9 +95,9 @@ class UniGRPOTrainer(DiffusionPolicyTrainer):
         "id": "2505.15809",
     }
 
-    def build_estimator(self) -> IIDRatio:
+    def build_estimator(self) -> Estimator:
         """A view whose level rises over the passes."""
-        return self.args.estimator()
+        return of_noise(self.model, self.args.estimator())
 
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
         """As in TRL's loss: which tokens are hidden is known of all rows."""

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.training.advantages import softmax_weights
@@ -95,7 +96,7 @@ class WD1Trainer(DiffusionPolicyTrainer):
         "id": "2507.08838",
     }
 
-    def build_estimator(self) -> MeanField:
+    def build_estimator(self) -> Estimator:
         """The mean-field estimator of the model's noise, with this run's prompt masking."""
         return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)
 

@@ -28,6 +28,8 @@ class Estimator(ABC):
             of decoding that the estimator is meant for.
         shares_masks: whether completions of a prompt may have the same masks, which leaves the estimate of each as it
             is and correlates them: rows are then given the same `row_ids`.
+        views_vary: whether the number of views depends on the rows. Views that score something come first in a row, so
+            that those behind the last that any process needs can be left out.
     """
 
     scope: str = "valid"
@@ -36,6 +38,7 @@ class Estimator(ABC):
     reweighted: bool = False
     as_drawn: bool = False
     shares_masks: bool = False
+    views_vary: bool = False
 
     @abstractmethod
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:

@@ -64,6 +64,17 @@ class RowNoise:
             start = keyed_uniform(self.seed, purpose, self.iteration) + place.double() * 2.0**-53
         return (start[:, None] + self._range(views) / views) % 1
 
+    def spread_in_blocks(self, purpose: str, views: int, blocks: int, stratify: str) -> Tensor:
+        """`[B, views, blocks]`: for each block as `spread`, and those of a view spread over its blocks, too.
+
+        With `"none"` all are independent. A block's numbers depend on its place, not on how many there are.
+        """
+        if stratify == "none":
+            row, view = self.rows.row_ids[:, None, None], self._range(views)[:, None]
+            return keyed_uniform(self.seed, purpose, row, self.iteration, view, self._range(blocks))
+        apart = ((self._range(blocks) * _GOLDEN) >> 11) & (2**53 - 1)
+        return (self.spread(purpose, views, stratify)[..., None] + apart.double() * 2.0**-53) % 1
+
     def _of_tokens(self, purpose: str, views: int, position: Tensor) -> Tensor:
         row, view = self.rows.row_ids[:, None, None], self._range(views)[:, None]
         return keyed_uniform(self.seed, purpose, row, self.iteration, view, position)
@@ -85,6 +96,38 @@ def subset(uniform: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     keys = uniform.masked_fill(~eligible, torch.inf)
     rank = keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
     return (rank < count) & eligible
+
+
+def subset_of_blocks(uniform: Tensor, eligible: Tensor, block: Tensor, count: Tensor) -> Tensor:
+    """Of the eligible tokens of each block a uniformly random subset of `count`: `subset` for each block.
+
+    Args:
+        uniform: `[B, K, L]` in (0, 1). eligible: bool `[B, L]`.
+        block: long `[B, L]`, each token's block, from 0 on and never falling.
+        count: long `[B, K, N]`, for each of N blocks.
+    """
+    keys = (block[:, None] + uniform).masked_fill(~eligible[:, None], torch.inf)
+    rank = keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # block after block
+    size = of_blocks(eligible, block, count.shape[-1])  # [B, N]
+    first = (size.cumsum(-1) - size).gather(-1, block)[:, None]
+    return (rank - first < count.gather(-1, block[:, None].expand_as(rank))) & eligible[:, None]
+
+
+def of_blocks(mask: Tensor, block: Tensor, blocks: int) -> Tensor:
+    """How many tokens of a mask (bool `[..., L]`) are in each block, long `[..., N]`; `block` is long `[..., L]`."""
+    return mask.new_zeros(*mask.shape[:-1], blocks, dtype=torch.long).scatter_add_(-1, block, mask.long())
+
+
+def blocks_of(rows: Rows, block_length: int, origin: str) -> Tensor:
+    """The block of each canvas token, long `[B, L]`, from 0 on: those of the attention's grid (`DiffusionSpec`).
+
+    With origin `"position_zero"` a prompt that does not end on the grid makes the first one shorter.
+    """
+    offset = torch.arange(rows.canvas_ids.shape[1], device=rows.canvas_ids.device)
+    if origin != "position_zero":
+        return (offset // block_length).expand(len(rows), -1)
+    within = rows.prompt_mask.sum(-1, keepdim=True) % block_length  # of the first block, in the prompt
+    return (within + offset) // block_length
 
 
 def count_of(level: Tensor, least: int, most: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Likelihoods of models whose noise is random tokens: a mean field, and an evidence lower bound.
+"""Likelihoods of models whose noise is random tokens: any estimator that hides tokens behind a mask, with these.
 
 The bound. Let a canvas x of n tokens come about like this: draw a random order of positions and start from a canvas u
 of uniform random tokens; n times, give the next position of the order a token drawn from the denoiser D, which sees the
@@ -19,7 +19,19 @@ the step before (self-conditioning), which the bound switches off. As with maske
 likelihood in the policy ratio, it is not that of the sampler.
 
 The mean field is the term k = n alone: a canvas of random tokens throughout, each token scored given the prompt only.
-A response of several canvases is a product: each canvas has a k of its own and sees the finished ones before it.
+A response of several canvases is a product: each canvas has a bound of its own and sees the finished ones before it.
+
+`UniformNoise` draws what another estimator hides and puts random tokens there. Since u is independent of k and M, and
+canvases are scored given clean ones, every estimate of the masked bound is one of this bound: counts per canvas
+(`UniformELBO`) or over the whole response, complementary pairs, independent tokens, quadrature. What holds for it:
+
+- Current, old and reference policy see the same M and the same u, keyed by row, iteration, view and position.
+- A position whose random token happens to be the true one is scored like the others: leaving it out would be biased.
+- What M leaves out is not scored, since the denoiser is not told M; for the same reason nothing may depend on M beside
+  what is shown, such as weights by visible neighbours.
+- With scope `"canvas"` the estimate is of the bound of all canvases, which the rollout then writes. With `"valid"`
+  tokens behind the end, and canvases that were never written, have weight 0 and are random in every view; the model
+  sees them so, which makes it an estimate for valid tokens beside a random tail.
 """
 
 from __future__ import annotations
@@ -30,15 +42,70 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rl4dlm.likelihood.estimator import SCOPES, Estimator
+from rl4dlm.likelihood.elbo import ELBO
+from rl4dlm.likelihood.estimator import Estimator
+from rl4dlm.likelihood.masks import check_count
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.attention import position_ids
 from rl4dlm.rollout.noise import keyed_uniform
 
 
-@dataclass(frozen=True, kw_only=True)
-class UniformMeanField(MeanField):
+@dataclass(frozen=True)
+class UniformNoise(Estimator):
+    """The views of an estimator with fresh random tokens in place of the mask token; its weights and its reduction.
+
+    Args:
+        inner: what is hidden, what it counts for, and what becomes of log-probabilities.
+        vocabulary_size: random tokens are 0 to this, exclusive.
+
+    Raises:
+        ValueError: an estimator that has random tokens already, or that depends on the order in which masked tokens
+            were written.
+    """
+
+    noise: ClassVar[str] = "uniform"
+    fresh: ClassVar[bool] = True  # type: ignore[misc]  # random tokens differ from iteration to iteration
+    inner: Estimator
+    vocabulary_size: int
+
+    def __post_init__(self) -> None:
+        check_count("vocabulary_size", self.vocabulary_size)
+        if self.inner.noise != "mask":
+            raise ValueError(f"inner={self.inner} is not allowed; its noise is {self.inner.noise!r}, and not 'mask'")
+        if self.inner.as_drawn:
+            raise ValueError(
+                f"inner={self.inner} is not allowed; its scores are those of tokens that are written once, and under "
+                "this noise tokens are written until the last step"
+            )
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        """The inner estimator's."""
+        return self.inner.scope
+
+    @property
+    def reweighted(self) -> bool:  # type: ignore[override]
+        """The inner estimator's."""
+        return self.inner.reweighted
+
+    @property
+    def shares_masks(self) -> bool:  # type: ignore[override]
+        """Whether completions of a prompt may have the same masks, or have them anyway, and then the same tokens."""
+        return self.inner.shares_masks or not self.inner.fresh
+
+    def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
+        """The inner estimator's views, with `ids` `[B, K, T]`."""
+        views = self.inner.draw(rows, seed=seed, iteration=iteration)
+        count = views.hidden.shape[1]
+        return Views(views.hidden, views.weight, random_tokens(rows, self.vocabulary_size, count, seed, iteration))
+
+    def reduce(self, log_probs: Tensor, views: Views) -> Tensor:
+        """The inner estimator's scores `[B, L]`."""
+        return self.inner.reduce(log_probs, views)
+
+
+class UniformMeanField(UniformNoise):
     """One view with random tokens in place of the canvas, and of prompt tokens at random.
 
     Args:
@@ -50,74 +117,36 @@ class UniformMeanField(MeanField):
         ValueError: names the setting, the value and what is allowed.
     """
 
-    noise: ClassVar[str] = "uniform"
-    vocabulary_size: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_size("vocabulary_size", self.vocabulary_size)
-
-    @property
-    def fresh(self) -> bool:  # type: ignore[override]
-        """True: the random tokens differ from iteration to iteration."""
-        return True
-
-    def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
-        """One view per row: `hidden` `[B, 1, T]`, `weight` `[B, 1, L]` of ones at the scored tokens."""
-        views = super().draw(rows, seed=seed, iteration=iteration)
-        return Views(views.hidden, views.weight, random_tokens(rows, self.vocabulary_size, 1, seed, iteration))
+    def __init__(self, p_mask_prompt: float = 0.15, scope: str = "valid", *, vocabulary_size: int) -> None:
+        super().__init__(MeanField(p_mask_prompt, scope), vocabulary_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class UniformELBO(Estimator):
+class UniformELBO(UniformNoise):
     """The evidence lower bound of the module's docstring, from K draws of k, M and u per canvas.
 
     Args:
         vocabulary_size: random tokens are 0 to this, exclusive.
         block_length: n, tokens of one canvas.
         num_views: K.
-        scope: with `"canvas"` the sum of the scores is an unbiased estimate of the bound. With `"valid"` the terms of
-            tokens behind the end of sequence are left out of it; they are replaced by random tokens like the others.
+        scope: with `"canvas"` the sum of the scores is an unbiased estimate of the bound; `"valid"`: see above.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
     """
 
-    noise: ClassVar[str] = "uniform"
-    vocabulary_size: int
-    block_length: int
-    num_views: int = 1
-    scope: str = "valid"
-
-    def __post_init__(self) -> None:
-        for name in ("vocabulary_size", "block_length", "num_views"):
-            _check_size(name, getattr(self, name))
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope={self.scope!r} is not allowed; choose one of {', '.join(SCOPES)}")
+    def __init__(self, *, vocabulary_size: int, block_length: int, num_views: int = 1, scope: str = "valid") -> None:
+        bound = ELBO(num_views, "count", stratify="none", scope=scope, per_block=True, block_length=block_length)
+        super().__init__(bound, vocabulary_size)
 
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """K views per row: `hidden` `[B, K, T]`, k tokens of each canvas; `weight` `[B, K, L]`, n / (k K) there."""
-        batch, length = rows.valid.shape
-        if length % self.block_length:
-            raise ValueError(f"a response of {length} tokens is not made of canvases of {self.block_length}")
-        device, blocks = rows.canvas_ids.device, length // self.block_length
-        row = rows.row_ids[:, None, None]
-        n, view = torch.tensor(iteration, device=device), torch.arange(self.num_views, device=device)[:, None]
-        block, offset = torch.arange(blocks, device=device), torch.arange(length, device=device)
-        level = keyed_uniform(seed, "uniform level", row, n, view, block)  # [B, K, blocks]
-        count = (level * self.block_length).long() + 1  # [B, K, blocks]
-        place = keyed_uniform(seed, "uniform place", row, n, view, offset)  # [B, K, L]
-        place = place.view(batch, self.num_views, blocks, self.block_length)
-        rank = place.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
-        corrupted = (rank < count[..., None]).flatten(2)  # [B, K, L]
-        weight = (self.block_length / (count.float() * self.num_views)).repeat_interleave(self.block_length, dim=-1)
-        scored = corrupted & rows.valid[:, None] if self.scope == "valid" else corrupted
-        prompt = corrupted.new_zeros(batch, self.num_views, rows.prompt_ids.shape[1])
-        return Views(
-            torch.cat([prompt, corrupted], dim=-1),
-            torch.where(scored, weight, 0.0),
-            random_tokens(rows, self.vocabulary_size, self.num_views, seed, iteration),
-        )
+        assert isinstance(self.inner, ELBO)
+        length, block = rows.valid.shape[1], self.inner.block_length
+        assert block is not None
+        if length % block:
+            raise ValueError(f"a response of {length} tokens is not made of canvases of {block}")
+        views = super().draw(rows, seed=seed, iteration=iteration)
+        return Views(views.hidden, views.weight.float(), views.ids)
 
 
 def random_tokens(rows: Rows, vocabulary_size: int, num_views: int, seed: int, iteration: int) -> Tensor:
@@ -127,8 +156,3 @@ def random_tokens(rows: Rows, vocabulary_size: int, num_views: int, seed: int, i
     n, view = torch.tensor(iteration, device=position.device), torch.arange(num_views, device=position.device)[:, None]
     uniform = keyed_uniform(seed, "uniform token", rows.row_ids[:, None, None], n, view, position)
     return (uniform * vocabulary_size).long()
-
-
-def _check_size(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be an integer, 1 or larger")

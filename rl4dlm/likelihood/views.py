@@ -1,6 +1,6 @@
 """The data of likelihood estimation: rows to be scored, and the corrupted copies (views) they are scored in.
 
-Owns the two records and what is checked about them. Which tokens a view hides is an estimator's business, forwards are
+Owns these records and what is checked about them. Which tokens a view hides is an estimator's business, forwards are
 `scoring.py`'s.
 """
 
@@ -10,6 +10,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass
+class StepFacts:
+    """What was known of each token when it was written; batch first, and None where it was not recorded.
+
+    Args:
+        entropy: float `[B, L]`, of the distribution it was drawn from, in nats and untempered; 0 where none was drawn.
+        confidence: float `[B, L]`, its probability there; 0 likewise.
+        threshold: float `[B]`, the entropy that a step must reach to be scored; the same for all rows of a batch.
+    """
+
+    entropy: Tensor | None = None
+    confidence: Tensor | None = None
+    threshold: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> StepFacts:
+        return StepFacts(*(None if v is None else v[rows] for v in (self.entropy, self.confidence, self.threshold)))
 
 
 @dataclass
@@ -26,6 +44,9 @@ class Rows:
             change the length of the canvas leave some that it did not.
         given: bool `[B, L]`, the canvas slots that the policy did not write; None: there are none. Estimators draw
             views as if it had; see `Views.without`.
+        commit_step: long `[B, L]`, the row's own step at which a token was written, -1 where none was; None: it is not
+            known. See `rl4dlm.likelihood.steps`.
+        facts: what else was recorded of tokens when they were written.
     """
 
     prompt_ids: Tensor
@@ -35,6 +56,8 @@ class Rows:
     row_ids: Tensor
     seen: Tensor | None = None
     given: Tensor | None = None
+    commit_step: Tensor | None = None
+    facts: StepFacts | None = None
 
     def __post_init__(self) -> None:
         self.prompt_mask, self.valid = self.prompt_mask.bool(), self.valid.bool()
@@ -61,6 +84,8 @@ class Rows:
             self.row_ids[rows],
             None if self.seen is None else self.seen[rows],
             None if self.given is None else self.given[rows],
+            None if self.commit_step is None else self.commit_step[rows],
+            None if self.facts is None else self.facts[rows],
         )
 
     @property
@@ -119,6 +144,10 @@ class Views:
         """One of the K views of each row, as views with K = 1."""
         one = slice(view, view + 1)
         return Views(self.hidden[:, one], self.weight[:, one], None if self.ids is None else self.ids[:, one])
+
+    def first(self, count: int) -> Views:
+        """The first so many views of each row."""
+        return Views(self.hidden[:, :count], self.weight[:, :count], None if self.ids is None else self.ids[:, :count])
 
     @property
     def scored(self) -> Tensor:

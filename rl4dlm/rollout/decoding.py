@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy, build_cache, exact_cache
+from rl4dlm.rollout.requests import check_fillings, checked_names, checked_steps, completes
 from rl4dlm.rollout.schedules import registry
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 
@@ -54,8 +55,14 @@ class DecodingConfig:
         draft_steps: D, guesses of a row's next states that are fed beside it; each that comes true is a step without a
             forward of its own, and all else is as without (`drafts.py`). 0 is off.
         draft_width: of the states so many steps ahead, how many are guessed; the first is the most likely one.
-        record_entropy: keep in `Trace.entropy` how sure the model was of each token. False saves a quarter of a draw,
-            and half of one at temperature 0, where the vocabulary is large.
+        record: what is kept besides what every rollout has, names in any order (`requests.py`): `"entropy"`, how sure
+            the model was of each token, in `Trace.entropy` (leaving it out saves a quarter of a draw, and half of one
+            at temperature 0, where the vocabulary is large); `"predictions"`, what the most probable tokens would make
+            of the canvas at once; `"fillings"`, what draws would, and `"filling_log_probs"` of those; `"flagged"`,
+            steps at which the schedule would have written nothing. Predictions and fillings need every open slot's
+            logits, so that nothing is cached.
+        record_steps: a row's own steps at which predictions and fillings are kept, from 0 on; None: every step.
+        num_fillings: Z, fillings drawn at each of these; the first has the candidates of the step itself.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -81,7 +88,9 @@ class DecodingConfig:
     cache_args: Mapping[str, Any] = field(default_factory=dict)
     draft_steps: int = 0
     draft_width: int = 1
-    record_entropy: bool = True
+    record: tuple[str, ...] = ("entropy",)
+    record_steps: tuple[int, ...] | None = None
+    num_fillings: int = 1
 
     def __post_init__(self) -> None:
         for name in ("suppress_token_ids", "defer_token_ids"):
@@ -121,8 +130,9 @@ class DecodingConfig:
             )
         if not math.isfinite(self.eos_penalty):
             raise ValueError(f"eos_penalty={self.eos_penalty} is not allowed; it must be finite (0 is off)")
-        if not isinstance(self.record_entropy, bool):
-            raise ValueError(f"record_entropy={self.record_entropy!r} is not allowed; choose True or False")
+        object.__setattr__(self, "record", checked_names(self.record))
+        object.__setattr__(self, "record_steps", checked_steps(self.record_steps, self.record))
+        check_fillings(self.num_fillings, self.record)
         if self.stop_at_eos not in (True, False, "block"):
             raise ValueError(f'stop_at_eos={self.stop_at_eos!r} is not allowed; choose True, False or "block"')
         if self.cache == "auto" and self.cache_args:
@@ -140,6 +150,11 @@ class DecodingConfig:
             raise ValueError(
                 f"cache={self.cache!r} cannot be used with schedule={self.schedule!r}, which needs a forward of the "
                 "whole row at every step; allowed: 'none' and 'auto'"
+            )
+        if completes(self.record) and policy.uses_store:
+            raise ValueError(
+                f"record={self.record!r} needs the logits of every open slot, which cache={self.cache!r} does not feed "
+                "to it; allowed: 'none', and 'auto', which is 'none' then"
             )
         policy.check(self)
         self._check_drafts(schedule, policy)
@@ -180,6 +195,11 @@ class DecodingConfig:
                 out over its blocks, or a canvas of random tokens would not be whole.
         """
         noise = registry.lookup(self.schedule).noise
+        if spec.noise != "mask" and set(self.record) - {"entropy"}:
+            raise ValueError(
+                f"record={self.record!r} is not supported for noise={spec.noise!r}, whose states are all recorded; "
+                "leave it at its default"
+            )
         if noise != spec.noise:
             fitting = [name for name in registry.names() if registry.lookup(name).noise == spec.noise]
             raise ValueError(
@@ -249,6 +269,11 @@ class DecodingConfig:
                 f"draft_steps={self.draft_steps} cannot be used with schedule={self.schedule!r}, whose steps follow "
                 "from more than the tokens that are written; leave it 0"
             )
+        if self.draft_steps and set(self.record) - {"entropy"}:
+            raise ValueError(
+                f"record={self.record!r} cannot be kept with draft_steps={self.draft_steps}, whose guesses would be "
+                "recorded, too; allowed: 'entropy'"
+            )
         if self.draft_steps and not policy.feeds_again:
             raise ValueError(
                 f"draft_steps={self.draft_steps} cannot be used with cache={self.cache!r} and cache_args="
@@ -261,7 +286,7 @@ class DecodingConfig:
         if self.cache != "auto":
             return build_cache(self.cache, self.cache_args)
         schedule = self.build_schedule()
-        fits = isinstance(schedule, Schedule) and not schedule.whole
+        fits = isinstance(schedule, Schedule) and not schedule.whole and not completes(self.record)
         return build_cache(exact_cache(spec.attention) if fits else "none")
 
     def build_schedule(self) -> Schedule | CanvasSchedule:

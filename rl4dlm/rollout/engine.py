@@ -20,15 +20,18 @@ from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy
+from rl4dlm.rollout.checks import as_choices, check_call, check_no_text, check_parts, check_start
 from rl4dlm.rollout.compiling import check_backend, compiled, keep_freed_memory
 from rl4dlm.rollout.constraints.automata import Automaton, Constraint
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drafts import DraftBatch
 from rl4dlm.rollout.noise import KeyedNoise, NoiseSource
 from rl4dlm.rollout.record import Record
+from rl4dlm.rollout.requests import Requests
 from rl4dlm.rollout.rollout import Rollout, valid_mask
-from rl4dlm.rollout.rows import Choices, Progress, most_steps
+from rl4dlm.rollout.rows import Progress, most_steps
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
+from rl4dlm.rollout.state import State
 from rl4dlm.rollout.step import Batch
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
 
@@ -99,6 +102,7 @@ class RolloutEngine:
         row_ids: Sequence[int] | None = None,
         seed: int = 0,
         hints: Sequence[Mapping[int, int]] | None = None,
+        start: State | None = None,
         choices: Sequence[Mapping[int, Collection[int]]] | None = None,
         constraint: Constraint | None = None,
         noise: NoiseSource | None = None,
@@ -114,6 +118,11 @@ class RolloutEngine:
                 and the weights alone. None: 0, 1, 2, ….
             seed: of the run.
             hints: per row, a mapping from canvas offset to token id: written from the start, visible, never changed.
+            start: one state per row to go on from, as `Rollout.state_at` gives them. What is written there counts as
+                drawn, with the steps, log-probabilities and forwards it had, and each row goes on with its next step as
+                if nothing had happened: with its own row id, seed and settings it becomes the row that it was taken
+                from. Given slots are those of the state, so there are no `hints` beside it. A row is fed whole at its
+                first step, so that what an inexact cache held of it is lost. None: open canvases.
             choices: per row, a mapping from canvas offset to the token ids that may be drawn there; other slots are
                 free. Confidences keep the softmax over the whole vocabulary.
             constraint: says of each token that is about to be written whether it may be; see `constraints.py`. An
@@ -125,23 +134,28 @@ class RolloutEngine:
             A `Rollout` whose tensors are on the model's device.
 
         Raises:
-            ValueError: a bad prompt, row id, hint or choice, blocks that are not the model's, or logits that are not
-                numbers.
+            ValueError: a bad prompt, row id, hint, state or choice, a schedule that cannot go on from a state, blocks
+                that are not the model's, or logits that are not numbers.
         """
         if num_generations < 1:
             raise ValueError(f"num_generations={num_generations} is not allowed; it must be 1 or larger")
-        _check_no_text(prompts)
+        check_no_text(prompts)
         rows = [list(map(int, prompt)) for prompt in prompts for _ in range(num_generations)]
         ids = list(range(len(rows))) if row_ids is None else [int(i) for i in row_ids]
-        self._check(prompts, rows, ids, hints, choices, config)
+        check_call(self.model, self.spec, prompts, rows, ids, hints, choices, config)
         config = config.for_model(self.spec)
         schedule, cache = config.build_schedule(), config.build_cache(self.spec)
         parts = schedule if isinstance(schedule, Schedule) else None
         if config.cache == "auto":
             self._say_cache(config, cache, max(map(len, rows), default=0))
-        self._check_parts(schedule, config, cache, hints, choices, constraint, on_step)
+        check_parts(self.model, self.spec, schedule, config, cache, hints, choices, constraint, on_step, self.in_step)
         if choices is None and isinstance(constraint, Automaton):  # candidates that can never be written waste a step
             choices = [constraint.choices(config.canvas_length)] * len(rows)
+        if start is not None:
+            if hints is not None:
+                raise ValueError("hints cannot be given beside start, whose states say which slots were given")
+            vocabulary = self.model.config.get_text_config().vocab_size
+            check_start(start, len(rows), config, self.spec, vocabulary, schedule)
         size = self.max_batch_rows or max(1, len(rows))
         length = config.canvas_length
         wide = torch.promote_types(self.model.dtype, torch.float32)
@@ -155,8 +169,10 @@ class RolloutEngine:
         for row, given in enumerate(hints or ()):
             for offset, token in given.items():
                 record.canvas[row, offset], record.hinted[row, offset] = token, True
-        limits = None if choices is None else self._choices(choices, length, record.canvas.device)
-        slots = int((~record.hinted).sum())
+        if start is not None:
+            record.begin(start, 1 + (config.cfg_scale > 0))
+        limits = None if choices is None else as_choices(self.model, choices, length, record.canvas.device)
+        slots = int((~record.hinted & (record.commit_step < 0)).sum())
         if self.model.device.type == "cpu":
             keep_freed_memory()
         with (
@@ -168,10 +184,11 @@ class RolloutEngine:
         ):
             batches: list[Batch | CanvasBatch] = []
             if noise is None:
-                noise = KeyedNoise(seed, 0 if parts is None else most_steps(config, parts) + 1)
+                before = 0 if start is None else int(start.steps.max())
+                noise = KeyedNoise(seed, 0 if parts is None else most_steps(config, parts) + 1 + before)
             if isinstance(schedule, CanvasSchedule):
-                for start in range(0, len(rows), size):
-                    part = slice(start, start + size)
+                for begin in range(0, len(rows), size):
+                    part = slice(begin, begin + size)
                     work = record.part(part)
                     assert isinstance(work, CanvasRecord)
                     batches.append(
@@ -203,6 +220,7 @@ class RolloutEngine:
                     bar.update(committed)
             if self.in_step is not None:
                 self._wait_for_others(self.in_step)
+        exact = self.spec.attention in cache.exact_for and (parts is None or parts.inputs is None)
         return Rollout(
             prompt_ids=rows,
             canvas=record.canvas,
@@ -213,7 +231,7 @@ class RolloutEngine:
                 monotone=parts is None or parts.monotone,
                 resizes=parts is not None and parts.resize is not None,
                 draws_positions=parts is not None and parts.draws_positions,
-                entropy=config.record_entropy,
+                requests=Requests(config.record, config.record_steps, config.num_fillings),
             ),
             nfe=record.nfe,
             extra_forwards=record.extra_forwards,
@@ -221,7 +239,7 @@ class RolloutEngine:
             row_ids=ids,
             schedule=config.schedule,
             cache=cache.name,
-            exact=self.spec.attention in cache.exact_for and (parts is None or parts.inputs is None),
+            exact=exact and (start is None or start.exact),
             seed=seed,
             mask_token_id=self.spec.mask_token_id,
             weight_version=self.weight_version,
@@ -256,156 +274,6 @@ class RolloutEngine:
                 f"per block of {block} in rows of {width} (docs/rollouts.md says what that risks)"
             )
         logger.info(line)
-
-    def _check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: list[list[int]],
-        row_ids: list[int],
-        hints: Sequence[Mapping[int, int]] | None,
-        choices: Sequence[Mapping[int, Collection[int]]] | None,
-        config: DecodingConfig,
-    ) -> None:
-        text = self.model.config.get_text_config()
-        mask, vocabulary = self.spec.mask_token_id, text.vocab_size
-        limit = getattr(text, "max_position_embeddings", None)
-        for name in ("suppress_token_ids", "defer_token_ids"):
-            outside = [i for i in getattr(config, name) if i >= vocabulary]
-            if outside:
-                raise ValueError(f"{name} has ids {outside} outside 0..{vocabulary - 1}, the model's vocabulary")
-        if len({*config.suppress_token_ids, mask}) == vocabulary:
-            raise ValueError("suppress_token_ids leaves nothing to draw but the mask token")
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompts[{i}] is empty; a prompt has at least one token")
-            if mask in prompt:
-                raise ValueError(f"prompts[{i}] contains the mask token (id {mask}); prompts hold written text only")
-            if min(prompt) < 0 or max(prompt) >= vocabulary:
-                raise ValueError(f"prompts[{i}] has a token id outside 0..{vocabulary - 1}, the model's vocabulary")
-            if limit is not None and len(prompt) + config.canvas_length > limit:
-                raise ValueError(
-                    f"prompts[{i}] has {len(prompt)} tokens, which with canvas_length={config.canvas_length} exceeds "
-                    f"the model's {limit} positions; at most {limit - config.canvas_length} are allowed"
-                )
-        if len(row_ids) != len(rows) or len(set(row_ids)) != len(row_ids):
-            raise ValueError(f"row_ids must be {len(rows)} different integers (prompts x num_generations)")
-        if choices is not None:
-            self._check_choices(choices, len(rows), config)
-        if hints is None:
-            return
-        if self.spec.noise != "mask":
-            raise ValueError(f"hints are not supported for noise={self.spec.noise!r}, where every token may change")
-        if len(hints) != len(rows):
-            raise ValueError(f"hints has {len(hints)} entries; one per row is needed: {len(rows)}")
-        for row, given in enumerate(hints):
-            for offset, token in given.items():
-                if not 0 <= offset < config.canvas_length or not 0 <= token < vocabulary or token == mask:
-                    raise ValueError(
-                        f"hints[{row}] maps offset {offset} to token {token}; allowed: offsets 0.."
-                        f"{config.canvas_length - 1}, ids 0..{vocabulary - 1} except the mask token {mask}"
-                    )
-
-    def _check_parts(
-        self,
-        schedule: Schedule | CanvasSchedule,
-        config: DecodingConfig,
-        cache: CachePolicy,
-        hints: object,
-        choices: object,
-        constraint: object,
-        on_step: object,
-    ) -> None:
-        """Whether the schedule can do with this model what it is asked to."""
-        if isinstance(schedule, CanvasSchedule):
-            given = {"choices": choices, "constraint": constraint, "on_step": on_step, "in_step": self.in_step}
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(f"{name} is not supported for noise={self.spec.noise!r}; leave it None")
-            return
-        if schedule.check is not None:
-            schedule.check(self.model)
-        if constraint is not None and schedule.replace is not None:
-            raise ValueError(
-                f"constraint is not supported for schedule={config.schedule!r}, which replaces written tokens; "
-                "leave it None"
-            )
-        if constraint is not None and cache.foresees:
-            raise ValueError(
-                f"constraint is not supported for cache={cache.name!r}, which looks at no other slots than those "
-                "that are written next; leave it None, or choose another cache"
-            )
-        if constraint is not None and not self.spec.eos_token_ids:
-            raise ValueError(
-                "constraint needs an end-of-sequence token, which fills what is open in a row that cannot go on; the "
-                "model's spec has eos_token_ids=()"
-            )
-        if schedule.resize is not None:
-            for name, value in (("hints", hints), ("choices", choices), ("constraint", constraint)):
-                if value is not None:
-                    raise ValueError(
-                        f"{name} is not supported for schedule={config.schedule!r}, which changes the length of the "
-                        "canvas; leave it None"
-                    )
-            if not self.spec.eos_token_ids:
-                raise ValueError(
-                    f"schedule={config.schedule!r} changes the length of the canvas, which needs an end-of-sequence "
-                    "token; the model's eos_token_ids is empty"
-                )
-        if schedule.shadow and self.spec.attention != "full":
-            raise ValueError(
-                f"schedule={config.schedule!r} feeds masked copies of slots beside the row, which needs full "
-                f"attention; it cannot be used with attention={self.spec.attention!r}"
-            )
-        if schedule.shadow and self.spec.logit_shift:
-            raise ValueError(
-                f"schedule={config.schedule!r} verifies tokens at their own slot; it cannot be used with logit_shift="
-                f"{self.spec.logit_shift}"
-            )
-
-    def _choices(self, choices: Sequence[Mapping[int, Collection[int]]], length: int, device: torch.device) -> Choices:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        numbers: dict[frozenset[int], int] = {}
-        index = torch.full((len(choices), length), -1)
-        for row, given in enumerate(choices):
-            for offset, tokens in given.items():
-                index[row, offset] = numbers.setdefault(frozenset(tokens), len(numbers))
-        sets = torch.zeros(max(1, len(numbers)), vocabulary, dtype=torch.bool)
-        for allowed, number in numbers.items():
-            sets[number, list(allowed)] = True
-        return Choices(sets.to(device), index.to(device))
-
-    def _check_choices(
-        self, choices: Sequence[Mapping[int, Collection[int]]], rows: int, config: DecodingConfig
-    ) -> None:
-        vocabulary, mask = self.model.config.get_text_config().vocab_size, self.spec.mask_token_id
-        if len(choices) != rows:
-            raise ValueError(f"choices has {len(choices)} entries; one per row is needed: {rows}")
-        checked: set[frozenset[int]] = set()  # one may be as large as the vocabulary and bind every slot of every row
-        for row, given in enumerate(choices):
-            for offset, tokens in given.items():
-                if not 0 <= offset < config.canvas_length:
-                    raise ValueError(
-                        f"choices[{row}] has offset {offset}; allowed: offsets 0..{config.canvas_length - 1}"
-                    )
-                if isinstance(tokens, frozenset) and tokens in checked:
-                    continue
-                checked.add(frozenset(tokens))
-                left = set(tokens) - {mask, *config.suppress_token_ids}
-                if not left or not all(0 <= token < vocabulary for token in tokens):
-                    raise ValueError(
-                        f"choices[{row}] allows {sorted(tokens)[:8]} at offset {offset}; it takes at least one token "
-                        f"that can be drawn, and ids 0..{vocabulary - 1}"
-                    )
-
-
-def _check_no_text(prompts: Any) -> None:
-    """Raises ValueError for prompts that are text where token ids are needed."""
-    for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
-        if isinstance(prompt, str) or any(isinstance(token, str) for token in prompt):
-            name = "prompts" if isinstance(prompts, str) else f"prompts[{i}]"
-            raise ValueError(
-                f"{name}={prompt!r} is text; the engine takes lists of token ids, such as tokenizer.encode(text) gives"
-            )
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from torch import Tensor
 from rl4dlm.models.attention import BLOCK_KINDS, LEFT_TO_RIGHT, Sight, attention_mask, one_copy
 from rl4dlm.rollout.caches import Now
 from rl4dlm.rollout.drawing import Drawn, Places, Scored, in_parts
+from rl4dlm.rollout.lengths import ResizedRows
 from rl4dlm.rollout.options import adjusted, banned
 from rl4dlm.rollout.part import Part, Scores, Shadow, chosen_columns
-from rl4dlm.rollout.rows import Rows
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
 SHADOW = "shadow"
@@ -25,7 +25,7 @@ NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
 """What is drawn besides the token; the first two are looked at for whether they are numbers."""
 
 
-class Feed(Rows):
+class Feed(ResizedRows):
     """Rows, and one forward of them."""
 
     upcoming: Tensor | None = None  # long [R, W], for policies that foresee what a step writes
@@ -78,7 +78,12 @@ class Feed(Rows):
         )
 
     def _wanted(self) -> Tensor:
-        """bool `[R, W]`, slots of the schedule's scope."""
+        """bool `[R, W]`, slots of the schedule's scope, and all open ones where a completion is recorded."""
+        if self.requests.complete:
+            return self._in_scope() | (self.masked & self.requests.due(self.total_step)[:, None])
+        return self._in_scope()
+
+    def _in_scope(self) -> Tensor:
         if self.cache.foresees:
             self.upcoming = self._upcoming()
             return self.upcoming >= 0
@@ -102,7 +107,7 @@ class Feed(Rows):
         """What is fed, as forwards: one, or one of the rows that are refreshed and one of the others."""
         columns, shift = self.tokens.shape[1], self.spec.logit_shift
         seen: Tensor | None = None  # [R], behind the last column that the active block can see
-        if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole:
+        if self.spec.attention in LEFT_TO_RIGHT and not self.schedule.whole and not self.requests.complete:
             seen = self._behind()
         shadow = self._shadow() if self.schedule.shadow else None
         if self.store is None:
@@ -313,7 +318,7 @@ class Feed(Rows):
     def _reduction(self, at: Scores) -> Callable[[Tensor, slice, Tensor], tuple[Tensor, ...]]:
         """What is made of logits `[c, V]`: candidates and readings."""
         config, mask = self.config, self.spec.mask_token_id
-        entropy = config.record_entropy or self.schedule.reads_entropy
+        entropy = "entropy" in config.record or self.schedule.reads_entropy
         row = at.rows
         places = Places(
             rows=row,

@@ -38,18 +38,32 @@ def keyed_uniform(seed: int, purpose: str, *keys: Tensor) -> Tensor:
 
 def _absorbed(seed: int, purpose: str, *mixed: Tensor) -> Tensor:
     """The uniform numbers of keys that are mixed already, one after another."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    state: Tensor | int = _signed(int.from_bytes(digest, "little"))
+    state: Tensor | int = _start(seed, purpose)
     for key in mixed:
         state = _finalise(key ^ state)
     assert isinstance(state, Tensor), "keyed_uniform needs at least one key"
     return (_shift(state, 11).double() + 0.5) * 2.0**-53
 
 
+def _start(seed: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return _signed(int.from_bytes(digest, "little"))
+
+
 @functools.lru_cache(maxsize=8)
 def _mixed_numbers(limit: int, device: torch.device) -> Tensor:
     """long `[limit]`, what is made of each number before it is absorbed."""
     return _finalise(torch.arange(limit, device=device) + _signed(_GAMMA))
+
+
+def mixed_ids(purpose: str, *keys: Tensor) -> Tensor:
+    """One integer from 0 to 2^63 - 1 per entry of the broadcast keys, long; different keys give different ones, but for
+    collisions of 63 random bits."""
+    state: Tensor | int = _start(0, purpose)
+    for key in torch.broadcast_tensors(*keys):
+        state = _finalise(_finalise(key + _signed(_GAMMA)) ^ state)
+    assert isinstance(state, Tensor), "mixed_ids needs at least one key"
+    return _shift(state, 1)
 
 
 class NoiseSource(Protocol):

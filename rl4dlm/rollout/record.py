@@ -8,7 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rl4dlm.rollout.requests import FILLING_LOG_PROBS, FILLINGS, PREDICTIONS, Answers, Requests
 from rl4dlm.rollout.rollout import EventKind, Events, StopReason, Trace
+from rl4dlm.rollout.state import State
 
 KEPT = ("raw_log_prob", "log_prob", "confidence", "entropy")
 """Numbers that are kept of each token, as they were when it was committed for good; names of `Drawn`."""
@@ -79,6 +81,7 @@ class Record:
     start_length: Tensor  # [N]
     length: Tensor  # [N]
     log: Log
+    answers: Answers  # to what is recorded on request
     first: int = 0  # the row of the whole call that this part starts with
 
     @classmethod
@@ -106,17 +109,28 @@ class Record:
             start_length=per_row(length),
             length=per_row(length),
             log=Log(),
+            answers=Answers(),
         )
+
+    def begin(self, start: State, forwards: int) -> None:
+        """Writes down what is known of rows that go on from a state, as if their steps, of `forwards` forwards each,
+        had been made here."""
+        drawn = start.commit_step >= 0
+        for name in ("canvas", "hinted", "commit_step", "block_stop", *KEPT):
+            value, own = getattr(start, name), getattr(self, name)
+            if value is not None:
+                own.copy_(torch.where(drawn.to(own.device), value.to(own), own) if name in KEPT else value)
+        self.steps.copy_(start.steps)
+        self.nfe.copy_(start.steps * forwards)
 
     def part(self, rows: slice) -> Self:
         """The same for some rows: views, and the same log."""
         views = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return type(self)(**{**vars(self), **views, "first": self.first + (rows.start or 0)})
 
-    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, entropy: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, requests: Requests) -> Trace:
         """How the rows came about; `drawn`: at a temperature above 0, `monotone`: each slot is written once,
-        `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write, `entropy`:
-        it was kept."""
+        `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write."""
         steps = int(self.steps.max()) if len(self.steps) else 0
         dtype = self.raw_log_prob.dtype
         return Trace(
@@ -129,8 +143,12 @@ class Record:
             start_length=self.start_length if resizes else None,
             length=self.length if resizes else None,
             confidence=self.confidence,
-            entropy=self.entropy if entropy else None,
+            entropy=self.entropy if "entropy" in requests.names else None,
             block_stop=self.block_stop,
+            predictions=self.answers.completions(requests, PREDICTIONS, self.raw_log_prob, steps),
+            fillings=self.answers.completions(requests, FILLINGS, self.raw_log_prob, steps),
+            filling_log_probs=self.answers.completions(requests, FILLING_LOG_PROBS, self.raw_log_prob, steps),
+            flagged=self.answers.flags(requests, self.raw_log_prob, steps),
         )
 
     def stop_reasons(self) -> list[StopReason]:

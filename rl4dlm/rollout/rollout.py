@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from rl4dlm.rollout.state import State
 
 if TYPE_CHECKING:
     from rl4dlm.rollout.decoding import DecodingConfig
@@ -112,9 +114,18 @@ class Trace:
         length: long `[N]`, slots that it ended with; None: all of the canvas.
         confidence: float `[N, L]`, probability of each token when it was committed, under the untempered softmax after
             guidance and options, which schedules look at; 0 at -1. None where a canvas of random tokens is refined.
-        entropy: float `[N, L]`, of that softmax, in nats. None likewise, and with `record_entropy=False`.
+        entropy: float `[N, L]`, of that softmax, in nats. None likewise, and unless it was asked for.
         block_stop: long `[N, L]`, end of the block that was active when each token was committed, a canvas offset, so
             that blocks that are not on a grid can be told; -1 at -1. None likewise.
+        predictions: int32 `[N, K, L]`, the canvas before each step with every open slot filled by its most probable
+            token. K: steps of the longest row, or `record_steps` if the settings name them; -1 where a row made no such
+            step (or made it before it was taken up from a state), and at slots that did not exist. This and what
+            follows: None unless `DecodingConfig.record` asks for it.
+        fillings: int32 `[N, K, Z, L]`, likewise with open slots drawn, each by itself, from the distribution that the
+            step draws from; the first of the Z has the step's own candidates.
+        filling_log_probs: float `[N, K, Z, L]`, of these draws; 0 at written slots and at temperature 0.
+        flagged: bool `[N, S]`, steps at which the schedule's rule would have written nothing, so that the engine wrote
+            the best candidate. Rules that always write the best one themselves have none.
     """
 
     commit_step: Tensor
@@ -129,6 +140,10 @@ class Trace:
     confidence: Tensor | None = None
     entropy: Tensor | None = None
     block_stop: Tensor | None = None
+    predictions: Tensor | None = None
+    fillings: Tensor | None = None
+    filling_log_probs: Tensor | None = None
+    flagged: Tensor | None = None
 
 
 @dataclass
@@ -218,7 +233,10 @@ class Rollout:
             "block_stop",
         )
         trace: dict[str, Any] = {name: picked(getattr(mine, name), getattr(others, name)) for name in per_row}
-        selections = _as_wide(mine.selection_log_prob, others.selection_log_prob, mine.raw_log_prob, len(other))
+        for name, blank in _PER_STEP.items():
+            ours, theirs = getattr(mine, name), getattr(others, name)
+            wide = None if ours is None or theirs is None else picked(*_as_wide(ours, theirs, blank))
+            trace[name] = wide
         events = None
         if mine.events is not None and others.events is not None:
             events = _picked_events(mine.events, others.events, order, len(self))
@@ -230,9 +248,73 @@ class Rollout:
             self,
             **tensors,
             **lists,
-            trace=Trace(**trace, selection_log_prob=picked(*selections), events=events),
+            trace=Trace(**trace, events=events),
             exact=self.exact and other.exact,
         )
+
+    def state_at(self, steps: int | Sequence[int] | Tensor) -> State:
+        """The state of each row after some of its steps, for `RolloutEngine.generate(start=...)`.
+
+        Args:
+            steps: how many, one number for all rows or one per row; a row that made fewer is as it ended.
+
+        Raises ValueError for a negative number, and where slots are not written once and for good.
+        """
+        trace = self.trace
+        if trace.events is not None or trace.refinement is not None or trace.length is not None:
+            raise ValueError(
+                f"schedule={self.schedule!r} can change what is written, so that no state follows from the steps of "
+                "commitment; decode with a schedule that writes each slot once"
+            )
+        made = torch.as_tensor(steps, dtype=torch.long, device=self.canvas.device).expand(len(self))
+        if bool((made < 0).any()):
+            raise ValueError(f"steps={steps} is not allowed; it must be 0 or larger")
+        made = torch.minimum(made, trace.steps)
+        written = (trace.commit_step >= 0) & (trace.commit_step < made[:, None])
+        open_slot = -1 if self.mask_token_id is None else self.mask_token_id
+
+        def kept(value: Tensor) -> Tensor:
+            return torch.where(written, value, 0)
+
+        assert trace.confidence is not None and trace.block_stop is not None
+        return State(
+            canvas=torch.where(written | self.hinted, self.canvas, open_slot),
+            commit_step=torch.where(written, trace.commit_step, -1),
+            steps=made,
+            hinted=self.hinted,
+            raw_log_prob=kept(trace.raw_log_prob),
+            confidence=kept(trace.confidence),
+            log_prob=None if trace.log_prob is None else kept(trace.log_prob),
+            entropy=None if trace.entropy is None else kept(trace.entropy),
+            block_stop=torch.where(written, trace.block_stop, -1),
+            exact=self.exact,
+        )
+
+    def completion_at(self, step: int) -> Tensor:
+        """What each row would have become, had all that was open before this step been written at once.
+
+        Args:
+            step: a row's own step, from 0. Rows that made fewer are as they ended.
+
+        Returns:
+            long `[N, L]`: written tokens, and the most probable ones of open slots; -1 at slots that did not exist.
+
+        Raises ValueError if that was not recorded.
+        """
+        predictions, asked = self.trace.predictions, None if self.decoding is None else self.decoding.record_steps
+        if predictions is None:
+            raise ValueError('predictions were not recorded; DecodingConfig(record=("predictions",)) asks for them')
+        if step < 0 or (asked is not None and step not in asked):
+            allowed = "0 and larger" if asked is None else ", ".join(map(str, asked))
+            raise ValueError(f"step={step} was not recorded; allowed: {allowed}")
+        made = self.trace.steps > step
+        column = step if asked is None else asked.index(step)
+        if column >= predictions.shape[1]:
+            return self.canvas.clone()
+        found = torch.where(made[:, None], predictions[:, column].long(), self.canvas)
+        if bool((found[made] < 0).all(-1).any()):
+            raise ValueError(f"step={step} of some rows was made before they were taken up from a state")
+        return found
 
     def states(self) -> Iterator[Tensor]:
         """The canvas `[N, L]` that the model saw before each step, from the first step to the longest row's last.
@@ -298,17 +380,25 @@ def _picked_events(mine: Events, others: Events, order: list[int], behind: int) 
     return Events(**columns)
 
 
-def _as_wide(
-    mine: Tensor | None, others: Tensor | None, like: Tensor, rows: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Two `[N, S]` tensors padded with zeros to the same S; one that is missing is all zeros, unless both are."""
-    if mine is None and others is None:
-        return None, None
-    mine = like.new_zeros(len(like), 0) if mine is None else mine
-    others = like.new_zeros(rows, 0) if others is None else others
+_PER_STEP: dict[str, float] = {
+    "selection_log_prob": 0.0,
+    "predictions": -1,
+    "fillings": -1,
+    "filling_log_probs": 0.0,
+    "flagged": False,
+}
+"""What a trace has per step, and what stands behind a row's last one."""
+
+
+def _as_wide(mine: Tensor, others: Tensor, blank: float) -> tuple[Tensor, Tensor]:
+    """Two tensors `[N, S, ...]` padded to the same S."""
     width = max(mine.shape[1], others.shape[1])
-    pad = torch.nn.functional.pad
-    return pad(mine, (0, width - mine.shape[1])), pad(others, (0, width - others.shape[1]))
+
+    def padded(value: Tensor) -> Tensor:
+        missing = value.new_full((len(value), width - value.shape[1], *value.shape[2:]), blank)
+        return torch.cat([value, missing], dim=1)
+
+    return padded(mine), padded(others)
 
 
 def valid_mask(canvas: Tensor, eos_token_ids: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """The state of the rows that are alive: how they start, where each is, and what is left of them when they leave.
 
-Owns admission, blocks, changes of length and compaction. What is fed to the model is in `feed.py`, what a step does
-with the answer in `step.py`.
+Owns admission, blocks and compaction. Changes of length are in `lengths.py`, what is fed to the model in `feed.py`,
+what a step does with the answer in `step.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rl4dlm.rollout.caches.store import KeyValueStore
 from rl4dlm.rollout.constraints.automata import Constraint, reading_of
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import Reading
-from rl4dlm.rollout.memory import Memory, moved
+from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
 from rl4dlm.rollout.record import COMPLETE, EOS, KEPT, Record
-from rl4dlm.rollout.rollout import EventKind
-from rl4dlm.rollout.schedules.parts import BlockStart, Resize, Schedule
+from rl4dlm.rollout.requests import Requests
+from rl4dlm.rollout.schedules.parts import BlockStart, Schedule
 
 CANDIDATES = "candidates"
 
@@ -146,7 +146,9 @@ class Rows:
         self.record, self.config, self.schedule, self.cache, self.noise = record, config, schedule, cache, noise
         self.choices, self.constraint, self.on_step, self.in_step = choices, constraint, on_step, in_step
         self.all_prompts, self.all_row_ids = prompts, row_ids
-        self.given = record.hinted.any(-1).tolist()  # rows of the call that begin with more than their prompt
+        begun = record.hinted | (record.commit_step >= 0)
+        self.given = begun.any(-1).tolist()  # rows of the call that begin with more than their prompt
+        self.begun = int(record.steps.max()) if len(prompts) else 0  # steps that some had made before
         self.counts = False  # whether steps are asked how many slots they settle
         self._ranges: dict[int, Tensor] = {}
         self._looked_up: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -156,7 +158,8 @@ class Rows:
             self.waiting.sort(key=lambda row: -len(prompts[row]))
         self.step_cap = step_cap(config, schedule)
         self.guided = config.cfg_scale > 0
-        self.reads: dict[str, Reading] = dict(schedule.reads)
+        self.requests = Requests(config.record, config.record_steps, config.num_fillings)
+        self.reads: dict[str, Reading] = {**schedule.reads, **self.requests.readings}
         if constraint is not None:
             self.reads[CANDIDATES] = reading_of(constraint)
         self.record.start_length[:] = schedule.start_length or config.canvas_length
@@ -172,7 +175,7 @@ class Rows:
             setattr(self, name, value)
         self.padded = not bool(self.keys.all())
         self.memory, self.cache_memory = Memory(), Memory()
-        self.steps_made = 0
+        self.steps_made = self.begun
         self.fed = torch.full_like(self.tokens, -1) if self.cache.tracks else None
         self.store: KeyValueStore | None = None
         if self.cache.uses_store:
@@ -190,8 +193,9 @@ class Rows:
             prompts[i, self.width - len(prompt) :] = torch.tensor(prompt)
             real[i, : self.width - len(prompt)] = False
         slot, keys = torch.tensor(rows, dtype=torch.long, device=device), real.to(device)
-        locked = self.record.hinted[slot, :length]
-        canvas = torch.where(locked, self.record.canvas[slot, :length], self.spec.mask_token_id)
+        locked, commit_step = self.record.hinted[slot, :length], self.record.commit_step[slot, :length]
+        written, steps = locked | (commit_step >= 0), self.record.steps[slot]
+        canvas = torch.where(written, self.record.canvas[slot, :length], self.spec.mask_token_id)
         prompt_lengths = keys[:, : self.width].sum(-1)
         offset = torch.zeros_like(prompt_lengths)
         if self.spec.attention in BLOCK_KINDS:
@@ -207,14 +211,13 @@ class Rows:
         def slots(value: int = -1) -> Tensor:
             return torch.full((count, length), value, device=device)
 
-        real_dtype = self.record.raw_log_prob.dtype
         return {
             "tokens": torch.cat([prompts.to(device), canvas], dim=1),
             "keys": keys,
             "positions": position_ids(keys),
             "prompt_lengths": prompt_lengths,
             "offset": offset,
-            "masked": ~locked,
+            "masked": ~written,
             "locked": locked,
             "choice": slots() if self.choices is None else self.choices.index[slot],
             "row_ids": torch.tensor([self.all_row_ids[row] for row in rows], dtype=torch.long, device=device),
@@ -225,19 +228,18 @@ class Rows:
             "reach": numbers(),
             "block": numbers(-1),
             "block_step": numbers(),
-            "total_step": numbers(),
+            "total_step": steps,
             "masked_at_start": numbers(),
             "before": numbers(-1),
             "refreshed": numbers(-1),
-            "stalled": numbers(),
+            "stalled": steps - 1 - commit_step.amax(-1),  # 0 where nothing happened yet
             "staying": flags(),
             "done": flags(),
             "reason": numbers(COMPLETE),
-            "nfe": numbers(),
-            "extra_forwards": numbers(),
-            "commit_step": slots(),
-            "block_stop": slots(),
-            **{name: torch.zeros(count, length, dtype=real_dtype, device=device) for name in KEPT},
+            "nfe": self.record.nfe[slot],
+            "extra_forwards": self.record.extra_forwards[slot],
+            "commit_step": commit_step,
+            **{name: getattr(self.record, name)[slot, :length] for name in ("block_stop", *KEPT)},
         }
 
     @property
@@ -386,53 +388,34 @@ class Rows:
         """Moves rows on to their next block; it may have no masked slots."""
         self.start = torch.where(moved & (self.block >= 0), self.stop, self.start)
         self.block = self.block + moved.long()
-        self.block_step = torch.where(moved, 0, self.block_step)
+        self.block_step = torch.where(moved, self._steps_in_block(), self.block_step)
         self.stop = torch.where(moved, self._block_end(), self.stop)
+
+    def _steps_in_block(self) -> Tensor | int:
+        """Steps that rows have made in the block that they enter; some only where they had begun it before this call.
+
+        A block is entered with the step after that of the last token before it.
+        """
+        if not self.begun:
+            return 0
+        before = self.commit_step.masked_fill(self.offsets >= self.start[:, None], -1)
+        return self.total_step - 1 - before.amax(-1)
+
+    def _masked_at_start(self) -> Tensor:
+        """long `[R]`, masked slots of the block when it was entered; what is there for rows under way stays."""
+        if not self.begun:
+            return torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+        since = (self.total_step - self.block_step)[:, None]
+        return ((self.masked | (self.commit_step >= since)) & (self.offsets < self.stop[:, None])).sum(-1)
 
     def _block_end(self) -> Tensor:
         rows = BlockStart(self.start, self.block, self.offset, self.length, self.masked, self.memory)
-        return torch.minimum(self.schedule.blocks.end(rows), self.length)
-
-    def _resize(self, change: Resize, total_step: Tensor, capped: Tensor) -> None:
-        at, count = change.at, torch.where(capped, 0, change.count.clamp(min=0))
-        grown = self.length + count
-        length = torch.minimum(torch.minimum(grown, change.limit), grown.new_tensor(self.config.canvas_length))
-        length = torch.where(capped, self.length, length)
-        if bool((length == self.length).all()) and not bool(count.any()):
-            return
-        slots = torch.arange(int(length.max()), device=at.device)
-        inserted = (slots >= at[:, None]) & (slots < (at + count)[:, None]) & (slots < length[:, None])
-        source = torch.where(slots < at[:, None], slots, slots - count[:, None])
-        source = source.masked_fill(inserted | (slots >= length[:, None]), -1)
-        self._log_resize(at, count, change.token, grown, length, total_step)
-        given = change.token != self.spec.mask_token_id
-        canvas = torch.where(inserted, change.token[:, None], moved(self.tokens[:, self.width :], source, 0))
-        self.masked = moved(self.masked, source, False) | (inserted & ~given[:, None])
-        self.locked = moved(self.locked, source, False) | (inserted & given[:, None])
-        self.choice = moved(self.choice, source, -1)
-        self.commit_step = moved(self.commit_step, source, -1)
-        self.block_stop = moved(self.block_stop, source, -1)
-        for name in KEPT:
-            setattr(self, name, moved(getattr(self, name), source, 0.0))
-        self.memory.move(source)
-        self.tokens = torch.cat([self.tokens[:, : self.width], canvas], dim=1)
-        self.keys = torch.cat([self.keys[:, : self.width], slots < length[:, None]], dim=1)
-        self.positions = position_ids(self.keys)
-        self.padded = not bool(self.keys.all())
-        self.length = length
-        self.start = torch.minimum(self.start + torch.where(at < self.start, count, 0), length)
-        self.reach = self.stop = self._block_end()
-
-    def _log_resize(
-        self, at: Tensor, count: Tensor, token: Tensor, grown: Tensor, length: Tensor, total_step: Tensor
-    ) -> None:
-        log, slots = self.record.log, self.slot + self.record.first
-        rows = torch.repeat_interleave(torch.arange(len(at), device=at.device), count)
-        if len(rows):
-            log.add(EventKind.INSERT, slots[rows], total_step[rows], at[rows], token[rows])
-        rows = (grown > length).nonzero().squeeze(-1)
-        if len(rows):
-            log.add(EventKind.TRUNCATE, slots[rows], total_step[rows], length[rows], torch.full_like(rows, -1))
+        end = self.schedule.blocks.end(rows)
+        if self.begun and not self.schedule.blocks.on_grid:  # a block that was begun ends where it was decided to
+            known = (self.offsets >= self.start[:, None]) & (self.block_stop > self.start[:, None])
+            decided = torch.where(known, self.block_stop, self.masked.shape[1] + 1).amin(-1)
+            end = torch.where(decided <= self.length, decided, end)
+        return torch.minimum(end, self.length)
 
     def _progress(self) -> Progress:
         return Progress(

@@ -15,6 +15,7 @@ from torch import Tensor
 from rl4dlm.rollout.constraints.automata import constrain
 from rl4dlm.rollout.feed import Feed
 from rl4dlm.rollout.record import DEAD_END, KEPT, STEP_CAP
+from rl4dlm.rollout.requests import FLAGGED, completed
 from rl4dlm.rollout.rollout import EventKind
 from rl4dlm.rollout.schedules.parts import BlockState, Step, best
 
@@ -65,7 +66,7 @@ class Batch(Feed):
                 break
             entered = True
         if entered:
-            self.masked_at_start = torch.where(self.block_step == 0, self.open.sum(-1), self.masked_at_start)
+            self.masked_at_start = self._masked_at_start()
         self.reach = self._reach()
         return settled
 
@@ -83,6 +84,8 @@ class Batch(Feed):
     def _step(self) -> None:
         schedule = self.schedule
         step = self._look()
+        if self.requests.complete:
+            self._complete(step)
         stop = schedule.blocks.settle(step)
         if stop is not None:
             self.stop = torch.where(self.block_step == 0, torch.minimum(stop, self.length), self.stop)
@@ -123,9 +126,21 @@ class Batch(Feed):
             forced = forced & ~commit.any(-1)
         else:
             forced = ~gained
-        commit = commit | self._admissible(step, scores, best(scores, eligible) & forced[:, None])
+        fallback = self._admissible(step, scores, best(scores, eligible) & forced[:, None])
+        commit = commit | fallback
+        if FLAGGED in self.requests.names:
+            slots = self.slot + self.record.first
+            self.record.answers.add(FLAGGED, slots, self.total_step, fallback.any(-1))
         self._write(step, commit, replace, remask)
         self._after(step, capped)
+
+    def _complete(self, step: Step) -> None:
+        """Records what the step would make of the whole canvas at once."""
+        rows = self.requests.due(step.total_step).nonzero().squeeze(-1)
+        slots, steps = (self.slot + self.record.first)[rows], step.total_step[rows]
+        state = (step.tokens[rows], step.masked[rows], step.length[rows])
+        for name in self.requests.readings:
+            self.record.answers.add(name, slots, steps, completed(*state, step.read[name][rows], name))
 
     def _admissible(self, step: Step, scores: Tensor, commit: Tensor) -> Tensor:
         """What the constraint lets pass of the slots to be written; changes `step.drawn` to what is written there."""

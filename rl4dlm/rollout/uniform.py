@@ -25,6 +25,7 @@ from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import entropy_of, lowest_argmax
 from rl4dlm.rollout.noise import NoiseSource
 from rl4dlm.rollout.record import EOS, Record
+from rl4dlm.rollout.requests import Requests
 from rl4dlm.rollout.rollout import Refinement, StopReason, Trace
 from rl4dlm.rollout.schedules.parts import CanvasSchedule
 
@@ -50,7 +51,7 @@ class CanvasRecord(Record):
             unsettled=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, entropy: bool) -> Trace:
+    def trace(self, *, drawn: bool, monotone: bool, resizes: bool, draws_positions: bool, requests: Requests) -> Trace:
         made = int(self.steps.max()) if len(self.steps) else 0
         # Copies: a slice would keep room for all the steps that were never needed.
         states = Refinement(self.tokens[:, :made].clone(), self.accepted[:, :made].clone())

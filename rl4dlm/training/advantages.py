@@ -36,6 +36,14 @@ def scaled(advantages: Tensor, rewards: Tensor, scale_rewards: str) -> Tensor:
     return scaled
 
 
+def z_scores(rewards: Tensor) -> Tensor:
+    """Rewards above their group's mean, over its population standard deviation; 0 where all are equal."""
+    above = rewards - rewards.nanmean(-1, keepdim=True)
+    deviation = above.square().nanmean(-1, keepdim=True).sqrt()
+    equal = ((rewards == rewards[:, :1]) | rewards.isnan()).all(-1, keepdim=True)
+    return torch.where(equal, torch.zeros_like(above), above / torch.where(equal, 1.0, deviation))
+
+
 def above_baseline(rewards: Tensor, baseline: str, scale_rewards: str) -> Tensor | None:
     """Advantages over one of `BASELINES`; None for the group's mean, which is TRL's own."""
     return None if baseline == "group_mean" else scaled(leave_one_out(rewards), rewards, scale_rewards)

@@ -1,40 +1,13 @@
 """Losses that TRL lacks, as functions of log-probabilities and weights.
 
-Owns formulas only. Where log-probabilities come from is the likelihood's business, averaging over processes the
-trainer's.
+Owns formulas only; those of clipped ratios are in `rl4dlm.training.clipping`. Where log-probabilities come from is the
+likelihood's business, averaging over processes the trainer's.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def clipped_surrogate(
-    log_ratio: Tensor, advantages: Tensor, low: float, high: float | None = None, dual_clip: float | None = None
-) -> Tensor:
-    """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, the loss of PPO (arXiv 1707.06347) and GRPO (arXiv 2402.03300).
-
-    Args:
-        log_ratio: log rho, per token or per sequence. advantages: broadcast against it.
-        low, high: clip range; `high` None: `low`.
-        dual_clip: c > 1, an upper bound `c |A|` of the loss where A < 0 (dual-clip PPO, arXiv 1912.09729); None: none.
-
-    Returns:
-        Of the shape of both together.
-    """
-    return clipped_ratio(log_ratio.exp(), advantages, low, high, dual_clip)
-
-
-def clipped_ratio(
-    ratio: Tensor, advantages: Tensor, low: float, high: float | None = None, dual_clip: float | None = None
-) -> Tensor:
-    """`clipped_surrogate` of something that stands for the ratio rho itself, such as a bound of it."""
-    clipped = ratio.clamp(1 - low, 1 + (low if high is None else high))
-    gain = torch.min(ratio * advantages, clipped * advantages)
-    if dual_clip is not None:
-        gain = torch.where(advantages < 0, torch.max(gain, dual_clip * advantages), gain)
-    return -gain
 
 
 def ratio_bound(log_ratio: Tensor, advantages: Tensor) -> Tensor:

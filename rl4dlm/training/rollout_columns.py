@@ -1,6 +1,7 @@
-"""What reward functions are told of how a completion was decoded, beside the columns of the dataset (A11).
+"""What reward functions and losses are told of how a completion was decoded.
 
-Owns the names and what they mean; they are part of the contract of reward plug-ins (`docs/rewards.md`).
+Owns the names and what they mean. Those of reward functions, which come beside the columns of the dataset, are part of
+the contract of reward plug-ins (`docs/rewards.md`); those of the batch are what an algorithm may learn from.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl4dlm.rollout.rollout import Rollout
+import torch
+from torch import Tensor
+
+from rl4dlm.rollout.rollout import Events, Rollout, Trace
 
 ROLLOUT_COLUMNS = ("nfe", "denoising_steps", "tokens_per_forward", "stop_reason", "rollout")
 """Keywords of reward functions, one value per completion; `rollout`, for those that name it, is the whole `Rollout`."""
@@ -35,3 +39,39 @@ def with_rollout(inputs: Sequence[Mapping[str, Any]], rollout: Rollout) -> list[
     """Copies of a dataset's rows with those columns, and `rollout` itself in each."""
     columns = {**rollout_columns(rollout), "rollout": [rollout] * len(rollout)}
     return [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
+
+
+def recorded_columns(trace: Trace) -> dict[str, Tensor]:
+    """The record of N rows as entries of a batch, batch first; what was not recorded is left out.
+
+    - `commit_step`: long `[N, L]`, the row's own step that wrote a token; -1 where none was drawn.
+    - `raw_log_probs`: float `[N, L]`, its log-probability then, under the model's own softmax.
+    - `sampled_log_probs`: float `[N, L]`, under the distribution that it was drawn from; at a temperature above 0.
+    - `commit_confidence`, `commit_entropy`: float `[N, L]`, of the untempered softmax after guidance and options.
+    - `block_stop`: long `[N, L]`, end of the block that was active.
+    - `events`: long `[N, E, 4]`, step, kind, position and token of everything that happened to a row, in order, where
+      schedules can take tokens back; rows of fewer events end in -1. `event_log_probs`: float `[N, E, 2]`, raw and as
+      drawn; 0 there.
+    """
+    found = {
+        "commit_step": trace.commit_step,
+        "raw_log_probs": trace.raw_log_prob,
+        "sampled_log_probs": trace.log_prob,
+        "commit_confidence": trace.confidence,
+        "commit_entropy": trace.entropy,
+        "block_stop": trace.block_stop,
+    }
+    columns = {name: values for name, values in found.items() if values is not None}
+    return columns if trace.events is None else columns | _events(trace.events, len(trace.commit_step))
+
+
+def _events(events: Events, rows: int) -> dict[str, Tensor]:
+    count = torch.bincount(events.row, minlength=rows)
+    place = torch.arange(len(events), device=events.row.device) - (count.cumsum(0) - count)[events.row]
+    shape = rows, int(count.max()) if rows else 0
+    what = torch.stack([events.step, events.kind, events.position, events.token], dim=-1)
+    how = torch.stack([events.raw_log_prob, events.log_prob], dim=-1)
+    padded = what.new_full((*shape, 4), -1), how.new_zeros(*shape, 2)
+    for dense, values in zip(padded, (what, how), strict=True):
+        dense[events.row, place] = values
+    return {"events": padded[0], "event_log_probs": padded[1]}

@@ -19,13 +19,14 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rl4dlm.likelihood.scoring import ViewScores, score_views
-from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.likelihood.views import Rows, StepFacts, Views
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.backward_per_view import loss_per_view
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.trainer import groups
-from rl4dlm.training.loss_parts import LossParts, PolicyScores, resized
+from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.metrics import rollout_gap
+from rl4dlm.training.ratios import RatioTrainer
 
 check_contract(
     GRPOTrainer,
@@ -40,7 +41,7 @@ check_contract(
 )
 
 
-class ScoringTrainer(LossParts):
+class ScoringTrainer(RatioTrainer):
     """Scores rows in an estimator's views; the loss of those scores is an algorithm's."""
 
     spec: DiffusionSpec
@@ -63,6 +64,10 @@ class ScoringTrainer(LossParts):
     def compared(self, scores: PolicyScores) -> Tensor:
         """What is kept of old and reference scores, `[B, ...]`, for a loss to compare with; scores per token."""
         return scores.log_probs
+
+    def as_drawn(self, scores: PolicyScores, width: int) -> tuple[Tensor, Tensor | None]:
+        """What is compared with the log-probabilities at drawing, `[B, C]`, and where; None: at every token."""
+        return scores.log_probs, None
 
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
         """bool `[B]`, the completions whose scores the loss depends on; the others are not scored. None: all.
@@ -152,8 +157,8 @@ class ScoringTrainer(LossParts):
                     inputs["old_per_token_logps"] = batch["old_per_token_logps"][:, None]
             if kept is not None:
                 scores = self._completed(scores, batch, kept)
-            if iteration == 0:
-                self._log_rollout_gap(scores.log_probs, inputs, kept)
+            if iteration == 0 and self.spec.noise == "mask":  # other tokens are drawn until the last step, not once
+                self._log_rollout_gap(*self.as_drawn(scores, width), inputs, kept)
             self._note(scores, batch)
             return self.loss(scores, batch)
 
@@ -225,7 +230,15 @@ class ScoringTrainer(LossParts):
             size = self.num_generations if self.model.training else self.num_generations_eval
             keyed = replace(rows, row_ids=groups(rows.row_ids, size))
         views = self.estimator.draw(keyed, seed=self.args.seed, iteration=iteration)
+        if self.estimator.views_vary:
+            views = views.first(self._views_of_all(views))
         return views if rows.given is None or self.scores_hints else views.without(rows.given)
+
+    def _views_of_all(self, views: Views) -> int:
+        """How many views some process needs: all score as many, so that sharded models' forwards stay in step."""
+        used = views.scored.any(-1).any(0).nonzero()
+        count = torch.tensor([int(used.max()) + 1 if len(used) else 1], device=views.hidden.device)
+        return min(int(self.accelerator.gather(count).max()), views.hidden.shape[1])
 
     def _view_scores(
         self,
@@ -288,9 +301,12 @@ class ScoringTrainer(LossParts):
         self.note(parts, batch["row_ids"])
 
     @torch.no_grad()
-    def _log_rollout_gap(self, scores: Tensor, inputs: dict[str, Any], kept: Tensor | None) -> None:
+    def _log_rollout_gap(
+        self, scores: Tensor, where: Tensor | None, inputs: dict[str, Any], kept: Tensor | None
+    ) -> None:
         width = scores.shape[1]
         mask = inputs["completion_mask"].bool() & resized(inputs["drawn"], width)
+        mask = mask if where is None else mask & where
         if kept is not None:
             mask = torch.zeros_like(mask).index_copy(0, kept, mask[kept])
         local = rollout_gap(resized(inputs["drawn_log_probs"], width), scores, mask)
@@ -300,7 +316,8 @@ class ScoringTrainer(LossParts):
 
 
 def rows_of(batch: dict[str, Any]) -> Rows:
-    """The rows of a batch that are to be scored."""
+    """The rows of a batch that are to be scored, with what was recorded of them."""
+    facts = StepFacts(batch.get("commit_entropy"), batch.get("commit_confidence"), batch.get("entropy_threshold"))
     return Rows(
         prompt_ids=batch["prompt_ids"],
         prompt_mask=batch["prompt_mask"],
@@ -309,6 +326,8 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         row_ids=batch["row_ids"],
         seen=batch.get("canvas_seen"),
         given=batch.get("hinted"),
+        commit_step=batch.get("commit_step"),
+        facts=facts,
     )
 
 

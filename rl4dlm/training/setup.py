@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.mean_field import MeanField
-from rl4dlm.likelihood.uniform import UniformMeanField
+from rl4dlm.likelihood.uniform import UniformMeanField, UniformNoise
 from rl4dlm.models import tokens
 from rl4dlm.models.adapters import check_adapter
 from rl4dlm.models.canvas import denoises_canvases
@@ -73,12 +74,20 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def mean_field(model: Any, p_mask_prompt: float, scope: str) -> MeanField:
+def mean_field(model: Any, p_mask_prompt: float, scope: str) -> Estimator:
     """The mean-field estimator for a model's noise."""
     base = base_model(model)
     if DiffusionSpec.of(base).noise == "uniform":
         return UniformMeanField(p_mask_prompt, scope, vocabulary_size=base.config.get_text_config().vocab_size)
     return MeanField(p_mask_prompt, scope)
+
+
+def of_noise(model: Any, estimator: Estimator) -> Estimator:
+    """An estimator that hides tokens behind a mask, for a model's noise: as it is, or with random tokens there."""
+    base = base_model(model)
+    if DiffusionSpec.of(base).noise == "uniform":
+        return UniformNoise(estimator, base.config.get_text_config().vocab_size)
+    return estimator
 
 
 def copy_of(model: Any) -> Any:

@@ -157,6 +157,10 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             )
         base = base_model(self.model)
         self.spec = DiffusionSpec.of(base)
+        if self.spec.noise != "mask" and self.needs_masks:
+            raise ValueError(
+                f"{type(self).__name__} is not offered for models with noise={self.spec.noise!r}: {self.needs_masks}"
+            )
         self.decoding = args.decoding(self.spec)
         warn_of_canvas(base, self.decoding.canvas_length)
         self.estimator = self.build_estimator()
@@ -233,6 +237,9 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
     @abstractmethod
     def build_estimator(self) -> Estimator:
         """The likelihood estimator, from `self.args`."""
+
+    needs_masks: str = ""
+    """Why the algorithm has no meaning for models whose noise is random tokens; empty: it may have one."""
 
     scores_hints: bool = False
     """Whether tokens that an intervention has given are scored and in `completion_mask`. They are nobody's choice."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ FORMS = [
     ELBO(1, "count"),
     ELBO(1, "count_with_zero"),
     ELBO(2, "count_with_zero", complement=True),
+    ELBO(2, "count", complement=True),
     ELBO(1, "bernoulli_count"),
     ELBO(2, "bernoulli_count", complement=True),
 ]
@@ -190,3 +193,123 @@ def test_independent_tokens_weighted_by_level_are_the_same_bound() -> None:
     views = estimator.views(batch, masks[:, None], level[:, None])
     found = (table.scores(estimator, views, batch.canvas_ids).sum(-1) * probability).sum()
     assert float(found) == pytest.approx(table.elbo(y), abs=1e-12)
+
+
+# --- pairs of counts --------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_of_counts_has_the_weight_of_the_completion_in_every_draw() -> None:
+    """Also where the first view hides everything: the second one then does so, too."""
+    batch = rows_of(torch.zeros(9, dtype=torch.long), 400, valid=4)
+    views = ELBO(6, "count", complement=True).draw(batch, seed=0, iteration=1)
+    total = views.weight.sum(-1).unflatten(1, (3, 2)).sum(-1)
+    torch.testing.assert_close(total, torch.full_like(total, 4 / 3), rtol=0, atol=1e-12)
+    first, second = views.scored[..., :4].unflatten(1, (3, 2)).unbind(2)
+    everything = first.all(-1)
+    assert 0.2 < float(everything.float().mean()) < 0.3  # one count of four
+    assert torch.equal(second, torch.where(everything[..., None], first, ~first))
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_pairs_of_counts_vary_less_than_those_that_may_hide_nothing(length: int) -> None:
+    """The mean over completions of the exact variance; for a single one either may be smaller."""
+    table, found = Tabular(length, seed=length), {"count": 0.0, "count_with_zero": 0.0}
+    for form in found:
+        estimator = ELBO(2, form, complement=True)
+        masks, level, probability = masks_of(form, length)
+        for y in completions(length):
+            batch = rows_of(y, len(masks))
+            views = estimator.views(batch, masks[:, None], level[:, None])
+            sums = table.scores(estimator, views, batch.canvas_ids).sum(-1)
+            found[form] += float((sums**2 * probability).sum() - (sums * probability).sum() ** 2)
+    assert found["count"] < 0.8 * found["count_with_zero"], found
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+BLOCK = 2
+
+
+def block_log_probs(table: Tabular, hidden: Tensor, y: Tensor) -> Tensor:
+    """Of y `[B, L]` in views `[B, K, L]`: each block given its own tokens as shown, and those before it, which are."""
+    block = torch.arange(table.length) // BLOCK
+    each = [
+        table.log_probs(y[:, None], torch.where(block == b, hidden, block > b)) * (block == b)
+        for b in range(int(block[-1]) + 1)
+    ]
+    return torch.stack(each).sum(0)
+
+
+def block_bound(table: Tabular, y: Tensor, valid: int) -> float:
+    """sum over blocks of the mean over orders of the block's tokens, given what is before it."""
+    total = 0.0
+    for first in range(0, valid, BLOCK):
+        own = list(range(first, min(first + BLOCK, valid)))
+        orders = list(itertools.permutations(own))
+        for order in orders:
+            steps = table.steps(y, (*range(first), *order))
+            total += float(steps[own].sum()) / len(orders)
+    return total
+
+
+def block_masks(valid: int, least: int) -> Iterator[tuple[Tensor, float]]:
+    """Masks `[valid]` of a uniform count in each block and a uniform subset of it, and their probabilities."""
+    sizes = [min(BLOCK, valid - first) for first in range(0, valid, BLOCK)]
+    each = [list(zip(*(x.tolist() for x in count_masks(size, least)), strict=True)) for size in sizes]
+    for parts in itertools.product(*each):
+        yield torch.tensor([hide for mask, _ in parts for hide in mask]), math.prod(p for _, p in parts)
+
+
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("form", ["count", "count_with_zero"])
+@pytest.mark.parametrize(("length", "valid"), [(4, 4), (5, 5), (4, 3)])
+def test_counts_of_blocks_and_of_the_canvas_are_unbiased_for_the_sum_of_block_bounds(
+    form: str, complement: bool, length: int, valid: int
+) -> None:
+    table, y = Tabular(length, seed=5), torch.arange(length) * 2 % TOKENS
+    expected, views = block_bound(table, y, valid), 2 if complement else 1
+    masks, _, probability = masks_of(form, valid)
+    in_blocks = list(block_masks(valid, 0 if form == "count_with_zero" else 1))
+    for estimator, mask, p in (
+        (ELBO(views, form, complement), masks, probability),
+        (
+            ELBO(views, form, complement, per_block=True, block_length=BLOCK),
+            torch.stack([m for m, _ in in_blocks]),
+            torch.tensor([p for _, p in in_blocks], dtype=torch.float64),
+        ),
+    ):
+        assert float(p.sum()) == pytest.approx(1, abs=1e-12)
+        batch = rows_of(y, len(mask), valid)
+        hidden = torch.nn.functional.pad(mask, (0, length - valid), value=True)
+        shown = estimator.views(batch, hidden[:, None], torch.zeros(len(mask), 1))
+        log_probs = block_log_probs(table, shown.hidden[..., 2:], batch.canvas_ids)
+        sums = (log_probs * shown.weight).sum((1, 2))
+        assert float((sums * p).sum()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_counts_of_blocks_vary_less_than_one_of_the_canvas() -> None:
+    table, y, length = Tabular(4, seed=5), torch.tensor([0, 2, 1, 0]), 4
+    batch = rows_of(y, 4000)
+    found = []
+    for more in ({}, {"per_block": True, "block_length": BLOCK}):
+        views = ELBO(1, "count", **more).draw(batch, seed=0, iteration=0)
+        log_probs = block_log_probs(table, views.hidden[..., -length:], batch.canvas_ids)
+        found.append(float((log_probs * views.weight).sum((1, 2)).var()))
+    assert found[1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("stratify", ["none", "views", "rows"])
+def test_counts_are_uniform_in_every_block_and_in_the_short_ones_of_the_grid(stratify: str) -> None:
+    """A prompt of two tokens and blocks of three from position zero: blocks of 1, 3, 3 and, at the end, 2 tokens."""
+    estimator = ELBO(
+        2, "count", stratify=stratify, per_block=True, block_length=3, block_origin="position_zero", scope="canvas"
+    )
+    hidden = estimator.draw(rows_of(torch.zeros(9, dtype=torch.long), 3000), seed=4, iteration=0).hidden[..., 2:]
+    for first, size in ((0, 1), (1, 3), (4, 3), (7, 2)):
+        part = hidden[..., first : first + size]
+        assert part.any(-1).all(), "every block has something to predict"
+        for view in range(2):
+            counts = part[:, view].sum(-1)
+            chi_square(counts.bincount(minlength=size + 1)[1:], torch.ones(size))
+            if size == 3:  # and each subset of a size is as likely
+                chi_square(mask_counts(part[:, view][counts == 2])[[3, 5, 6]], torch.ones(3))

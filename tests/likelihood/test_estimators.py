@@ -37,6 +37,9 @@ ESTIMATORS: list[Estimator] = [
     ELBO(form="count"),
     ELBO(form="count", stratify="rows"),
     ELBO(form="count_with_zero", complement=True, stratify="rows"),
+    ELBO(form="count", complement=True),
+    ELBO(form="count", per_block=True, block_length=3),
+    ELBO(form="count", complement=True, stratify="none", per_block=True, block_length=3, block_origin="position_zero"),
     ELBO(form="bernoulli_count", complement=True, level_range=(0.1, 1.0)),
     Quadrature(),
     Quadrature(masks="count", masks_per_node=2),
@@ -49,6 +52,8 @@ ESTIMATORS: list[Estimator] = [
     BlockELBO(block_length=3),
     LeftToRight(),
     LeftToRight(tokens_per_view=3),
+    LeftToRight(within="block", block_length=3),
+    LeftToRight(tokens_per_view=2, within="block", block_length=4, block_origin="position_zero"),
 ]
 
 
@@ -205,7 +210,10 @@ def test_one_view_at_a_time_gives_the_same_gradients(estimator: Estimator) -> No
         (IIDRatio, {"num_iterations": 0}, "num_iterations=0"),
         (ELBO, {"form": "counts"}, "form='counts'.*count_with_zero"),
         (ELBO, {"stratify": "batch"}, "stratify='batch'.*none, views, rows"),
-        (ELBO, {"form": "count", "complement": True}, "complement=True"),
+        (ELBO, {"per_block": True}, "block_length=None"),
+        (ELBO, {"per_block": True, "block_length": 4, "form": "bernoulli"}, "per_block=True.*form='bernoulli'"),
+        (ELBO, {"block_length": 4}, "block_length=4.*no effect with per_block=False"),
+        (ELBO, {"per_block": True, "block_length": 4, "block_origin": "prompt"}, "block_origin='prompt'"),
         (ELBO, {"form": "bernoulli", "complement": True, "num_views": 3}, "num_views=3"),
         (ELBO, {"num_views": True}, "num_views=True"),
         (Quadrature, {"nodes": 0}, "nodes=0"),
@@ -219,6 +227,9 @@ def test_one_view_at_a_time_gives_the_same_gradients(estimator: Estimator) -> No
         (BlockwiseBound, {"scored": "all"}, "scored='all'"),
         (BlockELBO, {"block_length": 0}, "block_length=0"),
         (LeftToRight, {"tokens_per_view": 1.5}, "tokens_per_view=1.5"),
+        (LeftToRight, {"within": "row"}, "within='row'.*canvas, block"),
+        (LeftToRight, {"within": "block"}, "block_length=None"),
+        (LeftToRight, {"block_length": 4}, "block_length=4.*no effect with within='canvas'"),
     ],
 )
 def test_settings_out_of_range_are_refused(kind: Any, settings: dict[str, Any], message: str) -> None:

@@ -25,7 +25,8 @@ from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
-from rl4dlm.training.losses import clipped_surrogate, denoising_cross_entropy, weighted_likelihood
+from rl4dlm.training.clipping import Clip, surrogate
+from rl4dlm.training.losses import denoising_cross_entropy, weighted_likelihood
 from tests.likelihood.tabular import Tabular, all_masks, completions, count_masks, iid_masks, joint, rows_of
 from tests.likelihood.test_estimators import ESTIMATORS, name, rows
 
@@ -227,7 +228,7 @@ def test_policy_gradients_of_exact_estimators_are_those_of_the_expected_reward(e
     p = scores.detach().exp()
     exact = torch.autograd.grad((scores.exp() * reward).sum(), table.logits, retain_graph=True)[0]
     advantages = reward - (p * reward).sum()
-    loss = clipped_surrogate(scores - scores.detach(), advantages, 0.2)
+    loss = surrogate(scores - scores.detach(), scores, advantages, Clip())
     found = torch.autograd.grad((p * loss).sum(), table.logits)[0]
     torch.testing.assert_close(-found, exact, rtol=0, atol=1e-12)
 
@@ -236,7 +237,7 @@ def test_the_surrogate_on_policy_is_reinforce_and_its_mean_gradient_vanishes_for
     scores = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     rewards = torch.linspace(0, 1, 8, dtype=torch.float64)
     for advantages in (rewards - rewards.mean(), rewards - (rewards.sum() - rewards) / 7, torch.zeros(8).double()):
-        loss = clipped_surrogate(scores - scores.detach(), advantages[:, None], 0.0, dual_clip=3.0)
+        loss = surrogate(scores - scores.detach(), scores, advantages[:, None], Clip("ppo", 0.0, dual=3.0))
         (found,) = torch.autograd.grad(loss.sum(), scores)
         (expected,) = torch.autograd.grad(weighted_likelihood(scores, advantages[:, None]).sum(), scores)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -49,7 +49,16 @@ BAD_SETTINGS = [
     ({"schedule_args": [1, 2]}, "schedule_args"),
     ({"suppress_token_ids": (-1,)}, "suppress_token_ids"),
     ({"defer_token_ids": (1.5,)}, "defer_token_ids"),
-    ({"record_entropy": "no"}, "record_entropy='no'.*True or False"),
+    ({"record": "predictions"}, "record='predictions'.*entropy, predictions"),
+    ({"record": ("prediction",)}, "record=.*'prediction'.*entropy, predictions"),
+    ({"record": ("filling_log_probs",)}, "filling_log_probs.*without 'fillings'"),
+    ({"record": ("predictions",), "cache": "dual"}, "record=.*'predictions'.*cache='dual'.*'none'"),
+    ({"record": ("flagged",), "draft_steps": 2}, "record=.*'flagged'.*draft_steps=2"),
+    ({"record_steps": (0,)}, "record_steps=.*no meaning.*predictions"),
+    ({"record_steps": (-1,), "record": ("predictions",)}, "record_steps=.*-1.*0 on"),
+    ({"record_steps": (), "record": ("predictions",)}, "record_steps=.*integers from 0 on"),
+    ({"num_fillings": 2}, "num_fillings=2.*no meaning.*fillings"),
+    ({"num_fillings": 0, "record": ("fillings",)}, "num_fillings=0.*1 or larger"),
 ]
 
 

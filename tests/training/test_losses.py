@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from rl4dlm.training.losses import (
-    clipped_ratio,
-    clipped_surrogate,
     denoising_cross_entropy,
     kl_estimate,
     ratio_bound,
@@ -34,42 +30,6 @@ def test_denoising_cross_entropy_is_a_weighted_sum_over_a_given_number_of_tokens
 
 def test_without_targets_it_is_zero_not_nan() -> None:
     assert denoising_cross_entropy(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(0)).item() == 0
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "dual_clip", "loss", "slope"),
-    [
-        (1.0, 2.0, None, -2.0, -2.0),
-        (1.3, 1.0, None, -1.28, 0.0),  # above 1 + high: nothing more to gain
-        (0.7, 1.0, None, -0.7, -0.7),
-        (0.7, -1.0, None, 0.8, 0.0),  # below 1 - low
-        (1.5, -1.0, None, 1.5, 1.5),
-        (9.0, -1.0, None, 9.0, 9.0),
-        (9.0, -1.0, 3.0, 3.0, 0.0),  # bounded
-        (9.0, 1.0, 3.0, -1.28, 0.0),  # for A < 0 only
-        (2.0, -1.0, 3.0, 2.0, 2.0),
-        (4.0, 0.0, 3.0, 0.0, 0.0),
-    ],
-)
-def test_the_surrogate_is_clipped(
-    ratio: float, advantage: float, dual_clip: float | None, loss: float, slope: float
-) -> None:
-    log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    found = clipped_surrogate(log_ratio, torch.tensor([advantage]), 0.2, 0.28, dual_clip)
-    assert found.tolist() == pytest.approx([loss])
-    assert torch.autograd.grad(found.sum(), log_ratio)[0].tolist() == pytest.approx([slope])
-    torch.testing.assert_close(clipped_ratio(log_ratio.exp(), torch.tensor([advantage]), 0.2, 0.28, dual_clip), found)
-
-
-def test_one_clip_range_is_for_both_sides_and_advantages_are_broadcast() -> None:
-    log_ratio, advantages = numbers(4, 5), numbers(4, 1, seed=1)
-    torch.testing.assert_close(
-        clipped_surrogate(log_ratio, advantages, 0.2), clipped_surrogate(log_ratio, advantages, 0.2, 0.2)
-    )
-    assert clipped_surrogate(log_ratio, advantages, 0.2).shape == (4, 5)
-    torch.testing.assert_close(
-        clipped_surrogate(log_ratio * 1e-9, advantages, 0.2), -advantages.expand(4, 5), rtol=1e-7, atol=1e-8
-    )
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])

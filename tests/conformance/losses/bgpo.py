@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.scoring import score_views
-from rl4dlm.training.losses import clipped_ratio, ratio_bound
+from rl4dlm.training.clipping import Clip, ratio_surrogate
+from rl4dlm.training.losses import ratio_bound
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import spec_of
 from tests.conformance.losses import Verdict, tools
@@ -97,7 +98,7 @@ def compare_parts(case: Case, difference: Tensor, advantages: Tensor, weights: T
     settings, outputs = case.settings, case.outputs
     low, high, most = (settings[f"clip_ratio_{name}"] for name in ("low", "high", "c"))
     bound = ratio_bound(difference, advantages)
-    values = clipped_ratio(bound, advantages, low, high, most)  # [B, K]
+    values = ratio_surrogate(bound, advantages, Clip("ppo", low, high, most))  # [B, K]
     plain, clipped = -advantages * bound, -advantages * bound.clamp(1 - low, 1 + high)
     tokens = tools.mask_of(case).sum(-1).double()
     terms = {

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Views
-from rl4dlm.training.losses import clipped_surrogate, kl_estimate
+from rl4dlm.training.clipping import Clip, surrogate
+from rl4dlm.training.losses import kl_estimate
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import spec_of
 from tests.conformance.losses import Verdict, tools
@@ -85,7 +86,7 @@ def literal_terms(case: Case, scores: Tensor, old: Tensor, ref: Tensor | None) -
     if case.settings["use_gspo"]:
         log_ratio = log_ratio.mean(-1, keepdim=True).expand_as(log_ratio)
     ratio = log_ratio.exp()
-    loss = clipped_surrogate(log_ratio, advantages, low, high)
+    loss = surrogate(log_ratio, scores, advantages, Clip("ppo", low, high))
     terms = {"ratio": ratio, "lower": (ratio * advantages < ratio.clamp(1 - low, 1 + high) * advantages).double()}
     if ref is not None and beta:
         terms["kl"] = kl_estimate(scores - ref, "k3")

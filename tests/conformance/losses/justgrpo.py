@@ -14,7 +14,7 @@ from rl4dlm.likelihood.left_to_right import LeftToRight
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.training.advantages import scaled
-from rl4dlm.training.losses import clipped_surrogate
+from rl4dlm.training.clipping import Clip, surrogate
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import spec_of
 from tests.conformance.losses import Verdict, tools
@@ -48,8 +48,8 @@ def run(case: Case, folder: Path) -> Verdict:
     if "per_token_logps" in outputs:
         tools.compare("per_token_logps", scores, outputs["per_token_logps"])
     if "loss_per_position" in outputs:
-        surrogate = clipped_surrogate(torch.zeros_like(scores), advantages[:, None], settings["eps"])
-        tools.compare("loss_per_position", surrogate.sum(0) * scale, outputs["loss_per_position"])
+        losses = surrogate(torch.zeros_like(scores), scores, advantages[:, None], Clip("ppo", settings["eps"]))
+        tools.compare("loss_per_position", losses.sum(0) * scale, outputs["loss_per_position"])
     trainer = tools.trainer_for(
         case,
         folder,

@@ -335,9 +335,9 @@ def test_a_row_is_the_same_in_every_batch(name: str, i: int, stop: bool):
 @every_example
 def test_a_record_without_entropies_is_otherwise_the_same(name: str, i: int):
     """Also where the schedule reads them: then they are there, though the record does not keep them."""
-    assert decoding(name, i).record_entropy
+    assert decoding(name, i).record == ("entropy",)
     for row, run in enumerate(runs(name, i)):
-        config = decoding(name, i, record_entropy=False)
+        config = decoding(name, i, record=())
         plain = alone(denoiser(), config, PROMPTS[row], HINTS[row], ROW_IDS[row], 5).rollout
         assert_same(run.rollout, plain, [0])
         assert plain.trace.entropy is None
@@ -366,8 +366,8 @@ def test_an_early_stop_changes_no_valid_token(name: str, i: int):
 def test_what_looks_at_entropies_says_so(name: str, i: int):
     """Entropies that are not recorded are not there at all, unless a schedule says that it looks at them."""
     kept, dropped = (
-        RolloutEngine(denoiser()).generate(PROMPTS[:2], decoding(name, i, record_entropy=record), seed=3)
-        for record in (True, False)
+        RolloutEngine(denoiser()).generate(PROMPTS[:2], decoding(name, i, record=record), seed=3)
+        for record in (("entropy",), ())
     )
     assert torch.equal(kept.canvas, dropped.canvas) and torch.equal(kept.nfe, dropped.nfe)
 
