@@ -202,7 +202,7 @@ def positions_of_completion(run: Run, tokenizer: Any) -> float:
     """What the budget `positions` allows a completion: its rollout in full, and some views."""
     prompts = [len(tokenizer(row["prompt"]).input_ids) for row in task_of(run, size=256).rows("train")]
     columns = sum(prompts) / len(prompts) + run.ground.canvas
-    return columns * (run.settings().get("denoising_steps") or run.ground.canvas // TRAINED) + columns * run.scale.views
+    return columns * (run.ground.canvas // TRAINED + run.scale.views)
 
 
 def task_of(run: Run, *, size: int | None = None) -> Task:
