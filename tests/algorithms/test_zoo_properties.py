@@ -64,7 +64,8 @@ CASES = {
     "agrpo-recorded": Case("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded", "aggregation": "steps"}),
     "d2": Case("D2Trainer", {"num_scored_steps": 2}),
     "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
-    "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
+    "egspo": Case("EGSPOTrainer", {"num_scored_steps": 2, "aggregation": "tokens"}),
+    "egspo-sa": Case("EGSPOTrainer", {"num_scored_steps": 2, "step_lambda": 0.5}),
 }
 WHOLE_GROUPS = {
     "dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"}),
