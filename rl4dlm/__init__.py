@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DreamCoderRLConfig as DreamCoderRLConfig,
         DreamCoderRLTrainer as DreamCoderRLTrainer,
     )
+    from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
@@ -94,6 +95,8 @@ _MODULE_OF = {
     "AGRPOTrainer": "rl4dlm.algorithms.agrpo",
     "CJGRPOConfig": "rl4dlm.algorithms.cj_grpo",
     "CJGRPOTrainer": "rl4dlm.algorithms.cj_grpo",
+    "EGSPOConfig": "rl4dlm.algorithms.egspo",
+    "EGSPOTrainer": "rl4dlm.algorithms.egspo",
     "D2Config": "rl4dlm.algorithms.d2",
     "D2Trainer": "rl4dlm.algorithms.d2",
     "DiPOConfig": "rl4dlm.algorithms.dipo",

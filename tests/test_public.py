@@ -21,6 +21,7 @@ SIGNATURES = {
     "AGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CJGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "D2Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "EGSPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -125,6 +126,7 @@ SETTINGS = {
         "ar_loss_weight noise_floor eos_padding random_truncation"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
+    "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
     "ESPOConfig": "num_views complement form baseline",
     "IGPOConfig": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "

@@ -80,6 +80,8 @@ CASES = {
             "kl_estimator": "k2",
         },
     ),
+    "egspo": Case("EGSPOTrainer", {"num_scored_steps": 2, "aggregation": "tokens"}),
+    "egspo-sa": Case("EGSPOTrainer", {"num_scored_steps": 2, "step_lambda": 0.5}),
 }
 WHOLE_GROUPS = {
     "dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"}),

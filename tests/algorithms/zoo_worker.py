@@ -38,6 +38,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "DreamCoderRLTrainer": {"substitute_groups": False},
     "CJGRPOTrainer": {},
     "AGRPOTrainer": {"num_scored_steps": 2, "beta": 0.04},
+    "EGSPOTrainer": {"num_scored_steps": 2, "step_lambda": 0.5},
     "TraceRLTrainer": {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}},
     "IGPOTrainer": {
         "beta": 0.04, "free_tail": 0, "hint_ratio": [0.5, 1.0], "chunk_length": [1, 2], "hide_answer": False,
