@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
+    from rl4dlm.algorithms.lightningrl import (
+        LightningRLConfig as LightningRLConfig,
+        LightningRLTrainer as LightningRLTrainer,
+    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
+    from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.tree_rpo import TreeRPOConfig as TreeRPOConfig, TreeRPOTrainer as TreeRPOTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
@@ -118,6 +123,8 @@ _MODULE_OF = {
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",
     "JustGRPOTrainer": "rl4dlm.algorithms.justgrpo",
+    "LightningRLConfig": "rl4dlm.algorithms.lightningrl",
+    "LightningRLTrainer": "rl4dlm.algorithms.lightningrl",
     "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
@@ -129,6 +136,8 @@ _MODULE_OF = {
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
     "State": "rl4dlm.rollout.state",
+    "StableDRLConfig": "rl4dlm.algorithms.stabledrl",
+    "StableDRLTrainer": "rl4dlm.algorithms.stabledrl",
     "Trace": "rl4dlm.rollout.rollout",
     "TreeRPOConfig": "rl4dlm.algorithms.tree_rpo",
     "TreeRPOTrainer": "rl4dlm.algorithms.tree_rpo",

@@ -14,18 +14,23 @@ REPOSITORIES = {
     "diffu_grpo": "dllm-reasoning/d1",
     "dmpo": "yuchen-zhu-zyc/DMPO",
     "dream_coder_rl": "DreamLM/Dream-Coder",
+    "cj_grpo": "yjyddq/EOSER-ASS-RL",
     "espo": "ML-GSAI/ESPO",
     "igpo": "facebookresearch/igpo",
     "justgrpo": "LeapLabTHU/JustGRPO",
     "spg": "facebookresearch/SPG",
+    "stabledrl": "JianyuanZhong/StableDRL",
+    "tracerl": "Gen-Verse/dLLM-RL",
     "wd1": "xiaohangt/wd1",
 }
 
 THEIR_NAMES = {
     "denoising_steps": "diffusion_steps",
     "warmup_steps": "warmup_ratio (d1, SPG, wd1, ESPO, DMPO: a share of all steps)",
-    "num_views": "num_t (SPG), 2 * num_mc (ESPO), num_replicates (DMPO)",
+    "num_views": "num_t (SPG), 2 * num_mc (ESPO), num_replicates (DMPO), num_mc_samples (StableDRL)",
     "masking": "forward_type",
+    "epsilon_high": "ais_clip_iw - 1 (StableDRL)",
+    "self_normalize": "use_snis (StableDRL)",
     "negatives": "logp_estimation",
     "task_args.style": "the prompt",
     "hint_ratio": "inpaint_chunk_ratio_low, inpaint_chunk_high_initial_ratio",
@@ -84,6 +89,31 @@ def _d1(task: str, iterations: int) -> dict[str, Flag]:
     }
 
 
+def _cj(iterations: int) -> dict[str, Flag]:
+    mine = {name: value for name, value in _D1.items() if name not in ("p_mask_prompt", "block_length")}
+    return _in(
+        "cj-grpo/slurm_scripts/train.yaml",
+        **mine,
+        block_length=128,
+        temperature=1.0,
+        epsilon=0.5,
+        beta=0.04,
+        gradient_accumulation_steps=2,
+        num_iterations=iterations,
+    )
+
+
+_TRACERL = {
+    "epsilon": 0.2,
+    "beta": 0.01,
+    "learning_rate": 1e-6,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
+
+
 def _wd1(task: str, iterations: int) -> dict[str, Flag]:
     return {
         **_in("wd1/train.yaml", **_D1, gradient_accumulation_steps=2, num_train_epochs=10),
@@ -111,6 +141,37 @@ def _spg(script: str, eubo_beta: float, **settings: Any) -> dict[str, Flag]:
             eubo_beta=eubo_beta,
         ),
         **_in(file, **settings),
+    }
+
+
+def _stabledrl(script: str, learning_rate: float) -> dict[str, Flag]:
+    return {
+        **_in(
+            f"configs/{script}_spg_snis.yaml",
+            **_ADAM,
+            dtype="bfloat16",
+            seed=113,
+            weight_decay=0.1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            max_steps=2000,
+            num_generations=16,  # 8, taken twice
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=4,
+            num_iterations=2,
+            max_completion_length=256,
+            denoising_steps=128,
+            block_length=32,
+            temperature=0.9,
+            num_views=2,
+            p_mask_prompt=0.15,
+            eubo_beta=1.5,
+            mix_weight=0.5,
+            self_normalize="group",
+            epsilon_high=4.0,
+        ),
+        **_in("training/training_loop_spg_snis.py", negatives="mix"),
+        **_in("networks/llada_svpo.py", masking="block_random", epsilon=1.0, ratio_norm="length", scale_rewards="none"),
     }
 
 
@@ -212,6 +273,10 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         max_prompt_length=1500,
         task_args__style="spg",
     ),
+    "stabledrl/gsm8k_llada-8b": _stabledrl("gsm8k_math", 2e-6),
+    "stabledrl/math_llada-8b": _stabledrl("math", 2e-6),
+    "stabledrl/countdown_llada-8b": _stabledrl("countdown", 1e-6),
+    "stabledrl/sudoku_llada-8b": _stabledrl("sudoku", 1e-6),
     "espo/gsm8k_llada-8b": _espo(
         "run_gsm8k_llada.sh",
         **_ESPO_LORA,
@@ -313,6 +378,26 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         ),
         **_in("src/open_r1/coupled_grpo.py", baseline="leave_one_out"),
     },
+    "cj_grpo/gsm8k_llada-8b": _cj(12),
+    "cj_grpo/sudoku_llada-8b": _cj(8),
+    "tracerl/math_sdar-8b": _in(
+        "configs/rl_sdar.yaml",
+        **_TRACERL,
+        max_completion_length=2000,
+        num_generations=16,
+        temperature=1.0,
+        merge=1,
+        schedule="threshold",
+    ),
+    "tracerl/math_llada-8b": _in(
+        "configs/rl_llada.yaml",
+        **_TRACERL,
+        max_completion_length=512,
+        block_length=32,
+        num_generations=8,
+        temperature=0.8,
+        merge=8,
+    ),
     "dream_coder_rl/code_dream-coder-7b": _in(
         "instruct/examples/training/run_rl.sh",
         epsilon_high=0.28,
@@ -343,12 +428,14 @@ DELIBERATE: dict[tuple[str, str], str] = {
     ("diffu_grpo/sudoku_llada-8b", "temperature"): "0.3 is what d1's script means: a missing backslash loses the flag",
     ("diffu_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("wd1/sudoku_llada-8b", "max_prompt_length"): _CUT,
+    ("cj_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("coupled_grpo/acecode_diffucoder-7b", "temperature"): "the paper's 1.2",
     ("coupled_grpo/acecode_diffucoder-7b", "baseline"): "the paper's",
 }
 """Settings that deviate on purpose, and why; `*` is every configuration."""
 
 NOT_HELD = {
+    "dipo/math_sdar-8b": "the files of its settings are not in a published snapshot that was read",
     "spg/code_llada-8b": "the repository has no script for code",
     "sft/s1k_llada-8b": "its settings are held by `test_sft_has_the_published_settings`",
 }

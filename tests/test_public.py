@@ -18,6 +18,12 @@ import rl4dlm
 ROOT = Path(__file__).resolve().parent.parent
 
 SIGNATURES = {
+    "AGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "CJGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "D2Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -41,6 +47,7 @@ SIGNATURES = {
         "chunk_length max_replaced_share free_tail max_stretch max_gap"
     ),
     "Intervention": "",
+    "LightningRLTrainer": "args kwargs",
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
@@ -49,6 +56,7 @@ SIGNATURES = {
     "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "State": "canvas commit_step steps hinted raw_log_prob confidence log_prob entropy block_stop exact",
+    "StableDRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
     "confidence entropy block_stop predictions fillings filling_log_probs flagged",
     "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -91,8 +99,14 @@ SIGNATURES = {
 }
 """Parameters of functions and classes, in their order."""
 
+_TRAJECTORY = (
+    "steps num_scored_steps merge step_proposal step_scale ratio_unit ratio_norm clip aggregation old_policy kl_unit"
+)
 SETTINGS = {
     "BGPOConfig": "num_views stratify complement",
+    **dict.fromkeys(
+        ["AGRPOConfig", "CJGRPOConfig", "D2Config", "DiPOConfig", "TraceRLConfig", "TrajectoryConfig"], _TRAJECTORY
+    ),
     "CoupledGRPOConfig": "pairs level_range baseline",
     "DMPOConfig": (
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
@@ -104,7 +118,7 @@ SETTINGS = {
         "schedule denoising_steps block_length cfg_scale cache cache_args rollout_compile stop_at_eos min_new_tokens "
         "eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
         "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
-        "overlong_prompts log_replays audit_share audit_bound audit_action rollout_correction "
+        "overlong_prompts log_replays clip self_normalize audit_share audit_bound audit_action rollout_correction "
         "rollout_correction_clip_max"
     ),
     "DiffusionSFTConfig": (
@@ -117,8 +131,13 @@ SETTINGS = {
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"
     ),
-    "JustGRPOConfig": "tokens_per_view",
+    "JustGRPOConfig": "tokens_per_view within",
+    "LightningRLConfig": (
+        "correctness_reward correct_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
+        "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
+    ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
+    "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt",
@@ -141,6 +160,7 @@ METRICS = {
     "diffusion/audit_max_delta",
     "diffusion/audit_ratio",
     "diffusion/early_eos_share",
+    "diffusion/effective_sample_share",
     "diffusion/identical_completion_groups",
     "diffusion/masked_nll",
     "diffusion/next_token_nll",
@@ -148,6 +168,8 @@ METRICS = {
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
     "diffusion/rows_scored_share",
+    "diffusion/scored_steps",
+    "diffusion/scored_token_share",
     "diffusion/tokens_per_forward",
 }
 

@@ -11,7 +11,8 @@ pass. BGPO replaces it by a lower bound of A times the ratio, which is a mean ov
 
 At the policy that made the completions b_v = 1, and the gradient is that of A times the evidence lower bound. Where
 A < 0, `delta` bounds the loss by delta |A| (dual clipping). A KL term, which the paper does without, is per view, too.
-Tokens that an intervention has given are in no bound and in no number of tokens.
+With `clip="unconditional"` no bound is needed: exp(d_v), the ratio of each view, is a constant weight of l_v. Tokens
+that an intervention has given are in no bound and in no number of tokens.
 
 `one_view=True` is what saves the memory here. It scores one view after another for every estimator and whatever is made
 of the views, at the price of one more forward pass, so that bounds are not needed for that; they are BGPO's loss.
@@ -37,7 +38,7 @@ from torch import Tensor
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import STRATIFY, check_choice
-from rl4dlm.training.clipping import Clip, ratio_surrogate
+from rl4dlm.training.clipping import ratio_surrogate
 from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
 from rl4dlm.training.losses import kl_estimate, ratio_bound
 from rl4dlm.training.setup import of_noise
@@ -108,6 +109,11 @@ class BGPOConfig(DiffusionPolicyConfig):
             raise ValueError("; ".join(refused))
         super().__post_init__()
         check_choice("bound_norm", self.bound_norm, BOUND_NORMS)
+        if self.clip == "log":
+            raise ValueError(
+                "clip='log' is not allowed: BGPO's bound of a ratio, which is clipped, may have no logarithm; choose "
+                "ppo, unconditional or none"
+            )
         self.estimator()
 
     def estimator(self) -> ELBO:
@@ -150,15 +156,16 @@ class BGPOTrainer(DiffusionPolicyTrainer):
         difference = self.log_ratio_to("old", each, batch) / size
         counts = batch["completion_mask"].any(-1)  # false: left out because it was truncated
         advantages = batch["advantages"][:, None]
-        bound = ratio_bound(difference, advantages)
-        low, high = self.epsilon_low, self.epsilon_high
-        values = ratio_surrogate(bound, advantages, Clip("ppo", low, high, self.args.delta))
-        outside = ((bound < 1 - low) & (advantages < 0)) | ((bound > 1 + high) & (advantages > 0))
-        self.log_mean("clip_ratio/region_mean", outside, counts[:, None].expand_as(bound))
+        if self.clip.kind == "unconditional":
+            log_ratio, values = difference, self.surrogate(difference, each / size, advantages, counts[:, None], batch)
+        else:
+            bound = ratio_bound(difference, advantages)
+            log_ratio, values = bound.log(), ratio_surrogate(bound, advantages, self.clip)
+        self.log_clipped(log_ratio, advantages, counts[:, None])
         if self.args.beta:
-            log_ratio = self.log_ratio_to(self.args.kl_target, each, batch) / size
-            divergence = kl_estimate(log_ratio, self.args.kl_estimator)
+            other = self.log_ratio_to(self.args.kl_target, each, batch) / size
+            divergence = kl_estimate(other, self.args.kl_estimator)
             values = values + self.args.beta * divergence
-            self.log_mean("kl", divergence, counts[:, None].expand_as(bound))
+            self.log_mean("kl", divergence, counts[:, None].expand_as(divergence))
         self.log_entropy(scores, batch["completion_mask"])
         return self.mean_over_rows(values.mean(-1) * counts)

@@ -34,10 +34,8 @@ from torch import Tensor
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.quadrature import Quadrature
-from rl4dlm.training.sequence_ratio import SequenceRatioConfig, SequenceRatioTrainer
+from rl4dlm.training.sequence_ratio import RATIO_NORMS, SequenceRatioConfig, SequenceRatioTrainer
 from rl4dlm.training.setup import of_noise
-
-RATIO_NORMS = ("length", "none")
 
 
 @dataclass

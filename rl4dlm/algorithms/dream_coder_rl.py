@@ -40,7 +40,7 @@ from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
 from rl4dlm.likelihood.views import Views
 from rl4dlm.rollout.noise import keyed_uniform
-from rl4dlm.training.clipping import Clip, surrogate
+from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import resized
@@ -187,19 +187,15 @@ class DreamCoderRLTrainer(DiffusionPolicyTrainer):
         assert scores.views is not None
         weights = self._weights(scores.views, batch).to(scores.log_probs.dtype)
         log_ratio = self.log_ratio_to("old", scores.log_probs, batch)
-        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        advantages = batch["advantages"][:, None]
-        losses = surrogate(
-            log_ratio, scores.log_probs, advantages, Clip("ppo", self.args.epsilon, high, self.args.delta)
-        )
+        advantages, counts = batch["advantages"][:, None], weights > 0
+        losses = self.surrogate(log_ratio, scores.log_probs, advantages, counts, batch)
         if self.args.beta:
             divergence = self.token_kl(scores.log_probs, batch)
             losses = losses + self.args.beta * divergence
             self.log_mean("kl", divergence, weights)
-        ratio = log_ratio.detach().exp()
-        clipped = ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+        clipped = torch.stack(clipped_units(log_ratio.detach(), advantages, self.clip)).any(0)
         self.log_mean("clip_ratio/region_mean", clipped, weights)
-        self.log_mean("entropy", scores.entropies, weights > 0)
+        self.log_mean("entropy", scores.entropies, counts)
         # Without any weight, nothing was visible next to what was hidden, and the sum is zero too.
         if self.args.loss_type == "dapo" and "weight_total" in batch:
             total = batch["weight_total"][0].to(losses.dtype)

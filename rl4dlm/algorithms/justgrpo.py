@@ -20,6 +20,11 @@ denoiser.
 With c tokens per step (`tokens_per_view`) rollouts and scores are c times cheaper, and the c tokens of a step are
 scored given what is before the first of them, which is how they were drawn: still exact.
 
+On a model that denoises block by block a completion is written from left to right within its blocks, and view k can be
+the state before token k of every block at once (`within="block"`, the default there): with blocks of b tokens b views
+in place of L, with the same scores. It is what Nemotron-Labs-Diffusion announced as a fast JustGRPO; no code of it is
+public, and the construction is ours.
+
 Decided differently from the released code:
 - It scores all tokens of the canvas and divides by its length; `scope="canvas"` and `loss_type="dr_grpo"` do that. The
   default is the valid tokens, and TRL's mean over all tokens of a generation batch.
@@ -33,7 +38,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rl4dlm.likelihood.left_to_right import LeftToRight
+from rl4dlm.likelihood.left_to_right import WITHIN, LeftToRight
+from rl4dlm.likelihood.masks import check_choice
+from rl4dlm.models.attention import BLOCK_KINDS
+from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 SCHEDULE = "left_to_right"
@@ -56,6 +64,8 @@ class JustGRPOConfig(DiffusionPolicyConfig):
 
     Args:
         tokens_per_view: c, tokens that a step of the rollout writes and a view scores; divides canvas and blocks.
+        within: what views count tokens in, `"canvas"` or `"block"`; None: `"block"` for models that denoise block by
+            block, else `"canvas"`.
         schedule: `"left_to_right"`; scores would not be those of completions that are written in another order.
         denoising_steps: None, or what c asks for: the canvas over c.
         one_view: on, since there are as many views as steps.
@@ -69,6 +79,10 @@ class JustGRPOConfig(DiffusionPolicyConfig):
     tokens_per_view: int = field(
         default=1, metadata={"help": "Tokens that a step of the rollout writes, and that a view scores."}
     )
+    within: str | None = field(
+        default=None,
+        metadata={"help": "What views count tokens in: canvas or block. Default: block where attention has blocks."},
+    )
     schedule: str = field(default=SCHEDULE, metadata={"help": "Decoding schedule: left_to_right."})
     one_view: bool = field(
         default=True,
@@ -79,6 +93,7 @@ class JustGRPOConfig(DiffusionPolicyConfig):
         if self.schedule != SCHEDULE:
             raise ValueError(f"schedule={self.schedule!r} is not allowed; JustGRPO decodes with {SCHEDULE}")
         self.estimator()
+        check_choice("within", self.within or "canvas", WITHIN)
         for name in ("max_completion_length", "block_length"):
             value = getattr(self, name)
             if value is not None and value % self.tokens_per_view:
@@ -115,9 +130,22 @@ class JustGRPOConfig(DiffusionPolicyConfig):
                 "JustGRPO's scores are the probabilities that tokens were drawn with; set both to the same"
             )
 
-    def estimator(self) -> LeftToRight:
-        """The estimator that these settings describe; ValueError for settings that describe none."""
-        return LeftToRight(self.tokens_per_view, self.scope)
+    def estimator(self, spec: DiffusionSpec | None = None) -> LeftToRight:
+        """The estimator that these settings describe, for a model if given; ValueError where they describe none."""
+        blocks = spec is not None and spec.attention in BLOCK_KINDS
+        if blocks and spec is not None and spec.grid_origin == "position_zero" and self.tokens_per_view > 1:
+            raise ValueError(
+                f"tokens_per_view={self.tokens_per_view} is not allowed for a model whose blocks begin at position 0: "
+                "prompts end inside of them, and the rest is not written in steps of as many tokens; allowed: 1"
+            )
+        if spec is None or self.within == "canvas" or (self.within is None and not blocks):
+            return LeftToRight(self.tokens_per_view, self.scope)
+        if not blocks:
+            raise ValueError(
+                f"within='block' is not allowed for a model with attention={spec.attention!r}, which would see later "
+                "blocks; allowed: 'canvas'"
+            )
+        return LeftToRight(self.tokens_per_view, self.scope, "block", spec.block_length, spec.grid_origin)
 
 
 class JustGRPOTrainer(DiffusionPolicyTrainer):
@@ -137,8 +165,8 @@ class JustGRPOTrainer(DiffusionPolicyTrainer):
     }
 
     def build_estimator(self) -> LeftToRight:
-        """One view per step of the rollout."""
-        return self.args.estimator()
+        """One view per step of the rollout, or per step of a block."""
+        return self.args.estimator(self.spec)
 
     def _check_intervention(self) -> None:
         raise ValueError(

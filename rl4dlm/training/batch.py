@@ -34,7 +34,7 @@ check_contract(
     },
     attributes=[
         "_logs", "_metrics", "_tokenizer", "multi_objective_aggregation", "num_generations", "num_generations_eval",
-        "num_iterations", "reward_weights",
+        "num_iterations", "reward_func_names", "reward_weights",
     ],
     keys={
         "_generate_and_score_completions": [
@@ -53,6 +53,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     intervention: Intervention | None
     _current_rollout: Rollout | None
     _rewards_per_func: Tensor | None
+    _scored_rewards: Tensor | None = None
     _replaced_rows: list[int]
     _replays: TrainingReplays
 
@@ -95,16 +96,25 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
 
         What completions of a prompt have in common is computed once if they are in one micro-batch. Which rows make a
         step, and so its gradient, stays the shuffle's; with `loss_type="bnpo"`, whose means are of micro-batches, these
-        stay the shuffle's, too.
+        stay the shuffle's, too. Not with `self_normalize="group"`, which needs whole groups: of these, the shuffle
+        decides the order.
         """
         length, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if self.loss_type == "bnpo" or (length % accumulated and accumulated % length):
+        whole = self.args.self_normalize == "group"
+        if not whole and (self.loss_type == "bnpo" or (length % accumulated and accumulated % length)):
             return batch  # the micro-batches of a step are others in each pass
         row_ids = batch["row_ids"]
         window = len(row_ids) // length * min(length, accumulated)  # rows that are in one step in every pass
         _, group = torch.unique(groups(row_ids, self.num_generations), return_inverse=True)
-        step = torch.arange(len(row_ids), device=row_ids.device) // window
-        order = (step * len(row_ids) + group).argsort(stable=True)
+        place = torch.arange(len(row_ids), device=row_ids.device)
+        if whole:
+            copy = (row_ids[:, None] == row_ids).tril(-1).sum(1)  # of a group that is there twice
+            _, group = torch.unique(group * len(row_ids) + copy, return_inverse=True)
+            order = (
+                torch.full_like(place, len(place)).scatter_reduce(0, group, place, "amin")[group].argsort(stable=True)
+            )
+        else:
+            order = (place // window * len(row_ids) + group).argsort(stable=True)
         places = order.tolist()
 
         def reordered(value: Any) -> Any:
@@ -119,6 +129,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         rollout, rewards = self._current_rollout, self._rewards_per_func
         assert rollout is not None and rewards is not None
         self._current_rollout = self._rewards_per_func = None
+        self._scored_rewards = rewards
         device, training = self.accelerator.device, self.model.training
         mode, num_generations = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
         # Batch-first tensors only: TRL shuffles and splits every entry along the first dimension.
@@ -169,6 +180,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             self._replace_advantages(batch, rewards, num_generations)
         if training:
             self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
+        self._scored_rewards = None
         return batch
 
     def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
@@ -197,3 +209,12 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         """Weighted rewards `[N * G]`; NaN where no function could tell."""
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)
         return rewards.masked_fill(rewards_per_func.isnan().all(-1), torch.nan)
+
+    def rewards_of(self, name: str) -> Tensor:
+        """`[N, G]`, what the reward function of this name gave the completions of the batch that is being made.
+
+        For `advantages` and `prepare_batch`: of all processes, before `reward_weights`; NaN where it could not tell.
+        """
+        assert self._scored_rewards is not None
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        return self._scored_rewards[:, self.reward_func_names.index(name)].view(-1, generations)

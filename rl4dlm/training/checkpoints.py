@@ -70,7 +70,7 @@ _OF_THE_BATCH = (
 _NO_MATTER = (
     "one_view", "log_replays", "rollout_batch_size", "max_prompt_length", "overlong_prompts", "audit_share",
     "audit_bound", "audit_action", "rollout_correction", "rollout_correction_clip_max",
-    "rollout_compile",
+    "rollout_compile", "clip",
 )  # fmt: skip
 
 

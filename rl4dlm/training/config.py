@@ -18,6 +18,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.compiling import check_backend
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.training.audit_settings import AuditSettings, check_audit
+from rl4dlm.training.clip_settings import ClipSettings, check_clip
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
 from rl4dlm.training.precision import check_precision, settle
 
@@ -70,11 +71,12 @@ OWN_LOSS = {
 
 
 @dataclass
-class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
+class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
     """Settings of a `DiffusionPolicyTrainer`: those of `trl.GRPOConfig`, with these added or changed.
 
     `temperature`, `top_p`, `top_k`, `seed` and `max_completion_length` (the canvas) keep TRL's names. TRL's settings
-    for left-to-right generation are refused when set. Those of inexact rollouts are `AuditSettings`'.
+    for left-to-right generation are refused when set. Those of inexact rollouts are `AuditSettings`', those of policy
+    ratios `ClipSettings`'.
 
     Args:
         schedule: which tokens are written when; see `available_schedules()`.
@@ -276,6 +278,7 @@ class DiffusionPolicyConfig(AuditSettings, GRPOConfig):
         if self.eos_penalty_decay and not self.eos_penalty:
             raise ValueError("eos_penalty_decay=True has no effect with eos_penalty=0; set a penalty, or leave it out")
         check_backend("rollout_compile", self.rollout_compile)
+        check_clip(self)
         _check_delta(self)
         check_audit(self)
         self._check_kl()

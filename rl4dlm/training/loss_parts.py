@@ -111,7 +111,8 @@ class LossParts(GuardedTrainer, ResumableGRPOTrainer):
     @property
     def kl_is_trls(self) -> bool:
         """Whether the KL term, if there is one, is that of TRL's losses: k3 to the reference."""
-        return (self.args.kl_target, self.args.kl_estimator) == ("reference", "k3")
+        corrected = self.args.use_bias_correction_kl and self.args.clip != "ppo"  # by a ratio that TRL does not see
+        return (self.args.kl_target, self.args.kl_estimator) == ("reference", "k3") and not corrected
 
     def log_ratio_to(self, policy: str, current: Tensor, batch: dict[str, Any]) -> Tensor:
         """Log-ratios of the current policy to the `"old"` one or the `"reference"`, of the shape of `current`.

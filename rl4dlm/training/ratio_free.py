@@ -16,6 +16,8 @@ RATIO_SETTINGS = {
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
     "delta": _NO_RATIO,
+    "clip": _NO_RATIO,
+    "self_normalize": _NO_RATIO,
     "importance_sampling_level": _NO_RATIO,
     "off_policy_mask_threshold": _NO_RATIO,
     "kl_estimator": _NO_REFERENCE,

@@ -24,8 +24,9 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.backward_per_view import loss_per_view
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.trainer import groups
-from rl4dlm.training.loss_parts import LossParts, PolicyScores, resized
+from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.metrics import rollout_gap
+from rl4dlm.training.ratios import RatioTrainer
 
 check_contract(
     GRPOTrainer,
@@ -40,7 +41,7 @@ check_contract(
 )
 
 
-class ScoringTrainer(LossParts):
+class ScoringTrainer(RatioTrainer):
     """Scores rows in an estimator's views; the loss of those scores is an algorithm's."""
 
     spec: DiffusionSpec

@@ -7,7 +7,7 @@ the loss of a completion is
 
     rho = exp((B - B_old) / n),
 
-with B_old in the place of B_ref for `kl_target="old"`.
+with B_old in the place of B_ref for `kl_target="old"`. `clip` offers others in the place of the first term.
 
 The terms of a bound have no meaning as conditional log-probabilities of tokens, so nothing here is per token. A mean
 over completions follows, in which those that count for nothing (`mask_truncated_completions`) are zeros.
@@ -18,13 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from rl4dlm.training.clipping import Clip, surrogate
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.losses import kl_estimate
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer, PolicyScores
+
+RATIO_NORMS = ("length", "none")
+"""What the exponent of a ratio of sequences may be divided by."""
 
 _PER_TOKEN = "the loss here is one clipped ratio per sequence"
 _NOT_SUPPORTED = {
@@ -88,31 +89,12 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
             return (self.log_ratio_to(policy, scores.log_probs, batch) * mask).sum(-1)
 
         log_ratio, share = self.log_ratio(difference("old"), length)
-        clip = Clip("ppo", self.epsilon_low, self.epsilon_high, self.args.delta)
-        per_sequence = surrogate(log_ratio, log_ratio, advantages, clip) * share
-        measured: dict[str, Tensor] = {}
+        of_which, _ = self.log_ratio((scores.log_probs * mask).sum(-1), length)  # what rho is the ratio of
+        per_sequence = self.surrogate(log_ratio, of_which, advantages, counts, batch) * share
         if self.args.beta:
             kl = kl_estimate(difference(self.args.kl_target), self.args.kl_estimator) / length
             per_sequence = per_sequence + self.args.beta * kl
-            measured["kl"] = kl
-        self._log(log_ratio.exp(), advantages, counts, measured)
+            self.log_mean("kl", kl, counts)
+        self.log_clipped(log_ratio, advantages, counts)
         self.log_entropy(scores, mask)
         return self.mean_over_rows(per_sequence * counts)
-
-    @torch.no_grad()
-    def _log(self, ratio: Tensor, advantages: Tensor, counts: Tensor, measured: dict[str, Tensor]) -> None:
-        """TRL's metrics under TRL's names, of the completions that count."""
-        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        values = {**measured, "low": low, "high": high, "region": low | high}
-        local = torch.stack([value.to(ratio) for value in values.values()], dim=1)  # [B, metrics]
-        gathered, kept = self.accelerator.gather(local), self.accelerator.gather(counts)
-        gathered = gathered[kept] if kept.any() else gathered.new_zeros(1, len(values))
-        of = dict(zip(values, gathered.unbind(1), strict=True))
-        logged = self._metrics["train" if self.model.training else "eval"]
-        for name in measured:
-            logged[name].append(of[name].mean().item())
-        for name in ("low", "high", "region"):
-            logged[f"clip_ratio/{name}_mean"].append(of[name].mean().item())
-        logged["clip_ratio/low_min"].append(of["low"].min().item())
-        logged["clip_ratio/high_max"].append(of["high"].max().item())

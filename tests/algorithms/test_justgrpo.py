@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from rl4dlm import Inpainting, JustGRPOConfig, JustGRPOTrainer
+from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.training.loss_parts import resized
-from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, tokens_mean
+from tests.training.steps import check_first_iteration, check_gradient, lora_step, one_step, recording, tokens_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -94,3 +96,31 @@ def test_steps_follow_from_the_canvas(tokens_per_view: int, steps: int, tmp_path
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=said):
         JustGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
+
+
+def test_models_with_blocks_are_scored_in_as_many_views_as_a_block_has_tokens(make_trainer: Any) -> None:
+    """With the scores that completions were drawn with, and those of a view per token."""
+    seen = {}
+    for within in (None, "canvas"):
+        model = tiny_llada()
+        model.config.diffusion.update(attention="block_causal", block_length=4)
+        trainer = make_trainer(
+            trainer=recording(JustGRPOTrainer), config=JustGRPOConfig, model=model, denoising_steps=8, max_steps=1,
+            within=within,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.estimator.within == (within or "block")
+        assert trainer.state.log_history[0]["diffusion/rollout_gap"] < 1e-5
+        seen[within] = trainer.seen[0]
+        assert seen[within]["scores"].any()
+    torch.testing.assert_close(seen[None]["scores"], seen["canvas"]["scores"], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="within='block' is not allowed for a model with attention='full'"):
+        make_trainer(trainer=JustGRPOTrainer, config=JustGRPOConfig, denoising_steps=8, within="block")
+    model = tiny_llada()
+    model.config.diffusion.update(attention="block_causal", block_length=4, grid_origin="position_zero")
+    with pytest.raises(ValueError, match="tokens_per_view=2 is not allowed for a model whose blocks begin"):
+        make_trainer(
+            trainer=JustGRPOTrainer, config=JustGRPOConfig, model=model, tokens_per_view=2, denoising_steps=None
+        )
+    with pytest.raises(ValueError, match="within='row' is not allowed; choose one of canvas, block"):
+        make_trainer(trainer=JustGRPOTrainer, config=JustGRPOConfig, denoising_steps=8, within="row")

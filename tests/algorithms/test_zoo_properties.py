@@ -57,9 +57,34 @@ CASES = {
     "dream-coder": Case("DreamCoderRLTrainer", {"beta": 0.02}),
     "dream-coder-all-tokens": Case("DreamCoderRLTrainer", {"cart_p": None, "substitute_groups": False}),
     "igpo": Case("IGPOTrainer", {**HINTS, "beta": 0.04}),
+    "cj-grpo": Case("CJGRPOTrainer", {}),
+    "cj-grpo-steps": Case("CJGRPOTrainer", {"ratio_unit": "step", "kl_unit": "step", "aggregation": "step_sums"}),
+    "tracerl": Case("TraceRLTrainer", {"merge": 2}),
+    "agrpo": Case("AGRPOTrainer", {"num_scored_steps": 2}),
+    "agrpo-recorded": Case("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded", "aggregation": "steps"}),
+    "d2": Case("D2Trainer", {"num_scored_steps": 2}),
+    "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
+    "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
+    "lightningrl": Case("LightningRLTrainer", {"correct_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}),
+    "lightningrl-sequences": Case(
+        "LightningRLTrainer",
+        {
+            "correct_from": 0.5,
+            "min_speed_range": 0.0,
+            "speed_reward": "eighths",
+            "loss_type": "dapo",
+            "kl_average": "sequence",
+            "nll_average": "sequence",
+            "kl_estimator": "k2",
+        },
+    ),
 }
-WHOLE_GROUPS = {"dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"})}
-"""For steps that see all of a group: micro-batches are refused."""
+WHOLE_GROUPS = {
+    "dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"}),
+    "stabledrl": Case("StableDRLTrainer", {"block_length": 4}),
+    "diffu-grpo-normalised": Case("DiffuGRPOTrainer", {"clip": "unconditional", "self_normalize": "group"}),
+}
+"""For micro-batches that see all of a group: others are refused."""
 
 
 def denoiser() -> Any:
@@ -77,6 +102,11 @@ def eighths(completions: list[str], **columns: Any) -> list[float]:
     return [sum(map(ord, text)) % 8 / 8 for text in completions]
 
 
+def halves(completions: list[str], **columns: Any) -> list[float]:
+    """Right or wrong, by every character."""
+    return [sum(map(ord, text)) // 8 % 2 for text in completions]
+
+
 def one_dull_group(completions: list[str], **columns: Any) -> list[float]:
     """`eighths`, but for the first group, which teaches nothing."""
     return [0.5 if i < GROUP else reward for i, reward in enumerate(eighths(completions))]
@@ -88,6 +118,8 @@ def build(make_trainer: Callable[..., Any], case: Case, **changes: Any) -> Any:
     values: dict[str, Any] = {"model": denoiser(), "rewards": eighths, "max_grad_norm": 0.0, **case.settings}
     if trainer is rl4dlm.IGPOTrainer:
         values |= {"dataset": data(), "rewards": Verifier()}
+    if trainer is rl4dlm.LightningRLTrainer:
+        values["rewards"] = [halves, eighths]
     if case.settings.get("substitute_groups", True) and trainer is rl4dlm.DreamCoderRLTrainer:
         values["rewards"] = one_dull_group
     return make_trainer(trainer=recording(trainer), config=trainer.config_class, **{**values, **changes})

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COVERED = {
     "ass": "ascending step sizes",
     "spg": "SPG: bounds, losses, gradients",
+    "stabledrl": "StableDRL: bounds, weights, losses, gradients",
     "dmpo": "DMPO: evidence lower bounds, losses, gradients",
     "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
     "wd1": "wd1: scores, weights, losses, gradients",
@@ -66,7 +67,7 @@ COVERED = {
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
-        ("cj", "tracerl", "ebpo", "egspo", "stabledrl", "lightningrl"),
+        ("cj", "tracerl", "ebpo", "egspo", "lightningrl"),
         "losses on recorded trajectories, and of methods without a trainer here",
     ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
@@ -157,7 +158,7 @@ class Case:
 
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
-OBJECTIVES = ("bgpo", "coupled", "dmpo", "dreamcoder", "espo", "gdpo", "igpo", "justgrpo", "spg", "wd1")
+OBJECTIVES = ("bgpo", "coupled", "dmpo", "dreamcoder", "espo", "gdpo", "igpo", "justgrpo", "spg", "stabledrl", "wd1")
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
 

@@ -52,6 +52,8 @@ ESTIMATORS: list[Estimator] = [
     BlockELBO(block_length=3),
     LeftToRight(),
     LeftToRight(tokens_per_view=3),
+    LeftToRight(within="block", block_length=3),
+    LeftToRight(tokens_per_view=2, within="block", block_length=4, block_origin="position_zero"),
 ]
 
 
@@ -225,6 +227,9 @@ def test_one_view_at_a_time_gives_the_same_gradients(estimator: Estimator) -> No
         (BlockwiseBound, {"scored": "all"}, "scored='all'"),
         (BlockELBO, {"block_length": 0}, "block_length=0"),
         (LeftToRight, {"tokens_per_view": 1.5}, "tokens_per_view=1.5"),
+        (LeftToRight, {"within": "row"}, "within='row'.*canvas, block"),
+        (LeftToRight, {"within": "block"}, "block_length=None"),
+        (LeftToRight, {"block_length": 4}, "block_length=4.*no effect with within='canvas'"),
     ],
 )
 def test_settings_out_of_range_are_refused(kind: Any, settings: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from rl4dlm.algorithms.dmpo import DMPOTrainer
 from rl4dlm.algorithms.espo import ESPOTrainer
 from rl4dlm.algorithms.justgrpo import JustGRPOTrainer
 from rl4dlm.algorithms.spg import SPGTrainer
+from rl4dlm.algorithms.stabledrl import StableDRLTrainer
 from rl4dlm.algorithms.unigrpo import UniGRPOTrainer
 from rl4dlm.algorithms.wd1 import WD1Trainer
 from tests.training.conftest import reward
@@ -31,6 +32,7 @@ TRAINERS: list[type] = [
     BGPOTrainer,
     JustGRPOTrainer,
     SPGTrainer,
+    StableDRLTrainer,
     WD1Trainer,
     DMPOTrainer,
 ]
@@ -39,7 +41,7 @@ TRAINERS: list[type] = [
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_what_rewards_have_in_common_changes_nothing(make_trainer: Any, trainer: type) -> None:
     settings: dict[str, Any] = {"denoising_steps": 8 if trainer is JustGRPOTrainer else 2}
-    if trainer is SPGTrainer:
+    if issubclass(trainer, SPGTrainer):
         settings["block_length"] = 4
 
     def step(rewards: Any) -> dict[str, torch.Tensor]:

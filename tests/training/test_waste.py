@@ -47,10 +47,14 @@ LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
     "bgpo": ("BGPOTrainer", {"num_views": 3}),
     "spg": ("SPGTrainer", {"block_length": 4}),
     "spg-positive": ("SPGTrainer", {"block_length": 4, "negatives": "zero"}),
+    "stabledrl": ("StableDRLTrainer", {"block_length": 4, "self_normalize": "none"}),
+    "unconditional": ("DiffuGRPOTrainer", {**NO_KL, "clip": "unconditional"}),
     "wd1": ("WD1Trainer", {}),
     "dmpo": ("DMPOTrainer", {"alpha": 0.5, "num_views": 2}),
     "dream-coder": ("DreamCoderRLTrainer", {"substitute_groups": False}),
     "igpo": ("IGPOTrainer", {**HINTS, **NO_KL, "hint_entropy_share": 1.0}),
+    "cj-grpo": ("CJGRPOTrainer", NO_KL),
+    "agrpo": ("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded"}),
 }  # fmt: skip
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl": ("DiffuGRPOTrainer", {"beta": 0.04}),

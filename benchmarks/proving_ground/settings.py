@@ -1,0 +1,285 @@
+"""What is trained on what and how: tasks, models, a line for every algorithm and variation, and what a run is.
+
+Owns every number of the proving ground. Nothing is imported that is slow to import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "algorithms"
+TRAINED = 4
+"""Tokens per step that all train with."""
+SPEEDS = (1, 2, 4, 8)
+"""Tokens per step that all are measured with."""
+THRESHOLD = 0.9
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A task as it is used here.
+
+    Args:
+        arguments: of the task; those that the models were taught with.
+        canvas: completion slots. block: length of the blocks that are written left to right.
+        rewards: what is right, and the partial credit beside it.
+        checkpoints: models that know the task, by kind.
+        ends: whether an answer ends with an end token; else it fills the canvas.
+        own: settings of single algorithms that this task needs, by algorithm.
+    """
+
+    arguments: Mapping[str, Any]
+    canvas: int
+    block: int
+    rewards: tuple[str, str]
+    checkpoints: Mapping[str, str]
+    ends: bool = True
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
+TASKS = {
+    "arithmetic_steps": Ground(
+        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        canvas=32,
+        block=8,
+        rewards=("arithmetic_steps", "arithmetic_steps:steps"),
+        checkpoints=SMALL,
+    ),
+    "countdown_small": Ground(
+        {"max_number": 12, "max_tries": 1, "symbols": "+-*"},
+        canvas=32,
+        block=8,
+        rewards=("countdown_small", "countdown_small:tries"),
+        checkpoints=SMALL,
+    ),
+    "few_clue_sudoku": Ground(
+        {"max_clues": 3},
+        canvas=16,
+        block=16,
+        rewards=("few_clue_sudoku", "few_clue_sudoku:units"),
+        checkpoints={"full": "examples/demo_checkpoint"},
+        ends=False,
+        own={"spg": {"masking": "random"}, "igpo": {"hide_answer": False, "chunk_length": [1, 2]}},
+    ),
+}
+"""Language tasks as `benchmarks/make_models.py` has them, and the demo's puzzles."""
+MODELS = ("full", "shifted", "block")
+
+COMMON: dict[str, Any] = {
+    "num_generations": 8,
+    "num_iterations": 1,
+    "temperature": 1.0,
+    "beta": 0.0,
+    "reward_weights": [0.7, 0.3],
+    "scale_rewards": "group",
+    "learning_rate": 2e-4,
+}
+"""What all algorithms of RL share. Rates rise over five steps and fall linearly to zero over the budget."""
+
+_ABOVE = {"negative_advantage_weight": 0.0}  # only completions above the baseline teach; see docs/evidence.md
+
+
+@dataclass(frozen=True)
+class Line:
+    """An algorithm: what it is called, its trainer, and the settings that differ from `COMMON`."""
+
+    title: str
+    trainer: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+ALGORITHMS = {
+    "diffu_grpo": Line("diffu-GRPO", "DiffuGRPOTrainer", {"p_mask_prompt": 0.0}),
+    "coupled_grpo": Line("coupled-GRPO", "CoupledGRPOTrainer", {"pairs": 1, "top_p": 1.0, **_ABOVE}),
+    "unigrpo": Line("UniGRPO", "UniGRPOTrainer", {"levels": "structured", **_ABOVE}),
+    "spg": Line("SPG", "SPGTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "negatives": "zero"}),
+    "diffusion_gdpo": Line("GDPO (diffusion)", "DiffusionGDPOTrainer", {"nodes": 3, **_ABOVE}),
+    "espo": Line("ESPO", "ESPOTrainer", {"num_views": 4, **_ABOVE}),
+    "bgpo": Line("BGPO", "BGPOTrainer", {"num_views": 4, **_ABOVE}),
+    "dmpo": Line(
+        "DMPO",
+        "DMPOTrainer",
+        {"num_views": 4, "alpha": 0.25, "weight_baseline": "none", "scale_rewards": "none"},
+    ),
+    "wd1": Line("wd1", "WD1Trainer", {"p_mask_prompt": 0.0, "psi": 4.0, "scale_rewards": "none"}),
+    "justgrpo": Line(
+        "JustGRPO",
+        "JustGRPOTrainer",
+        {
+            "schedule": "left_to_right",
+            "tokens_per_view": TRAINED,
+            "one_view": False,
+            "learning_rate": 4e-4,
+            **_ABOVE,
+        },
+    ),
+    "dream_coder_rl": Line(
+        "Dream-Coder RL", "DreamCoderRLTrainer", {"schedule": "low_confidence", "top_p": 1.0, **_ABOVE}
+    ),
+    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0}),
+}
+"""One line for each."""
+CONTROLS = {
+    "sft": Line("SFT goes on", "DiffusionSFTTrainer", {"learning_rate": 2e-4}),
+    "positives": Line("SFT on own right answers", "PositivesTrainer", {"num_views": 4}),
+    "random_reward": Line("diffu-GRPO, random rewards", "DiffuGRPOTrainer", {"p_mask_prompt": 0.0}),
+}
+"""What an algorithm has to beat: SFT on the task's worked answers, for as many positions; masked SFT on those of the
+model's own completions that are right; and rewards that know nothing."""
+LINES = {**ALGORITHMS, **CONTROLS}
+
+
+def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    return {f"{name}+{what}": (name, settings) for name in algorithms.split()}
+
+
+_CACHE = {"cache": "dual", "audit_bound": None}
+_BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
+_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
+QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
+    "negatives": {
+        **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
+        **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_half", {"negative_advantage_weight": 0.5}),
+        **_each("diffu_grpo", "negatives_0", {"negative_advantage_weight": 0.0}),
+        **_each("spg", "negatives_mix", {"negatives": "mix"}),
+        **_each("spg", "block_elbo", _BLOCKS),
+        **_each("spg", "block_elbo_negatives", {**_BLOCKS, "negatives": "elbo"}),
+        **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
+        **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
+    },
+    "inexact": {
+        **_each("diffu_grpo espo", "cache", _CACHE),
+        **_each("diffu_grpo espo", "threshold", _QUICK),
+        **_each("justgrpo", "cache_corrected", {**_CACHE, "rollout_correction": "token_truncate"}),
+    },
+    "views_key": {
+        **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),
+        **_each("diffu_grpo wd1", "masks_by_prompt", {"p_mask_prompt": 0.15, "views_keyed_by": "prompt"}),
+        **_each("coupled_grpo unigrpo", "masks_by_prompt", {"views_keyed_by": "prompt"}),
+    },
+    "views": {
+        **_each("espo bgpo", "views_2", {"num_views": 2}),
+        **_each("espo bgpo", "views_8", {"num_views": 8}),
+        **_each("bgpo spg", "views_1", {"num_views": 1}),
+        **_each("spg", "views_4", {"num_views": 4}),
+        **_each("coupled_grpo", "pairs_3", {"pairs": 3}),
+    },
+    "learning_rate": {
+        name: variation
+        for algorithm, line in ALGORITHMS.items()
+        for what, factor in (("slow", 1 / 3), ("fast", 3))
+        for rate in [line.settings.get("learning_rate", COMMON["learning_rate"])]
+        for name, variation in _each(algorithm, what, {"learning_rate": float(f"{factor * rate:.2g}")}).items()
+    },
+}
+"""By question: what varies, each an algorithm and the settings that differ from its own."""
+VARIANTS = {name: variation for found in QUESTIONS.values() for name, variation in found.items()}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done.
+
+    Args:
+        batches: generation batches with the budget `completions`; one optimizer step each.
+        completions: in a batch. views: what the budget `positions` allows each completion beside its rollout.
+        test: rows of the test split that are decoded greedily. validation: rows of the learning curve.
+        curve: points of the learning curve.
+        prompts, samples: of the test split that completions are drawn for, and how many for each.
+        drifted: drawn completions that the distance to the start is estimated on. bounds: views of each.
+    """
+
+    batches: int = 40
+    completions: int = 64
+    views: int = 2
+    test: int = 256
+    validation: int = 128
+    curve: int = 4
+    prompts: int = 64
+    samples: int = 8
+    drifted: int = 128
+    bounds: int = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or with the name `before` the measurement of what all start from.
+
+    Args:
+        task, model: keys of `TASKS`, and of its checkpoints. name: of a line or of a variation.
+        budget: what all have the same of: `completions` or `positions`.
+    """
+
+    task: str
+    model: str
+    name: str
+    budget: str = "completions"
+    seed: int = 0
+    scale: Scale = Scale()
+
+    @property
+    def ground(self) -> Ground:
+        return TASKS[self.task]
+
+    @property
+    def algorithm(self) -> str:
+        return VARIANTS[self.name][0] if self.name in VARIANTS else self.name
+
+    @property
+    def title(self) -> str:
+        what = self.name.partition("+")[2].replace("_", " ")
+        return LINES[self.algorithm].title + (f", {what}" if what else "")
+
+    @property
+    def checkpoint(self) -> Path:
+        return ROOT / self.ground.checkpoints[self.model]
+
+    def path(self, results: Path = RESULTS) -> Path:
+        """Where its result is."""
+        name = "before" if self.name == "before" else f"{self.name}-{self.budget}-{self.seed}"
+        return results / self.task / self.model / f"{name}.json"
+
+    def settings(self) -> dict[str, Any]:
+        """The trainer's settings, but for those of where and how it runs."""
+        line, ground = LINES[self.algorithm], self.ground
+        if self.algorithm == "sft":
+            return dict(line.settings)
+        own = {**line.settings, **ground.own.get(self.algorithm, {}), **VARIANTS.get(self.name, ("", {}))[1]}
+        tokens = own.pop("tokens_per_step", TRAINED)
+        given: dict[str, Any] = {
+            **COMMON,
+            "max_completion_length": ground.canvas,
+            "block_length": ground.block,
+            "denoising_steps": ground.canvas // tokens,
+            **own,
+        }
+        if self.algorithm == "igpo":
+            given["correctness_reward"] = ground.rewards[0]
+        if self.algorithm == "justgrpo":  # says it by `tokens_per_view`
+            given.pop("denoising_steps")
+        if self.algorithm in ("positives", "random_reward"):
+            given["reward_weights"] = [1.0]
+        return given
+
+    def fingerprint(self) -> str:
+        """Of everything that its result depends on: settings, task, scale, and the weights of the start."""
+        parts: dict[str, Any] = {
+            "task": self.task,
+            "arguments": dict(self.ground.arguments),
+            "scale": asdict(self.scale),
+        }
+        parts |= {"canvas": self.ground.canvas, "block": self.ground.block, "speeds": SPEEDS, "threshold": THRESHOLD}
+        if self.name != "before":
+            parts |= {"trainer": LINES[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
+            parts |= {"seed": self.seed, "rewards": self.ground.rewards}
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+        for file in sorted(self.checkpoint.glob("*.safetensors")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
