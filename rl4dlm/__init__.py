@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
+    from rl4dlm.algorithms.tree_rpo import TreeRPOConfig as TreeRPOConfig, TreeRPOTrainer as TreeRPOTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
@@ -141,6 +142,8 @@ _MODULE_OF = {
     "StableDRLConfig": "rl4dlm.algorithms.stabledrl",
     "StableDRLTrainer": "rl4dlm.algorithms.stabledrl",
     "Trace": "rl4dlm.rollout.rollout",
+    "TreeRPOConfig": "rl4dlm.algorithms.tree_rpo",
+    "TreeRPOTrainer": "rl4dlm.algorithms.tree_rpo",
     "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
     "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
     "Views": "rl4dlm.likelihood.views",
