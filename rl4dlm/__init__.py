@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DreamCoderRLConfig as DreamCoderRLConfig,
         DreamCoderRLTrainer as DreamCoderRLTrainer,
     )
+    from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
         LightningRLTrainer as LightningRLTrainer,
     )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
-    from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
+    from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
@@ -118,6 +119,8 @@ _MODULE_OF = {
     "DiffusionSFTConfig": "rl4dlm.sft.trainer",
     "DiffusionSFTTrainer": "rl4dlm.sft.trainer",
     "DiffusionSpec": "rl4dlm.models.spec",
+    "EBPOConfig": "rl4dlm.algorithms.ebpo",
+    "EBPOTrainer": "rl4dlm.algorithms.ebpo",
     "ESPOConfig": "rl4dlm.algorithms.espo",
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",

@@ -57,11 +57,13 @@ CASES = {
     "dream-coder": Case("DreamCoderRLTrainer", {"beta": 0.02}),
     "dream-coder-all-tokens": Case("DreamCoderRLTrainer", {"cart_p": None, "substitute_groups": False}),
     "igpo": Case("IGPOTrainer", {**HINTS, "beta": 0.04}),
-    "lightningrl": Case("LightningRLTrainer", {"correct_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}),
+    "lightningrl": Case(
+        "LightningRLTrainer", {"accuracy_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}
+    ),
     "lightningrl-sequences": Case(
         "LightningRLTrainer",
         {
-            "correct_from": 0.5,
+            "accuracy_from": 0.5,
             "min_speed_range": 0.0,
             "speed_reward": "eighths",
             "loss_type": "dapo",
