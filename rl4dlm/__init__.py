@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DreamCoderRLConfig as DreamCoderRLConfig,
         DreamCoderRLTrainer as DreamCoderRLTrainer,
     )
+    from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
@@ -122,6 +123,8 @@ _MODULE_OF = {
     "DiffusionSFTConfig": "rl4dlm.sft.trainer",
     "DiffusionSFTTrainer": "rl4dlm.sft.trainer",
     "DiffusionSpec": "rl4dlm.models.spec",
+    "EBPOConfig": "rl4dlm.algorithms.ebpo",
+    "EBPOTrainer": "rl4dlm.algorithms.ebpo",
     "ESPOConfig": "rl4dlm.algorithms.espo",
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",
