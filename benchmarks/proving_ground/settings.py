@@ -152,6 +152,8 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
+_TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
+_UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
 _QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
@@ -163,6 +165,11 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("spg", "block_elbo_negatives", {**_BLOCKS, "negatives": "elbo"}),
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
+    },
+    "clips": {
+        **_each("espo bgpo coupled_grpo diffu_grpo", "two_passes", _TWICE),
+        **_each("espo bgpo coupled_grpo diffu_grpo", "unconditional", {**_TWICE, **_UNCONDITIONAL}),
+        **_each("espo coupled_grpo", "self_normalized", {**_TWICE, **_UNCONDITIONAL, "self_normalize": "group"}),
     },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
@@ -246,6 +253,12 @@ class Run:
     def title(self) -> str:
         what = self.name.partition("+")[2].replace("_", " ")
         return LINES[self.algorithm].title + (f", {what}" if what else "")
+
+    @property
+    def exists(self) -> bool:
+        """Whether the task has the model, and blocks where the variation is about them."""
+        blocks = self.ground.block < self.ground.canvas
+        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
 
     @property
     def checkpoint(self) -> Path:
