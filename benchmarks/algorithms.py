@@ -72,7 +72,7 @@ def chosen(options: argparse.Namespace) -> list[Run]:
         for name in [*(algorithms or ()), *variants]
         for task in options.tasks
         for model in options.models
-        if model in TASKS[task].checkpoints
+        if model in TASKS[task].checkpoints and Run(task, model, name).possible
     ]
 
 
