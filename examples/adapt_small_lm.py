@@ -462,9 +462,9 @@ def table(report: Mapping[str, Any]) -> str:
         f"{settings['model']} of {first['parameters_before'] / 1e6:.0f} M parameters, {first['layers_before']} layers "
         f"and {first['tokens_before']} tokens is cut to {first['parameters'] / 1e6:.1f} M: layers {kept} and "
         f"{first['tokens']} tokens. Next-token loss, in nats, on worked answers in a row: "
-        f"{first['next_token_loss_before']:.2f} before, {first['next_token_loss']:.2f} after. The whole model solves "
-        f"{context['solved']:.3f} of {context['prompts']} validation prompts from left to right, having read {context['shots']} "
-        "worked answers.",
+        f"{first['next_token_loss_before']:.2f} before, {first['next_token_loss']:.2f} after. The whole model, writing "
+        f"from left to right, solves {context['solved']:.3f} of {context['prompts']} validation prompts, having read "
+        f"{context['shots']} worked answers.",
         "",
         f"Share of {prompts} {settings['split']} prompts of `{settings['task']}` solved, by tokens per step, with 95 % "
         f"intervals; greedy decoding, seed {settings['seed']}.",
