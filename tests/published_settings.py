@@ -14,12 +14,14 @@ REPOSITORIES = {
     "diffu_grpo": "dllm-reasoning/d1",
     "dmpo": "yuchen-zhu-zyc/DMPO",
     "dream_coder_rl": "DreamLM/Dream-Coder",
+    "cj_grpo": "yjyddq/EOSER-ASS-RL",
     "espo": "ML-GSAI/ESPO",
     "igpo": "facebookresearch/igpo",
     "justgrpo": "LeapLabTHU/JustGRPO",
     "lightningrl": "SJTU-DENG-Lab/LightningRL",
     "spg": "facebookresearch/SPG",
     "stabledrl": "JianyuanZhong/StableDRL",
+    "tracerl": "Gen-Verse/dLLM-RL",
     "wd1": "xiaohangt/wd1",
 }
 
@@ -89,6 +91,31 @@ def _d1(task: str, iterations: int) -> dict[str, Flag]:
         **_in("diffu-grpo/diffu_grpo_config.py", temperature=0.9),
         **_in(f"diffu-grpo/slurm_scripts ({task})", num_iterations=iterations),
     }
+
+
+def _cj(iterations: int) -> dict[str, Flag]:
+    mine = {name: value for name, value in _D1.items() if name not in ("p_mask_prompt", "block_length")}
+    return _in(
+        "cj-grpo/slurm_scripts/train.yaml",
+        **mine,
+        block_length=128,
+        temperature=1.0,
+        epsilon=0.5,
+        beta=0.04,
+        gradient_accumulation_steps=2,
+        num_iterations=iterations,
+    )
+
+
+_TRACERL = {
+    "epsilon": 0.2,
+    "beta": 0.01,
+    "learning_rate": 1e-6,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
 
 
 def _wd1(task: str, iterations: int) -> dict[str, Flag]:
@@ -394,6 +421,26 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         ),
         **_in("src/open_r1/coupled_grpo.py", baseline="leave_one_out"),
     },
+    "cj_grpo/gsm8k_llada-8b": _cj(12),
+    "cj_grpo/sudoku_llada-8b": _cj(8),
+    "tracerl/math_sdar-8b": _in(
+        "configs/rl_sdar.yaml",
+        **_TRACERL,
+        max_completion_length=2000,
+        num_generations=16,
+        temperature=1.0,
+        merge=1,
+        schedule="threshold",
+    ),
+    "tracerl/math_llada-8b": _in(
+        "configs/rl_llada.yaml",
+        **_TRACERL,
+        max_completion_length=512,
+        block_length=32,
+        num_generations=8,
+        temperature=0.8,
+        merge=8,
+    ),
     "dream_coder_rl/code_dream-coder-7b": _in(
         "instruct/examples/training/run_rl.sh",
         epsilon_high=0.28,
@@ -428,12 +475,14 @@ DELIBERATE: dict[tuple[str, str], str] = {
         "lightningrl/gsm8k_sdar-8b",
         "speed_gate",
     ): "a wrong answer that is fast would earn most",
+    ("cj_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("coupled_grpo/acecode_diffucoder-7b", "temperature"): "the paper's 1.2",
     ("coupled_grpo/acecode_diffucoder-7b", "baseline"): "the paper's",
 }
 """Settings that deviate on purpose, and why; `*` is every configuration."""
 
 NOT_HELD = {
+    "dipo/math_sdar-8b": "the files of its settings are not in a published snapshot that was read",
     "spg/code_llada-8b": "the repository has no script for code",
     "sft/s1k_llada-8b": "its settings are held by `test_sft_has_the_published_settings`",
 }

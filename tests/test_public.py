@@ -18,6 +18,12 @@ import rl4dlm
 ROOT = Path(__file__).resolve().parent.parent
 
 SIGNATURES = {
+    "AGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "CJGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "D2Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -93,8 +99,14 @@ SIGNATURES = {
 }
 """Parameters of functions and classes, in their order."""
 
+_TRAJECTORY = (
+    "steps num_scored_steps merge step_proposal step_scale ratio_unit ratio_norm clip aggregation old_policy kl_unit"
+)
 SETTINGS = {
     "BGPOConfig": "num_views stratify complement",
+    **dict.fromkeys(
+        ["AGRPOConfig", "CJGRPOConfig", "D2Config", "DiPOConfig", "TraceRLConfig", "TrajectoryConfig"], _TRAJECTORY
+    ),
     "CoupledGRPOConfig": "pairs level_range baseline",
     "DMPOConfig": (
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
@@ -156,6 +168,8 @@ METRICS = {
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
     "diffusion/rows_scored_share",
+    "diffusion/scored_steps",
+    "diffusion/scored_token_share",
     "diffusion/tokens_per_forward",
 }
 

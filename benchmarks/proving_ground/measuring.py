@@ -95,9 +95,7 @@ def validate(run: Run, model: Any, tokenizer: Any) -> float:
 def decoding(run: Run, speed: int, temperature: float = 0.0) -> DecodingConfig:
     """So many tokens per step."""
     canvas, block = run.ground.canvas, run.ground.block
-    return DecodingConfig(
-        canvas_length=canvas, steps=canvas // speed, block_length=block, temperature=temperature, record_entropy=False
-    )
+    return DecodingConfig(canvas_length=canvas, steps=canvas // speed, block_length=block, temperature=temperature)
 
 
 def drawn(run: Run, model: Any, tokenizer: Any, rows: Sequence[Any]) -> Rollout:

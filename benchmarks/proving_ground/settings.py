@@ -43,18 +43,18 @@ class Ground:
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-SMALL = {kind: f"examples/small_models/{kind}" for kind in ("full", "shifted", "block")}
+SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
 TASKS = {
     "arithmetic_steps": Ground(
-        {"max_operations": 3},
-        canvas=40,
+        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        canvas=32,
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
         checkpoints=SMALL,
     ),
     "countdown_small": Ground(
         {"max_number": 12, "max_tries": 1, "symbols": "+-*"},
-        canvas=40,
+        canvas=32,
         block=8,
         rewards=("countdown_small", "countdown_small:tries"),
         checkpoints=SMALL,
@@ -66,10 +66,14 @@ TASKS = {
         rewards=("few_clue_sudoku", "few_clue_sudoku:units"),
         checkpoints={"full": "examples/demo_checkpoint"},
         ends=False,
-        own={"spg": {"masking": "random"}, "igpo": {"hide_answer": False, "chunk_length": [1, 2]}},
+        own={
+            "spg": {"masking": "random"},
+            "stabledrl": {"masking": "random"},
+            "igpo": {"hide_answer": False, "chunk_length": [1, 2]},
+        },
     ),
 }
-"""Language tasks as `examples/make_small_models.py` has them, and the demo's puzzles."""
+"""Language tasks as `benchmarks/make_models.py` has them, and the demo's puzzles."""
 MODELS = ("full", "shifted", "block")
 
 COMMON: dict[str, Any] = {
@@ -124,6 +128,12 @@ ALGORITHMS = {
         "Dream-Coder RL", "DreamCoderRLTrainer", {"schedule": "low_confidence", "top_p": 1.0, **_ABOVE}
     ),
     "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0}),
+    "stabledrl": Line("StableDRL", "StableDRLTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "num_iterations": 2}),
+    "cj_grpo": Line("CJ-GRPO", "CJGRPOTrainer"),
+    "tracerl": Line("TraceRL", "TraceRLTrainer"),
+    "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
+    "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
+    "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
 }
 """One line for each."""
 CONTROLS = {
@@ -188,7 +198,7 @@ class Scale:
     """How much is done.
 
     Args:
-        batches: generation batches with the budget `completions`; one optimizer step each.
+        batches: generation batches with the budget `completions`; one optimizer step each, or `num_iterations`.
         completions: in a batch. views: what the budget `positions` allows each completion beside its rollout.
         test: rows of the test split that are decoded greedily. validation: rows of the learning curve.
         curve: points of the learning curve.

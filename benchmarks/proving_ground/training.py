@@ -153,8 +153,10 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
     allowed = batch * positions_of_completion(run, tokenizer)
     by_positions = run.budget == "positions" or run.algorithm == "sft"
 
+    passes = run.settings().get("num_iterations", 1)
+
     def used(step: int) -> float:
-        return positions.total / allowed if by_positions else step / scale.batches
+        return positions.total / allowed if by_positions else step / (scale.batches * passes)
 
     budget = Budget(run, used, positions, measure)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -167,7 +169,7 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         common: dict[str, Any] = {
             "output_dir": folder,
             "seed": run.seed,
-            "max_steps": 100 * scale.batches if by_positions else scale.batches,
+            "max_steps": (100 if by_positions else 1) * scale.batches * passes,
             "per_device_train_batch_size": scale.completions,
             "logging_steps": max(scale.batches // 8, 1),
             "save_strategy": "no",
@@ -186,7 +188,7 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         raise RuntimeError(f"training was stopped after {trainer.state.global_step} steps, before its budget was used")
     return {
         "steps": trainer.state.global_step,
-        "completions": 0 if run.algorithm == "sft" else trainer.state.global_step * scale.completions,
+        "completions": 0 if run.algorithm == "sft" else trainer.state.global_step * scale.completions // passes,
         "positions": {"without_gradient": positions.without_gradient, "with_gradient": positions.with_gradient},
         "positions_allowed": round(allowed) if by_positions else None,
         "seconds": round(wall, 1),

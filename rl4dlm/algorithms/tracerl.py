@@ -65,9 +65,7 @@ class TraceRLConfig(TrajectoryConfig):
     )
 
     def __post_init__(self) -> None:
-        if not self.beta and self.kl_target == "old":
-            self.kl_target = "reference"  # neither is read
-        given = [self.steps_per_generation, self.generation_batch_size] != [None, None]
+        given = any(getattr(self, name) is not None for name in ("steps_per_generation", "generation_batch_size"))
         if self.beta and self.kl_target == "old" and self.num_iterations == 1 and not given:
             self.steps_per_generation = 4 * self.gradient_accumulation_steps
         super().__post_init__()

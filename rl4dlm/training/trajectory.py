@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.likelihood.steps import BlockSlices, EntropyThreshold, RecordedSteps, Steps, step_entropy
+from rl4dlm.likelihood.step_selectors import EntropyThreshold, step_entropy
+from rl4dlm.likelihood.steps import RecordedSteps, Steps, Units
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.training.clipping import clipped_units, surrogate
 from rl4dlm.training.loss_parts import PolicyScores, resized
@@ -122,7 +123,7 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
                 found.append(advantages)
         if not found:
             return
-        if isinstance(selector, BlockSlices):
+        if selector.blocks(rows) is not None:
             raise ValueError(
                 f"advantages of steps are not supported for models with attention={self.spec.attention!r}, whose views "
                 "hold steps of several blocks"
@@ -236,7 +237,7 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         log_ratio = _of_unit(self.log_ratio_to(self.args.kl_target, log_probs, batch), step, counted)
         return kl_estimate(log_ratio, self.args.kl_estimator) / _of_unit(torch.ones_like(log_ratio), step, counted)
 
-    def _aggregated(self, losses: Tensor, weight: Tensor, size: Tensor, units: Any, batch: dict[str, Any]) -> Tensor:
+    def _aggregated(self, losses: Tensor, weight: Tensor, size: Tensor, units: Units, batch: dict[str, Any]) -> Tensor:
         """One number, from losses, weights and the sizes of their steps, all `[B, C]`."""
         kind = self.args.aggregation
         if kind == "tokens":

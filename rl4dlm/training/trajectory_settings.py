@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rl4dlm.likelihood.masks import check_choice, check_count
-from rl4dlm.likelihood.steps import (
+from rl4dlm.likelihood.step_selectors import (
     PROPOSALS,
     STEP_SCALES,
     AllSteps,
@@ -17,9 +17,9 @@ from rl4dlm.likelihood.steps import (
     Flagged,
     SampledSteps,
     Segments,
-    StepSelector,
     TopEntropy,
 )
+from rl4dlm.likelihood.steps import StepSelector
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.clipping import CLIPS, Clip

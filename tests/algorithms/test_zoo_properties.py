@@ -61,6 +61,14 @@ CASES = {
     "lightningrl": Case(
         "LightningRLTrainer", {"accuracy_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}
     ),
+    "cj-grpo": Case("CJGRPOTrainer", {}),
+    "cj-grpo-steps": Case("CJGRPOTrainer", {"ratio_unit": "step", "kl_unit": "step", "aggregation": "step_sums"}),
+    "tracerl": Case("TraceRLTrainer", {"merge": 2}),
+    "agrpo": Case("AGRPOTrainer", {"num_scored_steps": 2}),
+    "agrpo-recorded": Case("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded", "aggregation": "steps"}),
+    "d2": Case("D2Trainer", {"num_scored_steps": 2}),
+    "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
+    "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
     "lightningrl-sequences": Case(
         "LightningRLTrainer",
         {

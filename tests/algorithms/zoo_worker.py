@@ -38,12 +38,19 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "WD1Trainer": {},
     "JustGRPOTrainer": {"denoising_steps": 8},
     "DreamCoderRLTrainer": {"substitute_groups": False},
+    "CJGRPOTrainer": {},
+    "AGRPOTrainer": {"num_scored_steps": 2, "beta": 0.04},
+    "TraceRLTrainer": {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}},
     "IGPOTrainer": {
         "beta": 0.04, "free_tail": 0, "hint_ratio": [0.5, 1.0], "chunk_length": [1, 2], "hide_answer": False,
     },
 }  # fmt: skip
 """Settings besides the small ones."""
-ONE_VIEW = {"ESPOTrainer": {"num_views": 2}, "SPGTrainer": {"num_views": 3}}
+ONE_VIEW = {
+    "ESPOTrainer": {"num_views": 2},
+    "SPGTrainer": {"num_views": 3},
+    "TraceRLTrainer": {},
+}
 """Algorithms that are also run under DeepSpeed, with several views that are scored one after another."""
 
 

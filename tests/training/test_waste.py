@@ -53,6 +53,8 @@ LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
     "dmpo": ("DMPOTrainer", {"alpha": 0.5, "num_views": 2}),
     "dream-coder": ("DreamCoderRLTrainer", {"substitute_groups": False}),
     "igpo": ("IGPOTrainer", {**HINTS, **NO_KL, "hint_entropy_share": 1.0}),
+    "cj-grpo": ("CJGRPOTrainer", NO_KL),
+    "agrpo": ("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded"}),
 }  # fmt: skip
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl": ("DiffuGRPOTrainer", {"beta": 0.04}),

@@ -1,26 +1,32 @@
 """Makes the small models of the proving ground: three denoisers trained from nothing on two language tasks.
 
-Each has about a million parameters, reads single characters, and learns both tasks at once by masked supervised
-training (`DiffusionSFTTrainer`), every completion padded with end tokens to the canvas. They differ in attention:
+Each has about a million parameters, reads numbers up to 99 and single characters, and learns both tasks at once by
+masked supervised training (`DiffusionSFTTrainer`), every completion padded with end tokens to the canvas. They differ
+in attention:
 
     full      LLaDA-like: every token sees every other
     shifted   Dream-like: the same, and the logits of a token are read one position before it
     block     SDAR-like: blocks of 8 see themselves and what is before them
 
-A model knows its tasks when it writes one token at a time, and much less of them when it writes several at once.
+A model knows its tasks when it writes one token at a time, and less of them when it writes several at once.
 
-    python examples/make_small_models.py --kind full
+    python benchmarks/make_models.py --kind full
+    python benchmarks/make_models.py --kind shifted --start full --steps 2000
+    python benchmarks/make_models.py --kind block --start full --steps 2000
 
-leaves the checkpoint in `examples/small_models/full`, weights in bfloat16, and prints what it solves on validation
-rows. Twenty to forty minutes on one core.
+leave checkpoints in `benchmarks/proving_ground/checkpoints/`, weights in bfloat16, and print what they solve on
+validation rows. The first takes most of an hour on one core; the others go on from its weights, with the attention that
+they are to have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +35,25 @@ from datasets import concatenate_datasets
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from rl4dlm import (
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.proving_ground.settings import SPEEDS, TASKS  # noqa: E402
+from rl4dlm import (  # noqa: E402
     DecodingConfig,
     DiffusionSFTConfig,
     DiffusionSFTTrainer,
+    DiffusionSpec,
     load_denoiser,
     load_task,
     save_denoiser,
-    tiny_dream,
     tiny_llada,
-    tiny_sdar,
 )
-from rl4dlm.evaluation import evaluate
-from rl4dlm.tasks import Task
+from rl4dlm.evaluation import evaluate  # noqa: E402
+from rl4dlm.tasks import Task  # noqa: E402
 
-CANVAS = 32
-BLOCK = 8
-"""Blocks that all models are decoded in, and that the block-causal one attends in."""
-TASKS: dict[str, dict[str, Any]] = {
-    "arithmetic_steps": {"max_operations": 3, "max_number": 9, "max_value": 50},
-    "countdown_small": {"max_number": 12, "max_tries": 1, "symbols": "+-*"},
-}
+TAUGHT = ("arithmetic_steps", "countdown_small")
+CANVAS, BLOCK = TASKS[TAUGHT[0]].canvas, TASKS[TAUGHT[0]].block
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 6,
@@ -57,8 +61,12 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.05,
     "rope_theta": 100.0,
 }
-KINDS = {"full": tiny_llada, "shifted": tiny_dream, "block": tiny_sdar}
-TOKENS_PER_STEP = (1, 2, 4, 8)
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "shifted": {"logit_shift": 1},
+    "block": {"attention": "block_causal", "block_length": BLOCK},
+}
+"""By kind, how it differs from a LLaDA."""
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
@@ -84,20 +92,24 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 def small_task(name: str, seed: int = 0, size: int | None = None) -> Task:
     """A task of the proving ground. The seed moves no row from one split to another."""
-    return load_task(name, **TASKS[name], seed=seed, size=size)
+    return load_task(name, **TASKS[name].arguments, seed=seed, size=size)
 
 
 def decodings() -> dict[str, DecodingConfig]:
     """Greedy decoding in blocks, by tokens per step."""
     return {
-        str(speed): DecodingConfig(canvas_length=CANVAS, steps=CANVAS // speed, block_length=BLOCK)
-        for speed in TOKENS_PER_STEP
+        str(speed): DecodingConfig(canvas_length=CANVAS, steps=CANVAS // speed, block_length=BLOCK) for speed in SPEEDS
     }
+
+
+def folder_of(kind: str) -> Path:
+    """Of a checkpoint."""
+    return ROOT / TASKS[TAUGHT[0]].checkpoints[kind]
 
 
 def supervised(size: int) -> Any:
     """Prompts and worked answers of both tasks."""
-    rows = [small_task(name, seed=1, size=size // len(TASKS)).dataset("train") for name in TASKS]
+    rows = [small_task(name, seed=1, size=size // len(TAUGHT)).dataset("train") for name in TAUGHT]
     columns = [task.select_columns(["prompt", "solution"]).rename_column("solution", "completion") for task in rows]
     return concatenate_datasets(columns)
 
@@ -106,19 +118,23 @@ def main() -> None:
     """Trains, saves, and prints the solve rates on validation rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="full")
+    parser.add_argument("--start", help="go on from a model: a kind, or a folder")
     parser.add_argument("--output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--rows", type=int, default=100_000, help="examples of both tasks")
     parser.add_argument("--measure-every", type=int, default=1000)
     options = parser.parse_args()
-    output = options.output or Path(__file__).parent / "small_models" / options.kind
+    output = options.output or folder_of(options.kind)
 
     tokenizer = small_tokenizer()
-    sizes = SIZES | ({"block_length": BLOCK} if options.kind == "block" else {})
-    model = KINDS[options.kind](vocab_size=len(tokenizer), **sizes, seed=options.seed)
+    if options.start is None:
+        model = tiny_llada(vocab_size=len(tokenizer), **SIZES, seed=options.seed)
+    else:
+        model = load_denoiser(folder_of(options.start) if options.start in KINDS else options.start)
+    model.config.diffusion = replace(DiffusionSpec.of(model), **KINDS[options.kind]).to_dict()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
@@ -174,7 +190,7 @@ class Progress(TrainerCallback):
 def measured(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Solve rates on validation rows, by task and tokens per step."""
     found = {}
-    for name in TASKS:
+    for name in TAUGHT:
         result = evaluate(model, tokenizer, small_task(name), decodings=decodings(), split="validation", limit=limit)
         found[name] = {speed: round(rate, 3) for speed, rate in result.solve_rates.items()}
     return found
