@@ -67,11 +67,14 @@ CASES = {
     "d2": Case("D2Trainer", {"num_scored_steps": 2}),
     "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
     "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
-    "lightningrl": Case("LightningRLTrainer", {"correct_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}),
+    "ebpo": Case("EBPOTrainer", {"beta": 0.04, "num_views": 2}),
+    "lightningrl": Case(
+        "LightningRLTrainer", {"accuracy_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}
+    ),
     "lightningrl-sequences": Case(
         "LightningRLTrainer",
         {
-            "correct_from": 0.5,
+            "accuracy_from": 0.5,
             "min_speed_range": 0.0,
             "speed_reward": "eighths",
             "loss_type": "dapo",
@@ -80,6 +83,8 @@ CASES = {
             "kl_estimator": "k2",
         },
     ),
+    "egspo": Case("EGSPOTrainer", {"num_scored_steps": 2, "aggregation": "tokens"}),
+    "egspo-sa": Case("EGSPOTrainer", {"num_scored_steps": 2, "step_lambda": 0.5}),
 }
 WHOLE_GROUPS = {
     "dmpo-unbiased": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2, "weight_baseline": "unbiased"}),
