@@ -28,6 +28,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "SPGTrainer": {"masking": "random", "negatives": "elbo"},
     "CoupledGRPOTrainer": {},
     "UniGRPOTrainer": {},
+    "EBPOTrainer": {"num_views": 2, "beta": 0.1},
     "DreamCoderRLTrainer": {"cart_p": None, "substitute_groups": False, "beta": 0.1},
 }
 PROMPTS = ["abc1", "de2", "fghi34", "j"]

@@ -28,6 +28,7 @@ COVERED = {
     "dreamcoder": "Dream-Coder's RL: scores, losses of micro-batches, gradients, metrics",
     "bgpo": "BGPO: bounds, losses, gradients, metrics",
     "gdpo": "GDPO (diffusion): coefficients, bounds, losses, gradients, metrics",
+    "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
@@ -66,7 +67,7 @@ COVERED = {
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
-        ("cj", "tracerl", "dtreerpo", "ebpo", "egspo", "lightningrl"),
+        ("cj", "tracerl", "ebpo", "egspo", "lightningrl"),
         "losses on recorded trajectories, and of methods without a trainer here",
     ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
