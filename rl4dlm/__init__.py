@@ -29,13 +29,19 @@ if TYPE_CHECKING:
         DreamCoderRLConfig as DreamCoderRLConfig,
         DreamCoderRLTrainer as DreamCoderRLTrainer,
     )
+    from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
+    from rl4dlm.algorithms.lightningrl import (
+        LightningRLConfig as LightningRLConfig,
+        LightningRLTrainer as LightningRLTrainer,
+    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
+    from rl4dlm.algorithms.tree_rpo import TreeRPOConfig as TreeRPOConfig, TreeRPOTrainer as TreeRPOTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
@@ -117,10 +123,14 @@ _MODULE_OF = {
     "DiffusionSFTConfig": "rl4dlm.sft.trainer",
     "DiffusionSFTTrainer": "rl4dlm.sft.trainer",
     "DiffusionSpec": "rl4dlm.models.spec",
+    "EBPOConfig": "rl4dlm.algorithms.ebpo",
+    "EBPOTrainer": "rl4dlm.algorithms.ebpo",
     "ESPOConfig": "rl4dlm.algorithms.espo",
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",
     "JustGRPOTrainer": "rl4dlm.algorithms.justgrpo",
+    "LightningRLConfig": "rl4dlm.algorithms.lightningrl",
+    "LightningRLTrainer": "rl4dlm.algorithms.lightningrl",
     "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
@@ -135,6 +145,8 @@ _MODULE_OF = {
     "StableDRLConfig": "rl4dlm.algorithms.stabledrl",
     "StableDRLTrainer": "rl4dlm.algorithms.stabledrl",
     "Trace": "rl4dlm.rollout.rollout",
+    "TreeRPOConfig": "rl4dlm.algorithms.tree_rpo",
+    "TreeRPOTrainer": "rl4dlm.algorithms.tree_rpo",
     "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
     "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
     "Views": "rl4dlm.likelihood.views",

@@ -41,6 +41,7 @@ SIGNATURES = {
     "DiffusionSFTTrainer": "model args train_dataset eval_dataset processing_class kwargs",
     "DiffusionSpec": "mask_token_id eos_token_ids logit_shift attention block_length grid_origin noise",
     "DreamCoderRLTrainer": "args kwargs",
+    "EBPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "ESPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "IGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Inpainting": (
@@ -48,6 +49,7 @@ SIGNATURES = {
         "chunk_length max_replaced_share free_tail max_stretch max_gap"
     ),
     "Intervention": "",
+    "LightningRLTrainer": "args kwargs",
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
@@ -59,6 +61,7 @@ SIGNATURES = {
     "StableDRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
     "confidence entropy block_stop predictions fillings filling_log_probs flagged",
+    "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Views": "hidden weight ids",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -126,14 +129,20 @@ SETTINGS = {
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
     "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
+    "EBPOConfig": "num_views complement stratify ratio_norm",
     "ESPOConfig": "num_views complement form baseline",
     "IGPOConfig": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"
     ),
     "JustGRPOConfig": "tokens_per_view within",
+    "LightningRLConfig": (
+        "accuracy_reward accuracy_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
+        "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
+    ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
+    "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt",
 }

@@ -135,8 +135,8 @@ class JustGRPOConfig(DiffusionPolicyConfig):
         blocks = spec is not None and spec.attention in BLOCK_KINDS
         if blocks and spec is not None and spec.grid_origin == "position_zero" and self.tokens_per_view > 1:
             raise ValueError(
-                f"tokens_per_view={self.tokens_per_view} is not allowed for a model whose blocks begin at position "
-                "zero: prompts end inside of them, and the rest is not written in steps of as many tokens; allowed: 1"
+                f"tokens_per_view={self.tokens_per_view} is not allowed for a model whose blocks begin at position 0: "
+                "prompts end inside of them, and the rest is not written in steps of as many tokens; allowed: 1"
             )
         if spec is None or self.within == "canvas" or (self.within is None and not blocks):
             return LeftToRight(self.tokens_per_view, self.scope)

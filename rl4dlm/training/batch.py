@@ -37,7 +37,7 @@ check_contract(
     },
     attributes=[
         "_logs", "_metrics", "_tokenizer", "multi_objective_aggregation", "num_generations", "num_generations_eval",
-        "num_iterations", "reward_weights",
+        "num_iterations", "reward_func_names", "reward_weights",
     ],
     keys={
         "_generate_and_score_completions": [
@@ -56,6 +56,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     intervention: Intervention | None
     _current_rollout: Rollout | None
     _rewards_per_func: Tensor | None
+    _scored_rewards: Tensor | None = None
     _replaced_rows: list[int]
     _asked: tuple[Any, Any]
     _replays: TrainingReplays
@@ -153,6 +154,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         rollout, rewards = self._current_rollout, self._rewards_per_func
         assert rollout is not None and rewards is not None
         self._current_rollout = self._rewards_per_func = None
+        self._scored_rewards = rewards
         device, training = self.accelerator.device, self.model.training
         mode, num_generations = ("train", self.num_generations) if training else ("eval", self.num_generations_eval)
         # Batch-first tensors only: TRL shuffles and splits every entry along the first dimension.
@@ -204,6 +206,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
             self._replace_advantages(batch, rewards, num_generations)
         if training:
             self.prepare_batch(batch, self._summed(rewards).view(-1, num_generations))
+        self._scored_rewards = None
         return batch
 
     def _replace_advantages(self, batch: dict[str, Any], rewards_per_func: Tensor, num_generations: int) -> None:
@@ -220,6 +223,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if self.args.negative_advantage_weight != 1:
             signed = batch["advantages"]
             batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        self._note_rows_weighed(batch)
 
     def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
         batch["advantages"] = everyone[own].to(batch["advantages"])
@@ -232,3 +236,12 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         """Weighted rewards `[N * G]`; NaN where no function could tell."""
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(-1)
         return rewards.masked_fill(rewards_per_func.isnan().all(-1), torch.nan)
+
+    def rewards_of(self, name: str) -> Tensor:
+        """`[N, G]`, what the reward function of this name gave the completions of the batch that is being made.
+
+        For `advantages` and `prepare_batch`: of all processes, before `reward_weights`; NaN where it could not tell.
+        """
+        assert self._scored_rewards is not None
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        return self._scored_rewards[:, self.reward_func_names.index(name)].view(-1, generations)

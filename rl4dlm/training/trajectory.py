@@ -25,7 +25,7 @@ from torch import Tensor
 from rl4dlm.likelihood.step_selectors import BlockSlices, EntropyThreshold, step_entropy
 from rl4dlm.likelihood.steps import RecordedSteps, Steps, Units
 from rl4dlm.rollout.rollout import Rollout
-from rl4dlm.training.clipping import clipped_units, surrogate
+from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.losses import kl_estimate
 from rl4dlm.training.scores import rows_of
@@ -43,6 +43,10 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
     args: TrajectoryConfig
     estimator: RecordedSteps
     advantages_read_scores = False
+    needs_masks = (
+        "it scores the steps that wrote tokens for good, and where all tokens are refined until the last step there "
+        "are none; the likelihood of such a trajectory is another one"
+    )
     per_iteration = (*DiffusionPolicyTrainer.per_iteration, "step_advantages")
 
     @property
@@ -197,7 +201,7 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         steps = batch.get("step_advantages")
         if steps is None:
             return self.with_advantage(batch)
-        return (steps != 0).flatten(1).any(-1) & batch["completion_mask"].any(-1)
+        return self.with_mates((steps != 0).flatten(1).any(-1) & batch["completion_mask"].any(-1), batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The loss of the module's docstring."""
@@ -222,13 +226,13 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         log_ratio = _of_unit(self.log_ratio_to("old", log_probs, batch), unit, counted) / over
         value = _of_unit(log_probs, unit, counted) / over
         advantages = _of_unit(advantages, unit, counted) / count
-        clip = self.args.ratio_clip()
-        losses = surrogate(log_ratio, value, advantages, clip) * over / count
+        # A unit of several tokens is one unit in the mean of weights.
+        losses = self.surrogate(log_ratio, value, advantages, counted / count, batch) * over / count
         if self.args.beta:
             divergence = self._kl(log_probs, step, counted, batch)
             losses = losses + self.args.beta * divergence
             self.log_mean("kl", divergence, counted)
-        low, high = clipped_units(log_ratio, advantages, clip)
+        low, high = clipped_units(log_ratio, advantages, self.clip)
         for name, where in (("low", low), ("high", high), ("region", low | high)):
             self.log_mean(f"clip_ratio/{name}_mean", where, counted)
         self.log_mean("diffusion/scored_token_share", counted, mask.to(log_probs))

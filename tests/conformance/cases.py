@@ -31,6 +31,9 @@ COVERED = {
     "dreamcoder": "Dream-Coder's RL: scores, losses of micro-batches, gradients, metrics",
     "bgpo": "BGPO: bounds, losses, gradients, metrics",
     "gdpo": "GDPO (diffusion): coefficients, bounds, losses, gradients, metrics",
+    "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
+    "ebpo": "EBPO (a port): bounds of all blocks, losses, gradients, metrics",
+    "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
@@ -68,10 +71,6 @@ COVERED = {
 
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
-    **dict.fromkeys(
-        ("dtreerpo", "ebpo", "lightningrl"),
-        "losses on recorded trajectories, and of methods without a trainer here",
-    ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""
@@ -115,6 +114,8 @@ class Case:
             return "rewards"
         if "table" in self.outputs:
             return "counts"
+        if self.family == "ebpo" and self._prompts_end_in_a_block:
+            return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -133,6 +134,12 @@ class Case:
                 return "not covered: draws whose randomness is torch's own"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
+
+    @property
+    def _prompts_end_in_a_block(self) -> bool:
+        """Whether the blocks of prompts, from their start, are others than those counted back from the response."""
+        length = self.settings["block_length"]
+        return self.settings["block_origin"] == "response" and any(sum(m) % length for m in self.inputs["prompt_mask"])
 
     @property
     def _ends_in_a_batch(self) -> bool:
@@ -165,8 +172,8 @@ class Case:
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
 OBJECTIVES = (
-    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "egspo", "espo", "gdpo", "igpo", "justgrpo", "spg", "stabledrl",
-    "tracerl", "wd1",
+    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo", "lightningrl",
+    "spg", "stabledrl", "tracerl", "wd1",
 )  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 

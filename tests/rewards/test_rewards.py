@@ -31,6 +31,7 @@ COLUMNS: dict[str, Any] = {
     "puzzle": "1040002001022000",
     "solution": "1243342141322314",
     "nfe": 4,
+    "tokens_per_forward": 0.5,
 }
 
 
@@ -313,3 +314,20 @@ def test_countdown_small_without_numbers_has_no_share_of_tries() -> None:
 def test_worked_answers_earn_all_of_both_rewards(name: str, second: str) -> None:
     for row in load_task(name, size=200).rows("train"):
         assert pay(name, row["solution"], **row) == pay(f"{name}:{second}", row["solution"], **row) == 1.0
+
+
+def test_speed_is_paid_for_to_right_answers_alone_where_it_is_gated() -> None:
+    right, wrong = "1243342141322314", "1243342141322341"
+    columns = {"puzzle": [COLUMNS["puzzle"]] * 3, "nfe": [2, 8, 1], "tokens_per_forward": [8.0, 2.0, 16.0]}
+    prompts, completions = ["?"] * 3, [right, right, wrong]
+    found = {
+        name: load_reward(f"speed:{name}")(prompts, completions, **columns)
+        for name in ("tokens_per_forward", "inverse_nfe", "correct_tokens_per_forward", "speed")
+    }
+    assert found["tokens_per_forward"] == [8.0, 2.0, 16.0] and found["inverse_nfe"] == [0.5, 0.125, 1.0]
+    assert found["correct_tokens_per_forward"] == [8.0, 2.0, 0.0] and found["speed"] == [0.5, 0.125, 0.0]
+    untold = {**columns, "puzzle": [None] * 3}
+    assert load_reward("speed:correct_tokens_per_forward")(prompts, completions, **untold) == [None] * 3
+    for name in found:
+        with pytest.raises(ValueError, match=f"{name} needs (nfe|tokens_per_forward) of each completion"):
+            load_reward(f"speed:{name}")(prompts, completions, puzzle=columns["puzzle"])
