@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         DreamCoderRLTrainer as DreamCoderRLTrainer,
     )
     from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
+    from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
+    from rl4dlm.algorithms.tree_rpo import TreeRPOConfig as TreeRPOConfig, TreeRPOTrainer as TreeRPOTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import evaluate as evaluate
@@ -95,6 +97,8 @@ _MODULE_OF = {
     "AGRPOTrainer": "rl4dlm.algorithms.agrpo",
     "CJGRPOConfig": "rl4dlm.algorithms.cj_grpo",
     "CJGRPOTrainer": "rl4dlm.algorithms.cj_grpo",
+    "EGSPOConfig": "rl4dlm.algorithms.egspo",
+    "EGSPOTrainer": "rl4dlm.algorithms.egspo",
     "D2Config": "rl4dlm.algorithms.d2",
     "D2Trainer": "rl4dlm.algorithms.d2",
     "DiPOConfig": "rl4dlm.algorithms.dipo",
@@ -141,6 +145,8 @@ _MODULE_OF = {
     "StableDRLConfig": "rl4dlm.algorithms.stabledrl",
     "StableDRLTrainer": "rl4dlm.algorithms.stabledrl",
     "Trace": "rl4dlm.rollout.rollout",
+    "TreeRPOConfig": "rl4dlm.algorithms.tree_rpo",
+    "TreeRPOTrainer": "rl4dlm.algorithms.tree_rpo",
     "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
     "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
     "Views": "rl4dlm.likelihood.views",

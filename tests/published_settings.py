@@ -15,6 +15,7 @@ REPOSITORIES = {
     "dmpo": "yuchen-zhu-zyc/DMPO",
     "dream_coder_rl": "DreamLM/Dream-Coder",
     "cj_grpo": "yjyddq/EOSER-ASS-RL",
+    "egspo": "vishnutez/egspo-dllm-rl",
     "espo": "ML-GSAI/ESPO",
     "igpo": "facebookresearch/igpo",
     "justgrpo": "LeapLabTHU/JustGRPO",
@@ -107,6 +108,18 @@ def _cj(iterations: int) -> dict[str, Flag]:
     )
 
 
+_EGSPO = {
+    "learning_rate": 3e-5,
+    "lr_scheduler_type": "constant",
+    "num_generations": 8,
+    "temperature": 0.9,
+    "num_scored_steps": 8,
+    "step_lambda": 0.5,
+    "epsilon": 0.2,
+    "epsilon_high": 0.5,
+    "beta": 0.04,
+    "gradient_accumulation_steps": 2,
+}
 _TRACERL = {
     "epsilon": 0.2,
     "beta": 0.01,
@@ -421,6 +434,10 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         ),
         **_in("src/open_r1/coupled_grpo.py", baseline="leave_one_out"),
     },
+    "egspo/sudoku_llada-8b": _in(
+        "egspo/slurm_scripts/train.yaml",
+        **{name: value for name, value in (_D1 | _EGSPO).items() if name not in ("p_mask_prompt", "warmup_steps")},
+    ),
     "cj_grpo/gsm8k_llada-8b": _cj(12),
     "cj_grpo/sudoku_llada-8b": _cj(8),
     "tracerl/math_sdar-8b": _in(
@@ -471,11 +488,12 @@ DELIBERATE: dict[tuple[str, str], str] = {
     ("diffu_grpo/sudoku_llada-8b", "temperature"): "0.3 is what d1's script means: a missing backslash loses the flag",
     ("diffu_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("wd1/sudoku_llada-8b", "max_prompt_length"): _CUT,
+    ("cj_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
+    ("egspo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     (
         "lightningrl/gsm8k_sdar-8b",
         "speed_gate",
     ): "a wrong answer that is fast would earn most",
-    ("cj_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("coupled_grpo/acecode_diffucoder-7b", "temperature"): "the paper's 1.2",
     ("coupled_grpo/acecode_diffucoder-7b", "baseline"): "the paper's",
 }

@@ -21,6 +21,7 @@ SIGNATURES = {
     "AGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CJGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "D2Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "EGSPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -60,6 +61,7 @@ SIGNATURES = {
     "StableDRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
     "confidence entropy block_stop predictions fillings filling_log_probs flagged",
+    "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Views": "hidden weight ids",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -126,6 +128,7 @@ SETTINGS = {
         "ar_loss_weight noise_floor eos_padding random_truncation"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
+    "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
     "EBPOConfig": "num_views complement stratify ratio_norm",
     "ESPOConfig": "num_views complement form baseline",
     "IGPOConfig": (
@@ -139,6 +142,7 @@ SETTINGS = {
     ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
+    "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt",
 }

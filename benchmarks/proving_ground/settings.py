@@ -92,11 +92,12 @@ _ABOVE = {"negative_advantage_weight": 0.0}  # only completions above the baseli
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm: what it is called, its trainer, and the settings that differ from `COMMON`."""
+    """An algorithm: what it is called, its trainer, settings that differ from `COMMON`, and further rewards."""
 
     title: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rewards: tuple[str, ...] = ()
 
 
 ALGORITHMS = {
@@ -134,6 +135,21 @@ ALGORITHMS = {
     "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
     "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
     "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
+    "ebpo": Line("EBPO", "EBPOTrainer", {"num_views": 4, **_ABOVE}),
+    "lightningrl": Line(
+        "LightningRL",
+        "LightningRLTrainer",
+        {
+            "schedule": "threshold",
+            "schedule_args": {"threshold": THRESHOLD},
+            "denoising_steps": None,
+            "reward_weights": [0.7, 0.3, 0.3],
+            "scale_rewards": "none",
+            "keep_wrong_groups": True,
+            "min_speed_range": 0.0,
+        },
+        ("speed:tokens_per_forward",),
+    ),
 }
 """One line for each."""
 CONTROLS = {
@@ -152,6 +168,8 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
+_TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
+_UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
 _QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
@@ -164,10 +182,19 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
     },
+    "clips": {
+        **_each("espo bgpo coupled_grpo diffu_grpo", "two_passes", _TWICE),
+        **_each("espo bgpo coupled_grpo diffu_grpo", "unconditional", {**_TWICE, **_UNCONDITIONAL}),
+        **_each("espo coupled_grpo", "self_normalized", {**_TWICE, **_UNCONDITIONAL, "self_normalize": "group"}),
+    },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
         **_each("diffu_grpo espo", "threshold", _QUICK),
         **_each("justgrpo", "cache_corrected", {**_CACHE, "rollout_correction": "token_truncate"}),
+    },
+    "speed": {
+        **_each("lightningrl", "published_sum", {"speed_gate": "none"}),
+        **_each("lightningrl", "no_speed", {"reward_weights": [0.7, 0.3, 0.0]}),
     },
     "views_key": {
         **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),
@@ -248,6 +275,12 @@ class Run:
         return LINES[self.algorithm].title + (f", {what}" if what else "")
 
     @property
+    def exists(self) -> bool:
+        """Whether the task has the model, and blocks where the variation is about them."""
+        blocks = self.ground.block < self.ground.canvas
+        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
+
+    @property
     def checkpoint(self) -> Path:
         return ROOT / self.ground.checkpoints[self.model]
 
@@ -272,6 +305,8 @@ class Run:
         }
         if self.algorithm == "igpo":
             given["correctness_reward"] = ground.rewards[0]
+        if self.algorithm == "lightningrl":
+            given["accuracy_reward"] = ground.rewards[0].rpartition(":")[2]
         if self.algorithm == "justgrpo":  # says it by `tokens_per_view`
             given.pop("denoising_steps")
         if self.algorithm in ("positives", "random_reward"):
@@ -288,7 +323,7 @@ class Run:
         parts |= {"canvas": self.ground.canvas, "block": self.ground.block, "speeds": SPEEDS, "threshold": THRESHOLD}
         if self.name != "before":
             parts |= {"trainer": LINES[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
-            parts |= {"seed": self.seed, "rewards": self.ground.rewards}
+            parts |= {"seed": self.seed, "rewards": (*self.ground.rewards, *LINES[self.algorithm].rewards)}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(self.checkpoint.glob("*.safetensors")):
             digest.update(file.read_bytes())

@@ -202,7 +202,7 @@ def positions_of_completion(run: Run, tokenizer: Any) -> float:
     """What the budget `positions` allows a completion: its rollout in full, and some views."""
     prompts = [len(tokenizer(row["prompt"]).input_ids) for row in task_of(run, size=256).rows("train")]
     columns = sum(prompts) / len(prompts) + run.ground.canvas
-    return columns * (run.settings().get("denoising_steps") or run.ground.canvas // TRAINED) + columns * run.scale.views
+    return columns * (run.ground.canvas // TRAINED + run.scale.views)
 
 
 def task_of(run: Run, *, size: int | None = None) -> Task:
@@ -213,12 +213,13 @@ def task_of(run: Run, *, size: int | None = None) -> Task:
 
 def policy_trainer(run: Run, model: Any, tokenizer: Any, common: dict[str, Any], given: dict[str, Any]) -> Any:
     """The trainer of an algorithm, with its rewards."""
-    name, rewards = LINES[run.algorithm].trainer, run.ground.rewards
+    line = LINES[run.algorithm]
+    name, rewards = line.trainer, run.ground.rewards
     trainer = PositivesTrainer if name == "PositivesTrainer" else getattr(rl4dlm, name)
     if run.algorithm == "random_reward":
         functions: list[Any] = [RandomReward(run.seed)]
     else:
-        functions = load_rewards(list(rewards[:1] if run.algorithm == "positives" else rewards))
+        functions = load_rewards([*(rewards[:1] if run.algorithm == "positives" else rewards), *line.rewards])
     args = trainer.config_class(**common, **run.settings())
     prompts = args.per_device_train_batch_size // args.num_generations * run.scale.batches
     rows = task_of(run, size=max(min(prompts, 20_000), 64)).dataset("train")

@@ -201,15 +201,22 @@ class Rollout:
 
         Raises ValueError for canvases of random tokens, or if the two were decoded differently.
         """
+        order = [len(self) + rows[i] if i in rows else i for i in range(len(self))]
+        joined = self.picked(other, order)
+        return joined if rows else self
+
+    def picked(self, other: Rollout, order: Sequence[int]) -> Rollout:
+        """Rows of two rollouts of the same canvas in this order; those of the other one are numbered on behind these.
+
+        Raises ValueError for canvases of random tokens, or if the two were decoded differently.
+        """
+        order = list(order)
         same = ("schedule", "cache", "seed", "mask_token_id", "weight_version")
         differing = [name for name in same if getattr(self, name) != getattr(other, name)]
         if differing or self.canvas.shape[1] != other.canvas.shape[1]:
             raise ValueError(f"rows of another rollout cannot take a place here: {differing or ['canvas']} differ")
         if self.trace.refinement is not None or other.trace.refinement is not None:
             raise ValueError("rows of a canvas of random tokens cannot be replaced")
-        if not rows:
-            return self
-        order = [len(self) + rows[i] if i in rows else i for i in range(len(self))]
         index = torch.tensor(order, device=self.canvas.device)
 
         def picked(mine: Tensor | None, others: Tensor | None) -> Tensor | None:

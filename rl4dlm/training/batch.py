@@ -7,6 +7,9 @@ come in. Scores are `scores.py`'s. TRL's private names are used here, and checke
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 
-from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.rollout import Rollout, valid_mask
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
@@ -55,6 +58,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     _rewards_per_func: Tensor | None
     _scored_rewards: Tensor | None = None
     _replaced_rows: list[int]
+    _asked: tuple[Any, Any]
     _replays: TrainingReplays
 
     uses_old_policy: bool = True
@@ -79,12 +83,33 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         assert self._current_rollout is not None
+        self._asked = inputs, prompts
         seen = with_rollout(inputs, self._current_rollout)
         rewards: Tensor = super()._calculate_rewards(seen, prompts, completions, completion_ids_list)
         if self.intervention is not None and self.model.training:
             rewards = self._intervene(inputs, prompts, completions, rewards)
         self._rewards_per_func = rewards
         return rewards  # [N * G, F], of all processes
+
+    def rewards_of_canvases(self, rollout: Rollout, canvases: Tensor) -> Tensor:
+        """Weighted rewards `[B, K]` of other canvases of this process's rows, long `[B, K, L]`; NaN if none could tell.
+
+        Every reward function sees their texts up to the first end, in one call, with the columns of the row. What it
+        logs is not kept.
+        """
+        inputs, prompts = self._asked
+        columns, texts, ids = [], [], []
+        for canvas in canvases.to(rollout.canvas.device).unbind(1):
+            other = replace(rollout, canvas=canvas, valid=valid_mask(canvas, self.spec.eos_token_ids))
+            columns += with_rollout(inputs, rollout)
+            texts += self._texts(prompts, other)
+            ids += other.completion_ids
+        with ExitStack() as stack:
+            stack.enter_context(swapped(grpo, "gather", lambda values: values))  # all of them are this process's
+            for name in ("_pending_extra_logs", "_pending_metrics"):
+                stack.enter_context(swapped(self, name, defaultdict(list)))
+            found = super()._calculate_rewards(columns, list(prompts) * canvases.shape[1], texts, ids)
+        return self._summed(found).view(canvases.shape[1], len(prompts)).T.contiguous()
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         shuffle = grpo.shuffle_sequence_dict
@@ -172,6 +197,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
         self.extend_batch(batch, rollout, rewards)
+        del self._asked
         first = self._scores_come_first()
         if not first:
             self._replace_advantages(batch, rewards, num_generations)
@@ -197,6 +223,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if self.args.negative_advantage_weight != 1:
             signed = batch["advantages"]
             batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        self._note_rows_weighed(batch)
 
     def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
         batch["advantages"] = everyone[own].to(batch["advantages"])

@@ -332,6 +332,10 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
         block = self.paper_block_length
         return block if block and canvas_length > block and canvas_length % block == 0 else None
 
+    def recorded(self) -> tuple[str, ...]:
+        """What rollouts keep besides what all have, for an algorithm that learns from it; see `DecodingConfig`."""
+        return ("entropy",)
+
     def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:
         """How rollouts are decoded, by a model with this spec if given: then in the blocks of its attention.
 
@@ -359,6 +363,7 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
                 suppress_token_ids=tuple(self.suppress_token_ids or ()),
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},
+                record=self.recorded(),
             )
             return settings if spec is None else settings.for_model(spec)
         except ValueError as error:

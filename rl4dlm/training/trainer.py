@@ -27,6 +27,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.state import State
 from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
@@ -333,7 +334,11 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         return rollout
 
     def _decode(
-        self, ids: list[list[int]], row_ids: list[int], hints: Sequence[Mapping[int, int]] | None = None
+        self,
+        ids: list[list[int]],
+        row_ids: list[int],
+        hints: Sequence[Mapping[int, int]] | None = None,
+        start: State | None = None,
     ) -> Rollout:
         """One completion of each prompt, by the policy as it is. All processes decode together, if only nothing."""
         with self._policy_that_decodes() as model:
@@ -346,7 +351,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
                 compile=self.args.rollout_compile,
             )
             engine.weight_version = self.state.global_step
-            return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints)
+            return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints, start=start)
 
     def _row_ids(self, rows: int, training: bool) -> list[int]:
         """Ids of this process's rows: unique in the run, and the same however rows are shared out over processes."""

@@ -40,12 +40,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "DreamCoderRLTrainer": {"substitute_groups": False},
     "CJGRPOTrainer": {},
     "AGRPOTrainer": {"num_scored_steps": 2, "beta": 0.04},
+    "EGSPOTrainer": {"num_scored_steps": 2, "step_lambda": 0.5},
     "TraceRLTrainer": {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}},
     "IGPOTrainer": {
         "beta": 0.04, "free_tail": 0, "hint_ratio": [0.5, 1.0], "chunk_length": [1, 2], "hide_answer": False,
     },
 }  # fmt: skip
 """Settings besides the small ones."""
+SPLIT_GROUPS = {"StableDRLTrainer": {}, "CoupledGRPOTrainer": {"clip": "unconditional", "self_normalize": "group"}}
+"""Algorithms whose weights are normalised over groups; they are also run with groups that processes share."""
 ONE_VIEW = {
     "ESPOTrainer": {"num_views": 2},
     "SPGTrainer": {"num_views": 3},
@@ -111,6 +114,10 @@ def main(results: Path, deepspeed: str | None) -> None:
             (name, adapter): run(name, folder / f"{name}-{adapter}", world_size, adapter)
             for name in ALGORITHMS
             for adapter in (False, True)
+        }
+        found |= {
+            ("groups", name): run(name, folder / f"{name}-groups", world_size, False, num_generations=16, **changes)
+            for name, changes in SPLIT_GROUPS.items()
         }
         found |= {("one view", name): run_one_view(name, folder / name, world_size, adapter=True) for name in ONE_VIEW}
     else:

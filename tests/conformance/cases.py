@@ -30,6 +30,7 @@ COVERED = {
     "gdpo": "GDPO (diffusion): coefficients, bounds, losses, gradients, metrics",
     "ebpo": "EBPO (a port): bounds of all blocks, losses, gradients, metrics",
     "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
+    "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
@@ -68,7 +69,7 @@ COVERED = {
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
-        ("cj", "tracerl", "dtreerpo", "egspo"),
+        ("cj", "tracerl", "egspo"),
         "losses on recorded trajectories, and of methods without a trainer here",
     ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
