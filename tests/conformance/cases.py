@@ -116,6 +116,8 @@ class Case:
             return "counts"
         if self.family == "ebpo" and self._prompts_end_in_a_block:
             return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
+        if self.family == "ebpo" and self.settings.get("kl_loss_type") in ("kl", "k1", "abs"):
+            return "not covered: EBPO's KL terms whose gradient does not hold the policy at the reference"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
