@@ -7,6 +7,8 @@ come in. Scores are `scores.py`'s. TRL's private names are used here, and checke
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 
-from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.rollout import Rollout, valid_mask
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.interventions.intervention import Intervention
@@ -56,6 +58,9 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     _scored_rewards: Tensor | None = None
     _replaced_rows: list[int]
     _replays: TrainingReplays
+    _asked: tuple[Any, Any] | None = None
+    _pending_extra_logs: Any
+    _pending_metrics: Any
 
     uses_old_policy: bool = True
     """Whether the loss compares with the policy that made the completions; if not, that is never scored."""
@@ -79,12 +84,36 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         assert self._current_rollout is not None
+        self._asked = inputs, prompts
         seen = with_rollout(inputs, self._current_rollout)
         rewards: Tensor = super()._calculate_rewards(seen, prompts, completions, completion_ids_list)
         if self.intervention is not None and self.model.training:
             rewards = self._intervene(inputs, prompts, completions, rewards)
         self._rewards_per_func = rewards
         return rewards  # [N * G, F], of all processes
+
+    def rewards_of_canvases(self, canvas: Tensor, rollout: Rollout) -> Tensor:
+        """Weighted rewards `[N * G]` of other canvases, of all processes, which ask for them together.
+
+        Nothing that reward functions log of them is kept. For `extend_batch`.
+
+        Args:
+            canvas: long `[B, L]`, one for each row of this process's rollout.
+            rollout: that rollout; reward functions see it as it is, but for canvases and their valid parts.
+
+        Returns:
+            NaN where no function could tell.
+        """
+        assert self._asked is not None, "rewards of other canvases are asked for while a batch is made"
+        inputs, prompts = self._asked
+        other = replace(rollout, canvas=canvas, valid=valid_mask(canvas, self.spec.eos_token_ids))
+        pending, metrics = self._pending_extra_logs, self._pending_metrics
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
+        try:
+            asked = prompts, self._texts(prompts, other), other.completion_ids
+            return self._summed(super()._calculate_rewards(with_rollout(inputs, other), *asked))
+        finally:
+            self._pending_extra_logs, self._pending_metrics = pending, metrics
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         shuffle = grpo.shuffle_sequence_dict
@@ -172,6 +201,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
         self.extend_batch(batch, rollout, rewards)
+        self._asked = None
         first = self._scores_come_first()
         if not first:
             self._replace_advantages(batch, rewards, num_generations)

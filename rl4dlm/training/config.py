@@ -129,6 +129,9 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
     paper_block_length: ClassVar[int | None] = None
     """Length of the blocks that the algorithm's paper decodes in; None: it has none, or one for each task."""
 
+    record: ClassVar[tuple[str, ...]] = ("entropy",)
+    """What rollouts record for the algorithm, see `DecodingConfig.record`."""
+
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args", "cache_args"]  # noqa: RUF012  (transformers' own form)
 
     max_completion_length: int | None = field(
@@ -359,6 +362,7 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
                 suppress_token_ids=tuple(self.suppress_token_ids or ()),
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},
+                record=self.record,
             )
             return settings if spec is None else settings.for_model(spec)
         except ValueError as error:

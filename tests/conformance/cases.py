@@ -31,7 +31,7 @@ COVERED = {
     "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
-    "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
+    "mdpo": "MDPO: its sampler, with and without running confidence remasking, its table of counts, losses",
     "daedal": "DAEDAL's variable length",
     "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
@@ -102,7 +102,7 @@ class Case:
     def kind(self) -> str:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
-            return "not covered: MDPO's loss, which needs a trainer of recorded trajectories"
+            return "objective"
         if self.family == "tinydlm":
             return "logits"
         if self.family == "d1" and self.name.startswith("d1_rewards"):
@@ -158,7 +158,20 @@ class Case:
 
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
-OBJECTIVES = ("bgpo", "coupled", "dmpo", "dreamcoder", "espo", "gdpo", "igpo", "justgrpo", "spg", "stabledrl", "wd1")
+OBJECTIVES = (
+    "bgpo",
+    "coupled",
+    "dmpo",
+    "dreamcoder",
+    "dtreerpo",
+    "espo",
+    "gdpo",
+    "igpo",
+    "justgrpo",
+    "spg",
+    "stabledrl",
+    "wd1",
+)
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
 
