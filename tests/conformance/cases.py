@@ -36,7 +36,7 @@ COVERED = {
     "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
-    "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
+    "mdpo": "MDPO: its sampler, with and without running confidence remasking, its table of counts, losses",
     "daedal": "DAEDAL's variable length",
     "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
@@ -103,7 +103,7 @@ class Case:
     def kind(self) -> str:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
-            return "not covered: MDPO's loss, which needs a trainer of recorded trajectories"
+            return "objective"
         if self.name.startswith("tracerl_value"):
             return "not covered: TraceRL's value model"
         if self.family == "tracerl" and self.settings.get("method", "TraceRL") != "TraceRL":
@@ -174,8 +174,8 @@ class Case:
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
 OBJECTIVES = (
-    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo", "lightningrl",
-    "spg", "stabledrl", "tracerl", "wd1",
+    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo",
+    "lightningrl", "spg", "stabledrl", "tracerl", "wd1",
 )  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
