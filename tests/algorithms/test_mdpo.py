@@ -107,9 +107,11 @@ def test_rewards_are_of_predictions(make_trainer: Any):
         return [len(set(text)) / 8 for text in completions]
 
     trainer, _ = one_step(make_trainer, MDPOTrainer, **SMALL, rewards=reward, log_completions=True)
-    assert len(asked) == 5 and asked[0] == asked[-1] and asked[1] != asked[0]
-    assert list(trainer._logs["extra"]["seen"]) == asked[0]  # nothing of the predictions
-    rewards = torch.tensor([[len(set(text)) / 8 for text in texts] for texts in asked[1:]]).T.view(2, 4, 4)
+    own, predicted = asked
+    steps = [predicted[first : first + 8] for first in range(0, len(predicted), 8)]
+    assert len(steps) == 4 and steps[-1] == own and steps[0] != own
+    assert list(trainer._logs["extra"]["seen"]) == own  # nothing of the predictions
+    rewards = torch.tensor([[len(set(text)) / 8 for text in texts] for texts in steps]).T.view(2, 4, 4)
     advantages = step_advantages(rewards)
     record, chosen = trainer.seen[0], chosen_steps(advantages, 2)
     order = record["row_ids"].argsort()
