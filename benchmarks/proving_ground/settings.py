@@ -46,7 +46,7 @@ class Ground:
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
 TASKS = {
     "arithmetic_steps": Ground(
-        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        {"min_operations": 3, "max_operations": 4, "max_number": 9, "max_value": 50},
         canvas=32,
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
