@@ -36,7 +36,7 @@ COVERED = {
     "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
-    "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
+    "mdpo": "MDPO: its sampler, with and without running confidence remasking, its table of counts, losses",
     "daedal": "DAEDAL's variable length",
     "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
@@ -103,7 +103,7 @@ class Case:
     def kind(self) -> str:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
-            return "not covered: MDPO's loss, which needs a trainer of recorded trajectories"
+            return "objective"
         if self.name.startswith("tracerl_value"):
             return "not covered: TraceRL's value model"
         if self.family == "tracerl" and self.settings.get("method", "TraceRL") != "TraceRL":
@@ -116,6 +116,8 @@ class Case:
             return "counts"
         if self.family == "ebpo" and self._prompts_end_in_a_block:
             return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
+        if self.family == "ebpo" and self.settings.get("kl_loss_type") in ("kl", "k1", "abs"):
+            return "not covered: EBPO's KL terms whose gradient does not hold the policy at the reference"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -172,8 +174,8 @@ class Case:
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
 OBJECTIVES = (
-    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo", "lightningrl",
-    "spg", "stabledrl", "tracerl", "wd1",
+    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo",
+    "lightningrl", "spg", "stabledrl", "tracerl", "wd1",
 )  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
