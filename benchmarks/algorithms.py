@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", choices=["completions", "positions"], default="completions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--nice", type=int, default=10, help="of these processes: others go first; 0: none does")
     parser.add_argument("--again", action="store_true", help="make what was made with other settings again")
     parser.add_argument("--list", action="store_true", help="print what would be made")
     parser.add_argument("--report", action="store_true", help="tables and plots of what is there")
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{run.path().relative_to(ROOT)}: {state_of(run)}" for run in runs))
         return 0
-    states = make_all(runs, options.jobs, again=options.again)
+    states = make_all(runs, options.jobs, again=options.again, nice=options.nice)
     counted = {state: list(states.values()).count(state) for state in ("made", "there", "changed")}
     failed = len(states) - sum(counted.values())
     print(f"{counted['made']} made, {counted['there']} there, {failed} failed")
@@ -71,7 +72,7 @@ def chosen(options: argparse.Namespace) -> list[Run]:
         for name in [*(algorithms or ()), *variants]
         for task in options.tasks
         for model in options.models
-        if model in TASKS[task].checkpoints
+        if model in TASKS[task].checkpoints and Run(task, model, name).possible
     ]
 
 

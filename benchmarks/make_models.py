@@ -8,12 +8,15 @@ in attention:
     shifted   Dream-like: the same, and the logits of a token are read one position before it
     block     SDAR-like: blocks of 8 see themselves and what is before them
 
-A model knows its tasks when it writes one token at a time, and much less of them when it writes several at once.
+A model knows its tasks when it writes one token at a time, and less of them when it writes several at once.
 
     python benchmarks/make_models.py --kind full
+    python benchmarks/make_models.py --kind shifted --start full --steps 2000
+    python benchmarks/make_models.py --kind block --start full --steps 2000
 
-leaves the checkpoint in `benchmarks/proving_ground/checkpoints/full`, weights in bfloat16, and prints what it solves on
-validation rows. Half an hour on one core.
+leave checkpoints in `benchmarks/proving_ground/checkpoints/`, weights in bfloat16, and print what they solve on
+validation rows. The first takes most of an hour on one core; the others go on from its weights, with the attention that
+they are to have.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +43,11 @@ from rl4dlm import (  # noqa: E402
     DecodingConfig,
     DiffusionSFTConfig,
     DiffusionSFTTrainer,
+    DiffusionSpec,
     load_denoiser,
     load_task,
     save_denoiser,
-    tiny_dream,
     tiny_llada,
-    tiny_sdar,
 )
 from rl4dlm.evaluation import evaluate  # noqa: E402
 from rl4dlm.tasks import Task  # noqa: E402
@@ -58,7 +61,12 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.05,
     "rope_theta": 100.0,
 }
-KINDS = {"full": tiny_llada, "shifted": tiny_dream, "block": tiny_sdar}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "shifted": {"logit_shift": 1},
+    "block": {"attention": "block_causal", "block_length": BLOCK},
+}
+"""By kind, how it differs from a LLaDA."""
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
@@ -94,6 +102,11 @@ def decodings() -> dict[str, DecodingConfig]:
     }
 
 
+def folder_of(kind: str) -> Path:
+    """Of a checkpoint."""
+    return ROOT / TASKS[TAUGHT[0]].checkpoints[kind]
+
+
 def supervised(size: int) -> Any:
     """Prompts and worked answers of both tasks."""
     rows = [small_task(name, seed=1, size=size // len(TAUGHT)).dataset("train") for name in TAUGHT]
@@ -105,19 +118,23 @@ def main() -> None:
     """Trains, saves, and prints the solve rates on validation rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="full")
+    parser.add_argument("--start", help="go on from a model: a kind, or a folder")
     parser.add_argument("--output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--rows", type=int, default=100_000, help="examples of both tasks")
     parser.add_argument("--measure-every", type=int, default=1000)
     options = parser.parse_args()
-    output = options.output or ROOT / TASKS[TAUGHT[0]].checkpoints[options.kind]
+    output = options.output or folder_of(options.kind)
 
     tokenizer = small_tokenizer()
-    sizes = SIZES | ({"block_length": BLOCK} if options.kind == "block" else {})
-    model = KINDS[options.kind](vocab_size=len(tokenizer), **sizes, seed=options.seed)
+    if options.start is None:
+        model = tiny_llada(vocab_size=len(tokenizer), **SIZES, seed=options.seed)
+    else:
+        model = load_denoiser(folder_of(options.start) if options.start in KINDS else options.start)
+    model.config.diffusion = replace(DiffusionSpec.of(model), **KINDS[options.kind]).to_dict()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         DreamCoderRLConfig as DreamCoderRLConfig,
         DreamCoderRLTrainer as DreamCoderRLTrainer,
     )
+    from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
+    from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
@@ -96,6 +98,8 @@ _MODULE_OF = {
     "AGRPOTrainer": "rl4dlm.algorithms.agrpo",
     "CJGRPOConfig": "rl4dlm.algorithms.cj_grpo",
     "CJGRPOTrainer": "rl4dlm.algorithms.cj_grpo",
+    "EGSPOConfig": "rl4dlm.algorithms.egspo",
+    "EGSPOTrainer": "rl4dlm.algorithms.egspo",
     "D2Config": "rl4dlm.algorithms.d2",
     "D2Trainer": "rl4dlm.algorithms.d2",
     "DiPOConfig": "rl4dlm.algorithms.dipo",
@@ -120,6 +124,8 @@ _MODULE_OF = {
     "DiffusionSFTConfig": "rl4dlm.sft.trainer",
     "DiffusionSFTTrainer": "rl4dlm.sft.trainer",
     "DiffusionSpec": "rl4dlm.models.spec",
+    "EBPOConfig": "rl4dlm.algorithms.ebpo",
+    "EBPOTrainer": "rl4dlm.algorithms.ebpo",
     "ESPOConfig": "rl4dlm.algorithms.espo",
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",

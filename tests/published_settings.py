@@ -15,9 +15,11 @@ REPOSITORIES = {
     "dmpo": "yuchen-zhu-zyc/DMPO",
     "dream_coder_rl": "DreamLM/Dream-Coder",
     "cj_grpo": "yjyddq/EOSER-ASS-RL",
+    "egspo": "vishnutez/egspo-dllm-rl",
     "espo": "ML-GSAI/ESPO",
     "igpo": "facebookresearch/igpo",
     "justgrpo": "LeapLabTHU/JustGRPO",
+    "lightningrl": "SJTU-DENG-Lab/LightningRL",
     "mdpo": "autonomousvision/mdpo",
     "spg": "facebookresearch/SPG",
     "stabledrl": "JianyuanZhong/StableDRL",
@@ -38,6 +40,9 @@ THEIR_NAMES = {
     "hint_ratio": "inpaint_chunk_ratio_low, inpaint_chunk_high_initial_ratio",
     "chunk_length": "min_chunk_size, max_chunk_size",
     "max_replaced_share": "max_replacements / num_generations",
+    "speed_norm": "tpf_norm_mode",
+    "min_speed_range": "filter_tpf_threshold",
+    "nll_weight": "nll_loss_weight",
     "hint_entropy_share": "entropy_clipping_ratio_inpaint",
     "branches": "num_tree_samples, tree_branch_factor (d-TreeRPO)",
     "distillation": "self_distillation_lambda_max (d-TreeRPO)",
@@ -108,6 +113,18 @@ def _cj(iterations: int) -> dict[str, Flag]:
     )
 
 
+_EGSPO = {
+    "learning_rate": 3e-5,
+    "lr_scheduler_type": "constant",
+    "num_generations": 8,
+    "temperature": 0.9,
+    "num_scored_steps": 8,
+    "step_lambda": 0.5,
+    "epsilon": 0.2,
+    "epsilon_high": 0.5,
+    "beta": 0.04,
+    "gradient_accumulation_steps": 2,
+}
 _TRACERL = {
     "epsilon": 0.2,
     "beta": 0.01,
@@ -354,6 +371,45 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         lr_scheduler_type="constant",
         use_peft=False,
     ),
+    "lightningrl/gsm8k_sdar-8b": {
+        **_in(
+            "configs/lightningrl.yaml",
+            max_steps=640,  # 80 times 8
+            num_generations=32,
+            temperature=1.0,
+            top_p=1.0,
+            max_completion_length=8192,
+            schedule_args__threshold=0.9,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=8,
+            steps_per_generation=64,  # 128 prompts of 32 completions, on 8 devices
+            num_iterations=1,
+            seed=10086,
+            max_grad_norm=1.0,
+            max_prompt_length=1024,
+            epsilon=0.2,
+            epsilon_high=0.2,
+            kl_estimator="k3",
+            nll_weight=0.1,
+            beta=0.01,
+            loss_type="grpo",
+            kl_average="token",
+            nll_average="token",
+            min_speed_range=0.01,
+            keep_wrong_groups=False,
+            speed_norm="z_score",
+            accuracy_norm="z_score",
+            advantage_norm="batch",
+            learning_rate=1e-6,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            weight_decay=0.0,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=10,
+            use_peft=False,
+        ),
+        **_in("reward/rl_reward.py", speed_gate="none", cap_margin=5),
+    },
     "coupled_grpo/acecode_diffucoder-7b": {
         **_in(
             "recipes/config_coupled_code.yaml",
@@ -383,6 +439,10 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         ),
         **_in("src/open_r1/coupled_grpo.py", baseline="leave_one_out"),
     },
+    "egspo/sudoku_llada-8b": _in(
+        "egspo/slurm_scripts/train.yaml",
+        **{name: value for name, value in (_D1 | _EGSPO).items() if name not in ("p_mask_prompt", "warmup_steps")},
+    ),
     "cj_grpo/gsm8k_llada-8b": _cj(12),
     "cj_grpo/sudoku_llada-8b": _cj(8),
     "tracerl/math_sdar-8b": _in(
@@ -477,6 +537,11 @@ DELIBERATE: dict[tuple[str, str], str] = {
     ("diffu_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("wd1/sudoku_llada-8b", "max_prompt_length"): _CUT,
     ("cj_grpo/sudoku_llada-8b", "max_prompt_length"): _CUT,
+    ("egspo/sudoku_llada-8b", "max_prompt_length"): _CUT,
+    (
+        "lightningrl/gsm8k_sdar-8b",
+        "speed_gate",
+    ): "a wrong answer that is fast would earn most",
     ("coupled_grpo/acecode_diffucoder-7b", "temperature"): "the paper's 1.2",
     ("coupled_grpo/acecode_diffucoder-7b", "baseline"): "the paper's",
 }

@@ -95,7 +95,7 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
         task_args = settings.get("task_args", {})
         shorter = {"style": "d1"} if task_args.get("style") == "spg" else {}  # without solved examples
         small["task_args"] = json.dumps({**task_args, **shorter, "size": 16})
-    for name in ("gradient_accumulation_steps", "num_iterations"):
+    for name in ("gradient_accumulation_steps", "num_iterations", "steps_per_generation"):
         if settings.get(name, 1) > 2:
             small[name] = 2
     if "dataset_name" in settings:

@@ -21,6 +21,7 @@ SIGNATURES = {
     "AGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CJGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "D2Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "EGSPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -40,6 +41,7 @@ SIGNATURES = {
     "DiffusionSFTTrainer": "model args train_dataset eval_dataset processing_class kwargs",
     "DiffusionSpec": "mask_token_id eos_token_ids logit_shift attention block_length grid_origin noise",
     "DreamCoderRLTrainer": "args kwargs",
+    "EBPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "ESPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "IGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Inpainting": (
@@ -127,6 +129,8 @@ SETTINGS = {
         "ar_loss_weight noise_floor eos_padding random_truncation"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
+    "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
+    "EBPOConfig": "num_views complement stratify ratio_norm",
     "ESPOConfig": "num_views complement form baseline",
     "IGPOConfig": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
@@ -134,7 +138,7 @@ SETTINGS = {
     ),
     "JustGRPOConfig": "tokens_per_view within",
     "LightningRLConfig": (
-        "correctness_reward correct_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
+        "accuracy_reward accuracy_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
         "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
     ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",

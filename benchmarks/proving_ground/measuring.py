@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
-from math import comb, log2, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
 
 from benchmarks.proving_ground.settings import SPEEDS, THRESHOLD, TRAINED, Run
+from benchmarks.proving_ground.statistics import area
 from rl4dlm import DecodingConfig, RolloutEngine, attach_scoring, load_denoiser, load_task
 from rl4dlm.evaluation import encode_prompt, evaluate
 from rl4dlm.evaluation.measure import completion_texts
@@ -95,9 +95,7 @@ def validate(run: Run, model: Any, tokenizer: Any) -> float:
 def decoding(run: Run, speed: int, temperature: float = 0.0) -> DecodingConfig:
     """So many tokens per step."""
     canvas, block = run.ground.canvas, run.ground.block
-    return DecodingConfig(
-        canvas_length=canvas, steps=canvas // speed, block_length=block, temperature=temperature, record_entropy=False
-    )
+    return DecodingConfig(canvas_length=canvas, steps=canvas // speed, block_length=block, temperature=temperature)
 
 
 def drawn(run: Run, model: Any, tokenizer: Any, rows: Sequence[Any]) -> Rollout:
@@ -132,25 +130,3 @@ def drift(run: Run, model: Any, rollout: Rollout) -> list[float]:
         bounds.append(estimator.reduce(found.log_probs, views).double().sum(-1))
     difference = bounds[0] - bounds[1]
     return [round(difference.mean().item(), 4), round(difference.std().item() / sqrt(len(difference)), 4)]
-
-
-def area(solved: dict[int, float]) -> float:
-    """Accuracy over speed, from the solve rate by tokens per step; of one speed, its own."""
-    speeds = sorted(solved)
-    if len(speeds) == 1:
-        return solved[speeds[0]]
-    whole = sum(log2(high / low) * (solved[low] + solved[high]) / 2 for low, high in pairwise(speeds))
-    return whole / log2(speeds[-1] / speeds[0])
-
-
-def pass_at(right: Sequence[int], k: int) -> float:
-    """pass@k from how many prompts have 0, 1, ..., n right completions.
-
-    Raises:
-        ValueError: k is larger than n.
-    """
-    n = len(right) - 1
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k} is not allowed; it must be between 1 and the {n} completions of a prompt")
-    each = (1 - comb(n - count, k) / comb(n, k) for count in range(n + 1))
-    return sum(prompts * value for prompts, value in zip(right, each, strict=True)) / sum(right)

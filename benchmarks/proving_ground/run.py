@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks.proving_ground.settings import RESULTS, ROOT, Run
 
 LOGS = ROOT / "outputs" / "algorithms"
-NICE = 15
 _parent = 0
 
 
@@ -97,13 +96,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def make_all(runs: Sequence[Run], jobs: int, results: Path = RESULTS, again: bool = False) -> dict[Run, str]:
-    """Makes runs in this order, so many processes of one thread at a time; each process imports once."""
+def make_all(
+    runs: Sequence[Run], jobs: int, results: Path = RESULTS, again: bool = False, nice: int = 0
+) -> dict[Run, str]:
+    """Makes runs in this order, so many processes of one thread at a time; each process imports once.
+
+    Returns what `make` says of each, and of the measurements of what they start from.
+    """
     starts = list(dict.fromkeys(replace(run, name="before", budget="completions", seed=0) for run in runs))
     states: dict[Run, str] = {}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet, initargs=(os.getpid(), nice)) as pool:
         for first in (starts, runs):  # what all start from is measured once, not by several at a time
             waiting = {run: pool.submit(_make, run, results, again) for run in first}
             for run, found in waiting.items():
@@ -119,10 +123,10 @@ def _make(run: Run, results: Path, again: bool) -> str:
     return make(run, results, again=again)
 
 
-def _quiet(parent: int) -> None:
+def _quiet(parent: int, nice: int) -> None:
     global _parent
     _parent = parent
-    os.nice(NICE)
+    os.nice(nice)
     logging.getLogger().setLevel(logging.ERROR)
     import torch
     from transformers.utils.logging import disable_progress_bar

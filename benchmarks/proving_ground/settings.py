@@ -66,7 +66,11 @@ TASKS = {
         rewards=("few_clue_sudoku", "few_clue_sudoku:units"),
         checkpoints={"full": "examples/demo_checkpoint"},
         ends=False,
-        own={"spg": {"masking": "random"}, "igpo": {"hide_answer": False, "chunk_length": [1, 2]}},
+        own={
+            "spg": {"masking": "random"},
+            "stabledrl": {"masking": "random"},
+            "igpo": {"hide_answer": False, "chunk_length": [1, 2]},
+        },
     ),
 }
 """Language tasks as `benchmarks/make_models.py` has them, and the demo's puzzles."""
@@ -83,16 +87,26 @@ COMMON: dict[str, Any] = {
 }
 """What all algorithms of RL share. Rates rise over five steps and fall linearly to zero over the budget."""
 
+RIGHT = "right"  # stands for the name of a task's first reward
+RANDOM = "random"
 _ABOVE = {"negative_advantage_weight": 0.0}  # only completions above the baseline teach; see docs/evidence.md
+_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
 
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm: what it is called, its trainer, and the settings that differ from `COMMON`."""
+    """An algorithm.
+
+    Args:
+        title: what it is called. trainer: a name in `rl4dlm`, or a control's.
+        settings: that differ from `COMMON`.
+        rewards: in the place of the task's two.
+    """
 
     title: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rewards: tuple[str, ...] | None = None
 
 
 ALGORITHMS = {
@@ -123,13 +137,32 @@ ALGORITHMS = {
     "dream_coder_rl": Line(
         "Dream-Coder RL", "DreamCoderRLTrainer", {"schedule": "low_confidence", "top_p": 1.0, **_ABOVE}
     ),
-    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0}),
+    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0, "correctness_reward": RIGHT}),
+    "stabledrl": Line("StableDRL", "StableDRLTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "num_iterations": 2}),
+    "cj_grpo": Line("CJ-GRPO", "CJGRPOTrainer"),
+    "tracerl": Line("TraceRL", "TraceRLTrainer"),
+    "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
+    "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
+    "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
+    "lightningrl": Line(
+        "LightningRL",
+        "LightningRLTrainer",
+        {**_QUICK, "scale_rewards": "none", "correctness_reward": RIGHT, "reward_weights": [1.0, 1.0]},
+        rewards=(RIGHT, "speed:tokens_per_forward"),
+    ),
 }
 """One line for each."""
 CONTROLS = {
     "sft": Line("SFT goes on", "DiffusionSFTTrainer", {"learning_rate": 2e-4}),
-    "positives": Line("SFT on own right answers", "PositivesTrainer", {"num_views": 4}),
-    "random_reward": Line("diffu-GRPO, random rewards", "DiffuGRPOTrainer", {"p_mask_prompt": 0.0}),
+    "positives": Line(
+        "SFT on own right answers", "PositivesTrainer", {"num_views": 4, "reward_weights": [1.0]}, rewards=(RIGHT,)
+    ),
+    "random_reward": Line(
+        "diffu-GRPO, random rewards",
+        "DiffuGRPOTrainer",
+        {"p_mask_prompt": 0.0, "reward_weights": [1.0]},
+        rewards=(RANDOM,),
+    ),
 }
 """What an algorithm has to beat: SFT on the task's worked answers, for as many positions; masked SFT on those of the
 model's own completions that are right; and rewards that know nothing."""
@@ -142,7 +175,7 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
-_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
+_PASSES = {"num_iterations": 4, "negative_advantage_weight": 1.0}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
@@ -153,6 +186,15 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("spg", "block_elbo_negatives", {**_BLOCKS, "negatives": "elbo"}),
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
+    },
+    "clips": {  # four passes over each batch: with one, all ratios are 1
+        **_each("diffu_grpo espo bgpo", "passes_4", _PASSES),
+        **_each("diffu_grpo espo bgpo", "passes_4_unconditional", {**_PASSES, "clip": "unconditional"}),
+        **_each(
+            "diffu_grpo espo bgpo",
+            "passes_4_normalized",
+            {**_PASSES, "clip": "unconditional", "self_normalize": "group"},
+        ),
     },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
@@ -188,7 +230,7 @@ class Scale:
     """How much is done.
 
     Args:
-        batches: generation batches with the budget `completions`; one optimizer step each.
+        batches: generation batches with the budget `completions`; one optimizer step each, or `num_iterations`.
         completions: in a batch. views: what the budget `positions` allows each completion beside its rollout.
         test: rows of the test split that are decoded greedily. validation: rows of the learning curve.
         curve: points of the learning curve.
@@ -241,6 +283,12 @@ class Run:
     def checkpoint(self) -> Path:
         return ROOT / self.ground.checkpoints[self.model]
 
+    @property
+    def possible(self) -> bool:
+        """Whether the task has the several blocks that masking by blocks needs."""
+        one_block = self.ground.block == self.ground.canvas
+        return not (one_block and str(self.settings().get("masking", "")).startswith("block_"))
+
     def path(self, results: Path = RESULTS) -> Path:
         """Where its result is."""
         name = "before" if self.name == "before" else f"{self.name}-{self.budget}-{self.seed}"
@@ -260,13 +308,17 @@ class Run:
             "denoising_steps": ground.canvas // tokens,
             **own,
         }
-        if self.algorithm == "igpo":
+        if given.get("correctness_reward") == RIGHT:
             given["correctness_reward"] = ground.rewards[0]
         if self.algorithm == "justgrpo":  # says it by `tokens_per_view`
             given.pop("denoising_steps")
-        if self.algorithm in ("positives", "random_reward"):
-            given["reward_weights"] = [1.0]
         return given
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of reward functions, or `RANDOM`."""
+        own = LINES[self.algorithm].rewards or self.ground.rewards
+        return tuple(self.ground.rewards[0] if name == RIGHT else name for name in own)
 
     def fingerprint(self) -> str:
         """Of everything that its result depends on: settings, task, scale, and the weights of the start."""
@@ -278,7 +330,7 @@ class Run:
         parts |= {"canvas": self.ground.canvas, "block": self.ground.block, "speeds": SPEEDS, "threshold": THRESHOLD}
         if self.name != "before":
             parts |= {"trainer": LINES[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
-            parts |= {"seed": self.seed, "rewards": self.ground.rewards}
+            parts |= {"seed": self.seed, "rewards": self.rewards}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(self.checkpoint.glob("*.safetensors")):
             digest.update(file.read_bytes())

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import rl4dlm
-from benchmarks.proving_ground.settings import LINES, TRAINED, Run
-from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_rewards, load_task
+from benchmarks.proving_ground.settings import LINES, RANDOM, TRAINED, Run
+from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_reward, load_task
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.tasks import Task
 
@@ -153,8 +153,10 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
     allowed = batch * positions_of_completion(run, tokenizer)
     by_positions = run.budget == "positions" or run.algorithm == "sft"
 
+    passes = run.settings().get("num_iterations", 1)
+
     def used(step: int) -> float:
-        return positions.total / allowed if by_positions else step / scale.batches
+        return positions.total / allowed if by_positions else step / (scale.batches * passes)
 
     budget = Budget(run, used, positions, measure)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -167,7 +169,7 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         common: dict[str, Any] = {
             "output_dir": folder,
             "seed": run.seed,
-            "max_steps": 100 * scale.batches if by_positions else scale.batches,
+            "max_steps": (100 if by_positions else 1) * scale.batches * passes,
             "per_device_train_batch_size": scale.completions,
             "logging_steps": max(scale.batches // 8, 1),
             "save_strategy": "no",
@@ -186,7 +188,7 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         raise RuntimeError(f"training was stopped after {trainer.state.global_step} steps, before its budget was used")
     return {
         "steps": trainer.state.global_step,
-        "completions": 0 if run.algorithm == "sft" else trainer.state.global_step * scale.completions,
+        "completions": 0 if run.algorithm == "sft" else trainer.state.global_step * scale.completions // passes,
         "positions": {"without_gradient": positions.without_gradient, "with_gradient": positions.with_gradient},
         "positions_allowed": round(allowed) if by_positions else None,
         "seconds": round(wall, 1),
@@ -200,7 +202,7 @@ def positions_of_completion(run: Run, tokenizer: Any) -> float:
     """What the budget `positions` allows a completion: its rollout in full, and some views."""
     prompts = [len(tokenizer(row["prompt"]).input_ids) for row in task_of(run, size=256).rows("train")]
     columns = sum(prompts) / len(prompts) + run.ground.canvas
-    return columns * (run.settings().get("denoising_steps") or run.ground.canvas // TRAINED) + columns * run.scale.views
+    return columns * (run.ground.canvas // TRAINED + run.scale.views)
 
 
 def task_of(run: Run, *, size: int | None = None) -> Task:
@@ -211,12 +213,9 @@ def task_of(run: Run, *, size: int | None = None) -> Task:
 
 def policy_trainer(run: Run, model: Any, tokenizer: Any, common: dict[str, Any], given: dict[str, Any]) -> Any:
     """The trainer of an algorithm, with its rewards."""
-    name, rewards = LINES[run.algorithm].trainer, run.ground.rewards
+    name = LINES[run.algorithm].trainer
     trainer = PositivesTrainer if name == "PositivesTrainer" else getattr(rl4dlm, name)
-    if run.algorithm == "random_reward":
-        functions: list[Any] = [RandomReward(run.seed)]
-    else:
-        functions = load_rewards(list(rewards[:1] if run.algorithm == "positives" else rewards))
+    functions = [RandomReward(run.seed) if name == RANDOM else load_reward(name) for name in run.rewards]
     args = trainer.config_class(**common, **run.settings())
     prompts = args.per_device_train_batch_size // args.num_generations * run.scale.batches
     rows = task_of(run, size=max(min(prompts, 20_000), 64)).dataset("train")

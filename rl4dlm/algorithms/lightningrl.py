@@ -14,7 +14,7 @@ block is predicted from its hidden self given the finished ones before it. With 
 Prompts without a right completion, and those whose completions do not differ in speed, are left out.
 
 Decided differently from the released code:
-- What is right is what `correctness_reward` says. The code stores no such flag and takes a total reward of at least 0
+- What is right is what `accuracy_reward` says. The code stores no such flag and takes a total reward of at least 0
   for it, so that its last term imitates wrong answers that are fast.
 - A sum of normalised rewards pays a fast wrong answer more than a slow right one. `speed_gate="correct"`, the default,
   counts speed among right completions alone; `"none"` is the published sum.
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.masks import check_choice
-from rl4dlm.training.clipping import Clip, clipped_units, surrogate
+from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
 from rl4dlm.training.decoupled import ADVANTAGE_NORMS, NORMS, group_advantages, kept_groups, normalised
 from rl4dlm.training.setup import mean_field, swapped
@@ -68,9 +68,9 @@ class LightningRLConfig(DiffusionPolicyConfig):
     the gate, sizes and optimizer, which are TRL's here and the paper's in the configuration files.
 
     Args:
-        correctness_reward: name of the reward function that says whether a completion is right. None: the only one
+        accuracy_reward: name of the reward function that says whether a completion is right. None: the only one
             beside that of speed.
-        correct_from: its reward from which on a completion is right.
+        accuracy_from: its reward from which on a completion is right.
         speed_reward: name of the reward function of speed; the larger, the faster.
         speed_gate: `"correct"`, speed is compared and counts among right completions alone; `"none"`: among all, as
             published.
@@ -94,10 +94,10 @@ class LightningRLConfig(DiffusionPolicyConfig):
         ValueError: names the setting, the value and what is allowed.
     """
 
-    correctness_reward: str | None = field(
+    accuracy_reward: str | None = field(
         default=None, metadata={"help": "Reward function that says what is right. Default: the only one beside speed."}
     )
-    correct_from: float = field(default=1.0, metadata={"help": "Its reward from which on a completion is right."})
+    accuracy_from: float = field(default=1.0, metadata={"help": "Its reward from which on a completion is right."})
     speed_reward: str = field(default="tokens_per_forward", metadata={"help": "Name of the reward function of speed."})
     speed_gate: str = field(
         default="correct",
@@ -172,7 +172,7 @@ class LightningRLTrainer(DiffusionPolicyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        names, wanted = list(self.reward_func_names), self.args.correctness_reward
+        names, wanted = list(self.reward_func_names), self.args.accuracy_reward
         if self.args.speed_reward not in names:
             raise ValueError(
                 f"speed_reward={self.args.speed_reward!r} is no reward function; choose one of {', '.join(names)}, or "
@@ -181,12 +181,12 @@ class LightningRLTrainer(DiffusionPolicyTrainer):
         others = [name for name in names if name != self.args.speed_reward]
         if wanted is None and len(others) != 1:
             raise ValueError(
-                f"correctness_reward=None is not allowed with {len(others)} rewards beside that of speed; choose one "
+                f"accuracy_reward=None is not allowed with {len(others)} rewards beside that of speed; choose one "
                 f"of {', '.join(others) or 'them after adding one'}"
             )
-        self._correctness = others[0] if wanted is None else wanted
-        if self._correctness not in others:
-            raise ValueError(f"correctness_reward={wanted!r} is no reward function; choose one of {', '.join(others)}")
+        self._accuracy = others[0] if wanted is None else wanted
+        if self._accuracy not in others:
+            raise ValueError(f"accuracy_reward={wanted!r} is no reward function; choose one of {', '.join(others)}")
 
     def build_estimator(self) -> Estimator:
         """All response tokens hidden, prompts shown."""
@@ -195,8 +195,8 @@ class LightningRLTrainer(DiffusionPolicyTrainer):
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
         """Those of the sum of normalised rewards; also notes which completions are right, and their tokens."""
         args, found = self.args, {name: self.rewards_of(name) for name in self.reward_func_names}
-        accuracy, speed = found[self._correctness], found[args.speed_reward]
-        right = accuracy >= args.correct_from
+        accuracy, speed = found[self._accuracy], found[args.speed_reward]
+        right = accuracy >= args.accuracy_from
         if args.cap_margin is not None:
             length = self.of_all_processes(batch["canvas_valid"].sum(-1)).to(right.device)
             right &= length < batch["canvas_valid"].shape[1] - args.cap_margin
@@ -217,7 +217,7 @@ class LightningRLTrainer(DiffusionPolicyTrainer):
 
     def _normalised(self, name: str, rewards: Tensor, right: Tensor) -> Tensor:
         args = self.args
-        if name == self._correctness:
+        if name == self._accuracy:
             known = ~rewards.isnan()
             if args.accuracy_norm == "sign":
                 return torch.where(known, 2.0 * right - 1, 0.0)
@@ -237,9 +237,8 @@ class LightningRLTrainer(DiffusionPolicyTrainer):
         args, mask, log_probs = self.args, batch["completion_mask"], scores.log_probs
         advantages = batch["advantages"][:, None]
         log_ratio = self.log_ratio_to("old", log_probs, batch).clamp(-_FURTHEST, _FURTHEST)
-        clip = Clip("ppo", self.epsilon_low, self.epsilon_high, args.delta)
-        loss = self.averaged(surrogate(log_ratio, log_probs, advantages, clip), mask, batch)
-        clipped = torch.stack(clipped_units(log_ratio.detach(), advantages, clip)).any(0)
+        loss = self.averaged(self.surrogate(log_ratio, log_probs, advantages, mask.bool(), batch), mask, batch)
+        clipped = torch.stack(clipped_units(log_ratio.detach(), advantages, self.clip)).any(0)
         self.log_mean("clip_ratio/region_mean", clipped, mask)
         if args.beta:
             divergence = self.token_kl(log_probs, batch)

@@ -64,7 +64,6 @@ class MDPOConfig(DiffusionPolicyConfig):
     """
 
     kl_per_token: ClassVar[bool] = False
-    record: ClassVar[tuple[str, ...]] = ("entropy", "fillings", "filling_log_probs")
 
     num_trained_steps: int = field(default=8, metadata={"help": "Steps of a completion that are learnt from (K)."})
     confidence_weights: bool = field(
@@ -103,6 +102,10 @@ class MDPOConfig(DiffusionPolicyConfig):
                 "standard deviation; allowed: group"
             )
 
+    def recorded(self) -> tuple[str, ...]:
+        """What each step draws for every open slot."""
+        return ("entropy", "fillings", "filling_log_probs")
+
 
 def step_values(rewards: Tensor) -> Tensor:
     """a_s of the module's docstring, from rewards `[..., S]` of predictions; the same shape."""
@@ -138,7 +141,7 @@ def chosen_steps(advantages: Tensor, count: int) -> Tensor:
 class MDPOTrainer(DiffusionPolicyTrainer):
     """MDPO in TRL's GRPO loop; `MDPOConfig` has its settings, the module's docstring the algorithm.
 
-    Reward functions are called once more for each step of a batch of completions, with what it predicted.
+    Reward functions are called once more, with what each step of the batch's completions has predicted.
     """
 
     config_class = MDPOConfig
@@ -178,15 +181,12 @@ class MDPOTrainer(DiffusionPolicyTrainer):
         steps = int(self.accelerator.gather(made).max())
         fillings, log_probs = trace.fillings[:, :, 0].long(), trace.filling_log_probs[:, :, 0]
         shown = torch.stack([*rollout.states()], dim=1)  # [B, S, L], of this process
-        rewards = []
-        for step in range(steps):
-            there = (trace.steps > step)[:, None]
-            canvas = rollout.canvas
-            if step < fillings.shape[1]:
-                canvas = torch.where(there, fillings[:, step], canvas)
-            rewards.append(self.rewards_of_canvases(canvas, rollout))
+        there = (trace.steps[:, None] > torch.arange(fillings.shape[1], device=fillings.device))[..., None]
+        predicted = torch.where(there, fillings, rollout.canvas[:, None])
+        ours = self.rewards_of_canvases(rollout, predicted)  # [B, S]
+        ours = torch.cat([ours, ours[:, -1:].expand(-1, steps - ours.shape[1])], dim=1)  # of rows that have ended
         size = self.num_generations if self.model.training else self.num_generations_eval
-        found = torch.stack(rewards, dim=-1).view(-1, size, steps)  # [N, G, S]
+        found = self.accelerator.gather(ours.contiguous()).view(-1, size, steps)  # [N, G, S]
         best, last = found.nan_to_num(nan=-torch.inf).amax(-1), found[..., -1]
         self.log_mean("diffusion/lost_answer_share", best > last, torch.ones_like(last))
         advantages = step_advantages(found).nan_to_num(nan=0.0)

@@ -196,8 +196,19 @@ class RecordedSteps(Estimator):
         return self.selector.partial or getattr(self.selector, "scale", "sum") == "mean"
 
     def steps(self, rows: Rows, *, seed: int, iteration: int) -> Steps:
-        """The steps that the views of `draw` are about."""
-        return self._chosen(rows, seed, iteration)[1]
+        """The steps that the views of `draw` are about, by their numbers in the record (`Rows.commit_step`).
+
+        Raises:
+            ValueError: views hold steps of several blocks, which have no one number.
+        """
+        if self.selector.blocks(rows) is not None:
+            raise ValueError(f"{self.selector} puts steps of several blocks into a view: they have no one number")
+        assert rows.commit_step is not None
+        trail, steps = self._chosen(rows, seed, iteration)
+        number = torch.zeros_like(trail.step).scatter_reduce(-1, trail.step.clamp(min=0), rows.commit_step, "amax")
+        there = steps.last >= steps.first
+        first, last = (number.gather(-1, each.clamp(min=0)) for each in (steps.first, steps.last))
+        return Steps(torch.where(there, first, 0), torch.where(there, last, -1), steps.weight)
 
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """As many views as the row with most chosen steps has."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -57,10 +58,8 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     _rewards_per_func: Tensor | None
     _scored_rewards: Tensor | None = None
     _replaced_rows: list[int]
+    _asked: tuple[Any, Any]
     _replays: TrainingReplays
-    _asked: tuple[Any, Any] | None = None
-    _pending_extra_logs: Any
-    _pending_metrics: Any
 
     uses_old_policy: bool = True
     """Whether the loss compares with the policy that made the completions; if not, that is never scored."""
@@ -92,28 +91,25 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         self._rewards_per_func = rewards
         return rewards  # [N * G, F], of all processes
 
-    def rewards_of_canvases(self, canvas: Tensor, rollout: Rollout) -> Tensor:
-        """Weighted rewards `[N * G]` of other canvases, of all processes, which ask for them together.
+    def rewards_of_canvases(self, rollout: Rollout, canvases: Tensor) -> Tensor:
+        """Weighted rewards `[B, K]` of other canvases of this process's rows, long `[B, K, L]`; NaN if none could tell.
 
-        Nothing that reward functions log of them is kept. For `extend_batch`.
-
-        Args:
-            canvas: long `[B, L]`, one for each row of this process's rollout.
-            rollout: that rollout; reward functions see it as it is, but for canvases and their valid parts.
-
-        Returns:
-            NaN where no function could tell.
+        Every reward function sees their texts up to the first end, in one call, with the columns of the row. What it
+        logs is not kept.
         """
-        assert self._asked is not None, "rewards of other canvases are asked for while a batch is made"
         inputs, prompts = self._asked
-        other = replace(rollout, canvas=canvas, valid=valid_mask(canvas, self.spec.eos_token_ids))
-        pending, metrics = self._pending_extra_logs, self._pending_metrics
-        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
-        try:
-            asked = prompts, self._texts(prompts, other), other.completion_ids
-            return self._summed(super()._calculate_rewards(with_rollout(inputs, other), *asked))
-        finally:
-            self._pending_extra_logs, self._pending_metrics = pending, metrics
+        columns, texts, ids = [], [], []
+        for canvas in canvases.to(rollout.canvas.device).unbind(1):
+            other = replace(rollout, canvas=canvas, valid=valid_mask(canvas, self.spec.eos_token_ids))
+            columns += with_rollout(inputs, rollout)
+            texts += self._texts(prompts, other)
+            ids += other.completion_ids
+        with ExitStack() as stack:
+            stack.enter_context(swapped(grpo, "gather", lambda values: values))  # all of them are this process's
+            for name in ("_pending_extra_logs", "_pending_metrics"):
+                stack.enter_context(swapped(self, name, defaultdict(list)))
+            found = super()._calculate_rewards(columns, list(prompts) * canvases.shape[1], texts, ids)
+        return self._summed(found).view(canvases.shape[1], len(prompts)).T.contiguous()
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         shuffle = grpo.shuffle_sequence_dict
@@ -201,7 +197,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
         self.extend_batch(batch, rollout, rewards)
-        self._asked = None
+        del self._asked
         first = self._scores_come_first()
         if not first:
             self._replace_advantages(batch, rewards, num_generations)
@@ -227,6 +223,7 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if self.args.negative_advantage_weight != 1:
             signed = batch["advantages"]
             batch["advantages"] = torch.where(signed < 0, self.args.negative_advantage_weight * signed, signed)
+        self._note_rows_weighed(batch)
 
     def _use_advantages(self, everyone: Tensor, own: slice, batch: dict[str, Any]) -> None:
         batch["advantages"] = everyone[own].to(batch["advantages"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,8 +24,9 @@ class ClipSettings:
             advantage (StableDRL, arXiv 2603.06743): `epsilon=1` is no lower end, `epsilon=1 - 1/c, epsilon_high=c - 1`
             a range from 1/c to c; `"none"`, the ratio as it is.
         self_normalize: divides the weights of an unconditional clip by their mean, over the completions of a
-            `"group"` or of an optimizer step (`"batch"`), so that a factor that all of them have in common, such as an
-            error of the estimate, changes nothing; `"none"`. All of them must be scored together: see the error.
+            `"group"` or of a generation batch (`"batch"`), so that a factor that all of them have in common, such as
+            an error of the estimate, changes nothing; `"none"`. Where micro-batches do not hold all completions that
+            share a mean, the whole generation batch is scored once more before each optimizer step after the first.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -63,22 +63,8 @@ def check_clip(config: Any) -> None:
         value = getattr(config, name)
         if config.clip in clips and value != defaults[name]:
             raise ValueError(f"{name}={value} has no effect with clip={config.clip!r}; leave it out")
-    if config.self_normalize == "none":
-        return
-    if config.clip != "unconditional":
+    if config.self_normalize != "none" and config.clip != "unconditional":
         raise ValueError(
             f"self_normalize={config.self_normalize!r} is not allowed with clip={config.clip!r}, whose ratios are no "
             "weights; set clip='unconditional' (with epsilon=1 and epsilon_high=inf if nothing is to be clipped)"
-        )
-    rows, parts = config.per_device_train_batch_size, config.steps_per_generation
-    if config.self_normalize == "batch" and config.gradient_accumulation_steps != 1:
-        raise ValueError(
-            "self_normalize='batch' compares all completions of an optimizer step, which must be scored together; set "
-            f"gradient_accumulation_steps to 1 (is {config.gradient_accumulation_steps})"
-        )
-    if config.self_normalize == "group" and parts != 1 and rows % (config.num_generations or math.inf):
-        raise ValueError(
-            "self_normalize='group' compares the completions of a group under the current policy, which must be scored "
-            f"together: per_device_train_batch_size={rows} must be a multiple of num_generations="
-            f"{config.num_generations}, or steps_per_generation 1 (is {parts}), so that one pass is the whole batch"
         )

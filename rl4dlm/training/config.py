@@ -129,9 +129,6 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
     paper_block_length: ClassVar[int | None] = None
     """Length of the blocks that the algorithm's paper decodes in; None: it has none, or one for each task."""
 
-    record: ClassVar[tuple[str, ...]] = ("entropy",)
-    """What rollouts record for the algorithm, see `DecodingConfig.record`."""
-
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "schedule_args", "cache_args"]  # noqa: RUF012  (transformers' own form)
 
     max_completion_length: int | None = field(
@@ -335,6 +332,10 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
         block = self.paper_block_length
         return block if block and canvas_length > block and canvas_length % block == 0 else None
 
+    def recorded(self) -> tuple[str, ...]:
+        """What rollouts keep besides what all have, for an algorithm that learns from it; see `DecodingConfig`."""
+        return ("entropy",)
+
     def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:
         """How rollouts are decoded, by a model with this spec if given: then in the blocks of its attention.
 
@@ -362,7 +363,7 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
                 suppress_token_ids=tuple(self.suppress_token_ids or ()),
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},
-                record=self.record,
+                record=self.recorded(),
             )
             return settings if spec is None else settings.for_model(spec)
         except ValueError as error:

@@ -45,6 +45,9 @@ class RatioTrainer(LossParts):
     """Clips of policy ratios, for the `loss` of an algorithm and for TRL's."""
 
     _current_scores: PolicyScores | None
+    _collected: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    _ready_weights: list[Tensor] | None = None
+    """Of each micro-batch of the buffer, where one of them alone does not say what weights are divided by."""
 
     @property
     def clip(self) -> Clip:
@@ -58,27 +61,56 @@ class RatioTrainer(LossParts):
         return groups(batch["row_ids"], self.num_generations if self.model.training else self.num_generations_eval)
 
     def with_advantage(self, batch: dict[str, Any]) -> Tensor:
-        """Those whose scores matter for one that has an advantage, such as, with self-normalisation, its group's."""
-        found = super().with_advantage(batch)
+        """Those that have one, and with self-normalisation those that share a mean with them."""
+        return self.with_mates(super().with_advantage(batch), batch)
+
+    def with_mates(self, found: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Rows, bool `[B]`, and with self-normalisation all whose weights are in a mean with theirs.
+
+        Where a batch was built these are noted in it, since a micro-batch does not have all of a group.
+        """
         if self.args.self_normalize == "none":
             return found
+        if batch.get("rows_weighed") is not None:
+            noted: Tensor = batch["rows_weighed"]
+            return noted
         share = group_means(found, self.groups_of(batch), None, self.accelerator.gather)
         return batch["completion_mask"].any(-1) & (share > 0)
+
+    @property
+    def weights_are_split(self) -> bool:
+        """Whether completions that share a mean are in several micro-batches."""
+        args = self.args
+        if args.self_normalize == "none" or args.steps_per_generation == 1:
+            return False
+        return args.self_normalize == "batch" or bool(args.per_device_train_batch_size % self.num_generations)
 
     def unit_weights(self, log_ratio: Tensor, counts: Tensor, batch: dict[str, Any]) -> Tensor:
         """Ratios as constant weights: clipped on both sides, and normalised as `self_normalize` says; float64.
 
         Args:
-            log_ratio: of each unit, `[B, ...]`. counts: bool, broadcast against it: the units that the loss has.
+            log_ratio: of each unit, `[B, ...]`. counts: broadcast against it, the units that the loss has: bool, or
+                shares that add up to 1 over the entries of a unit that has several.
             batch: with `row_ids` `[B]`.
         """
         weights = importance_weights(log_ratio, self.clip)
         if self.args.self_normalize == "none":
             return weights
-        together = self.groups_of(batch), counts.expand_as(weights), self.accelerator.gather
-        rows = counts.reshape(len(counts), -1).any(1)
-        self.log_mean("diffusion/effective_sample_share", effective_share(weights, *together), rows.double())
-        return self_normalised(weights, together[0], "group", *together[1:])
+        found = weights, counts.expand_as(weights), self.groups_of(batch)
+        if self._collected is not None:
+            self._collected.append(found)
+            return torch.ones_like(weights)
+        if self._ready_weights is not None:
+            assert self.args.steps_per_generation is not None
+            return self._ready_weights[self._step % self.args.steps_per_generation]
+        return self.normalised(*found)
+
+    def normalised(self, weights: Tensor, counts: Tensor, together: Tensor) -> Tensor:
+        """Weights over their means, of groups that other processes may have parts of; logs how even they are."""
+        gather, rows = self.accelerator.gather, counts.reshape(len(counts), -1).any(1)
+        share = effective_share(weights, together, counts, gather)
+        self.log_mean("diffusion/effective_sample_share", share, rows.double())
+        return self_normalised(weights, together, "group", counts, gather)
 
     def surrogate(
         self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, counts: Tensor, batch: dict[str, Any]
@@ -114,6 +146,8 @@ class RatioTrainer(LossParts):
         given["sampling_per_token_logps"] = current.detach() - self.log_ratio_to("old", current, batch).detach()
         if clip.kind == "unconditional":
             weights = self.unit_weights(log_ratio, counts, batch)
+            if self._collected is not None:
+                return log_ratio.sum()  # nobody asks for it, and TRL's losses note what they see
             seen, given["advantages"] = log_ratio - log_ratio.detach(), weights.to(current) * advantages
         elif clip.kind == "none":
             seen, given["advantages"] = log_ratio - log_ratio.detach(), log_ratio.detach().exp() * advantages

@@ -8,6 +8,7 @@ checked when the file is imported.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from rl4dlm.training.interventions.trainer import groups
 from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.metrics import rollout_gap
 from rl4dlm.training.ratios import RatioTrainer
+from rl4dlm.training.setup import swapped
 
 check_contract(
     GRPOTrainer,
@@ -34,11 +36,19 @@ check_contract(
         "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep"],
         "_compute_loss": ["model", "inputs"],
     },
-    attributes=["_step", "_metrics", "num_generations", "num_generations_eval", "num_iterations", "ref_model"],
+    attributes=[
+        "_buffered_inputs",
+        "_step",
+        "_metrics",
+        "num_generations",
+        "num_generations_eval",
+        "num_iterations",
+        "ref_model",
+    ],
     keys={"_compute_loss": ["old_per_token_logps", "ref_per_token_logps", "num_items_in_batch"]},
     module=grpo,
     names=["disable_gradient_checkpointing", "use_adapter"],
-)
+)  # fmt: skip
 
 
 class ScoringTrainer(RatioTrainer):
@@ -47,6 +57,7 @@ class ScoringTrainer(RatioTrainer):
     spec: DiffusionSpec
     _current_scores: PolicyScores | None
     _backward_per_view: bool
+    _weighed_at: tuple[int, int]
 
     needs_old_entropies: bool = False
     """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
@@ -142,12 +153,13 @@ class ScoringTrainer(RatioTrainer):
             # Passes over the batch, not micro-steps as in the papers' code, which skips views when it accumulates.
             iteration = self._step // self.args.steps_per_generation % self.num_iterations
         rows, width = rows_of(inputs), inputs["completion_ids"].shape[1]
-        batch = dict(inputs)  # the buffered batch is used again: never change its tensors
-        for name in self.per_iteration:
-            if batch.get(name) is not None:
-                batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
+        batch = self._of_iteration(inputs, iteration)
         views, kept = self._draw(rows, iteration), self._kept(batch, log=True)
         self_is_old = "old_is_current" in inputs and iteration < self._passes_of_one_policy()
+        if self.model.training and not self_is_old and self.weights_are_split:
+            self._weigh_all(iteration)
+        else:  # where the policy is the old one, all weights are 1
+            self._ready_weights = None
 
         def loss(found: ViewScores) -> Tensor:
             scores = self._reduced(found, views, width, kept)
@@ -170,6 +182,40 @@ class ScoringTrainer(RatioTrainer):
         return loss_per_view(
             found, shown, lambda one: self._view_scores(model, scored, one), loss, self._backward_of_part
         )
+
+    def _of_iteration(self, inputs: dict[str, Any], iteration: int) -> dict[str, Any]:
+        """A copy of the buffered batch, which is used again, with the entries of one inner iteration."""
+        batch = dict(inputs)
+        for name in self.per_iteration:
+            if batch.get(name) is not None:
+                batch[name] = batch[name][:, min(iteration, batch[name].shape[1] - 1)]
+        return batch
+
+    def _weigh_all(self, iteration: int) -> None:
+        """Weights of all micro-batches under the current policy, normalised; once for each step of the optimizer.
+
+        They are what the losses of the micro-batches ask for, which are computed without gradients and come to nothing.
+        """
+        step = self.state.global_step, self._step // self.args.steps_per_generation
+        if self._ready_weights is not None and self._weighed_at == step:
+            return
+        collected: list[tuple[Tensor, Tensor, Tensor]] = []
+        nowhere: dict[str, Any] = {mode: defaultdict(list) for mode in self._metrics}
+        with (
+            grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            torch.no_grad(),
+            swapped(self, "_metrics", nowhere),
+            swapped(self, "_collected", collected),
+        ):
+            for inputs in self._buffered_inputs or ():
+                batch = self._of_iteration(inputs, iteration)
+                kept = self._kept(batch)
+                scores = self._score(self.model, rows_of(batch), iteration, batch["completion_ids"].shape[1], kept)
+                self.loss(scores if kept is None else self._completed(scores, batch, kept), batch)
+        weights, counts, together = (torch.cat(each) for each in zip(*collected, strict=True))
+        found = self.normalised(weights, counts, together)
+        self._ready_weights = list(found.split([len(each) for each, *_ in collected]))
+        self._weighed_at = step
 
     def _kept(self, batch: dict[str, Any], log: bool = False) -> Tensor | None:
         """Which rows are scored in training, long `[n]` and never none, so that processes stay in step; None: all."""
@@ -199,6 +245,13 @@ class ScoringTrainer(RatioTrainer):
         counted = (shown & batch["completion_mask"].bool())[kept]
         mean = (scores.entropies[kept].detach() * counted).sum() / counted.sum().clamp(min=1)
         return scores._replace(entropies=torch.where(absent[:, None] & shown, mean, scores.entropies))
+
+    def _note_rows_weighed(self, batch: dict[str, Any]) -> None:
+        """Notes in a batch that is being built which rows count, where that depends on rows of other micro-batches."""
+        if self.args.self_normalize != "none" and self.model.training and _says(self, "rows_that_count", "loss"):
+            counted = self.rows_that_count(batch)
+            if counted is not None:
+                batch["rows_weighed"] = counted
 
     def _passes_of_one_policy(self) -> int:
         """How many first passes over a new batch surely come before the next step of the optimizer.

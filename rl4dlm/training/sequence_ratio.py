@@ -76,6 +76,10 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
         """log rho of completions from B - B_old, and what their surrogate is multiplied by; all `[B]`."""
         return difference / length, 1.0
 
+    def kl_size(self, length: Tensor) -> Tensor | float:
+        """What the KL term of a completion is divided by."""
+        return length
+
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
         """Those with an advantage, unless there is a KL term."""
         return None if self.args.beta else self.with_advantage(batch)
@@ -92,7 +96,8 @@ class SequenceRatioTrainer(DiffusionPolicyTrainer):
         of_which, _ = self.log_ratio((scores.log_probs * mask).sum(-1), length)  # what rho is the ratio of
         per_sequence = self.surrogate(log_ratio, of_which, advantages, counts, batch) * share
         if self.args.beta:
-            kl = kl_estimate(difference(self.args.kl_target), self.args.kl_estimator) / length
+            kl = kl_estimate(difference(self.args.kl_target), self.args.kl_estimator)
+            kl = kl / self.kl_size(length)
             per_sequence = per_sequence + self.args.beta * kl
             self.log_mean("kl", kl, counts)
         self.log_clipped(log_ratio, advantages, counts)

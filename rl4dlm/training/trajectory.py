@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl4dlm.likelihood.step_selectors import EntropyThreshold, step_entropy
+from rl4dlm.likelihood.step_selectors import BlockSlices, EntropyThreshold, step_entropy
 from rl4dlm.likelihood.steps import RecordedSteps, Steps, Units
 from rl4dlm.rollout.rollout import Rollout
-from rl4dlm.training.clipping import clipped_units, surrogate
+from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.losses import kl_estimate
 from rl4dlm.training.scores import rows_of
@@ -43,6 +43,10 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
     args: TrajectoryConfig
     estimator: RecordedSteps
     advantages_read_scores = False
+    needs_masks = (
+        "it scores the steps that wrote tokens for good, and where all tokens are refined until the last step there "
+        "are none; the likelihood of such a trajectory is another one"
+    )
     per_iteration = (*DiffusionPolicyTrainer.per_iteration, "step_advantages")
 
     @property
@@ -55,7 +59,10 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
     def step_rewards(self, rollout: Rollout, steps: Steps) -> Tensor | None:
         """Rewards `[B, K]` of the state before each chosen step of this process's rows; None: there are none.
 
-        What is behind a row's last chosen step is not read.
+        What is behind a row's last chosen step is not read. `rewards_of_canvases` asks the reward functions.
+
+        Args:
+            rollout: of this process. steps: by their numbers in its record, `Trace.commit_step`.
         """
         return None
 
@@ -95,7 +102,17 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
                     f"exact for attention={self.spec.attention!r}, so that tokens were not drawn with the "
                     "probabilities that they are scored with; set cache to auto, or old_policy to recorded"
                 )
-        return RecordedSteps(self.args.selector(self.spec), self.args.scope)
+        selector = self.args.selector(self.spec)
+        hooks = ("step_rewards", "step_advantages")
+        if isinstance(selector, BlockSlices) and any(
+            getattr(type(self), hook) is not getattr(TrajectoryTrainer, hook) for hook in hooks
+        ):
+            raise ValueError(
+                f"steps={self.args.steps!r} is not supported by {name} for models with attention="
+                f"{self.spec.attention!r}: its steps have advantages of their own, and the views of such models hold "
+                "steps of several blocks"
+            )
+        return RecordedSteps(selector, self.args.scope)
 
     def extend_batch(self, batch: dict[str, Any], rollout: Rollout, rewards_per_func: Tensor) -> None:
         """Adds the threshold and the advantages of steps, and counts the tokens that are scored."""
@@ -112,7 +129,7 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         rewards = self._summed(rewards_per_func).view(-1, self._group_size)
         iterations = self.num_iterations if selector.fresh and self.model.training else 1
         found = []
-        for n in range(iterations):
+        for n in range(0 if isinstance(selector, BlockSlices) else iterations):
             steps = self.estimator.steps(rows, seed=self.args.seed, iteration=n)
             given = self.step_rewards(rollout, steps)
             if given is not None:
@@ -123,11 +140,6 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
                 found.append(advantages)
         if not found:
             return
-        if selector.blocks(rows) is not None:
-            raise ValueError(
-                f"advantages of steps are not supported for models with attention={self.spec.attention!r}, whose views "
-                "hold steps of several blocks"
-            )
         width = max(each.shape[-1] for each in found)
         stacked = torch.stack([_widened(each.nan_to_num(nan=0.0), width) for each in found], dim=2)  # [N, G, n, K]
         local = len(rows)
@@ -189,7 +201,7 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         steps = batch.get("step_advantages")
         if steps is None:
             return self.with_advantage(batch)
-        return (steps != 0).flatten(1).any(-1) & batch["completion_mask"].any(-1)
+        return self.with_mates((steps != 0).flatten(1).any(-1) & batch["completion_mask"].any(-1), batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The loss of the module's docstring."""
@@ -214,13 +226,13 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         log_ratio = _of_unit(self.log_ratio_to("old", log_probs, batch), unit, counted) / over
         value = _of_unit(log_probs, unit, counted) / over
         advantages = _of_unit(advantages, unit, counted) / count
-        clip = self.args.ratio_clip()
-        losses = surrogate(log_ratio, value, advantages, clip) * over / count
+        # A unit of several tokens is one unit in the mean of weights.
+        losses = self.surrogate(log_ratio, value, advantages, counted / count, batch) * over / count
         if self.args.beta:
             divergence = self._kl(log_probs, step, counted, batch)
             losses = losses + self.args.beta * divergence
             self.log_mean("kl", divergence, counted)
-        low, high = clipped_units(log_ratio, advantages, clip)
+        low, high = clipped_units(log_ratio, advantages, self.clip)
         for name, where in (("low", low), ("high", high), ("region", low | high)):
             self.log_mean(f"clip_ratio/{name}_mean", where, counted)
         self.log_mean("diffusion/scored_token_share", counted, mask.to(log_probs))

@@ -22,7 +22,6 @@ from rl4dlm.likelihood.step_selectors import (
 from rl4dlm.likelihood.steps import StepSelector
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.training.clipping import CLIPS, Clip
 from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
 
 STEPS = ("all", "block_slices", "segments", "sampled", "top_entropy", "entropy_threshold", "flagged")
@@ -67,7 +66,6 @@ class TrajectoryConfig(DiffusionPolicyConfig):
         ratio_unit: what has a ratio of its own: a `"token"`, a `"step"`, or all scored tokens of a `"sequence"`.
         ratio_norm: whether the ratio of a step or sequence is that of the `"sum"` of its tokens' log-probabilities, or
             of their `"mean"`. With either, and any unit, the gradient is the same as long as all ratios are 1.
-        clip: what is done with ratios outside of 1 - epsilon .. 1 + epsilon_high; see `rl4dlm.training.clipping`.
         aggregation: how losses of tokens, times the weights of their steps, become one number. `"tokens"`: over the
             tokens of the generation batch. The others are means over completions: of the mean over `"rows"`' tokens, of
             their sum (`"row_sums"`), of that over the length of the `"canvas"`; of the mean over a step's tokens, and
@@ -105,9 +103,6 @@ class TrajectoryConfig(DiffusionPolicyConfig):
         default="sum",
         metadata={"help": "Ratio of the sum or the mean of a unit's log-probabilities.", "choices": list(RATIO_NORMS)},
     )
-    clip: str = field(
-        default="ppo", metadata={"help": "How ratios outside the clip range are treated.", "choices": list(CLIPS)}
-    )
     aggregation: str = field(
         default="tokens",
         metadata={"help": "How losses of tokens become one number.", "choices": list(AGGREGATIONS)},
@@ -131,13 +126,11 @@ class TrajectoryConfig(DiffusionPolicyConfig):
         check_choice("steps", self.steps, STEPS)
         check_choice("ratio_unit", self.ratio_unit, RATIO_UNITS)
         check_choice("ratio_norm", self.ratio_norm, RATIO_NORMS)
-        check_choice("clip", self.clip, CLIPS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("old_policy", self.old_policy, OLD_POLICIES)
         check_choice("kl_unit", self.kl_unit, KL_UNITS)
         self._check_steps()
         super().__post_init__()
-        self.ratio_clip()
         self._check_units()
         if self.old_policy == "recorded":
             self._check_recorded()
@@ -146,11 +139,6 @@ class TrajectoryConfig(DiffusionPolicyConfig):
                 f"steps='flagged' is not allowed with schedule={self.schedule!r}; allowed: threshold, which says when "
                 "nothing was sure enough"
             )
-
-    def ratio_clip(self) -> Clip:
-        """The clip of policy ratios; ValueError for settings that describe none."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        return Clip(self.clip, self.epsilon, high, self.delta)
 
     def selector(self, spec: DiffusionSpec) -> StepSelector:
         """The steps that these settings choose, of a model's rollouts."""

@@ -165,8 +165,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: st
     ("rewards", "settings", "said"),
     [
         ([right], {}, "speed_reward='tokens_per_forward' is no reward function; choose one of right, or add speed:"),
-        ([tokens_per_forward], {}, "correctness_reward=None is not allowed with 0 rewards beside that of speed"),
-        ([right, tokens_per_forward], {"correctness_reward": "wrong"}, "correctness_reward='wrong' is no reward"),
+        ([tokens_per_forward], {}, "accuracy_reward=None is not allowed with 0 rewards beside that of speed"),
+        ([right, tokens_per_forward], {"accuracy_reward": "wrong"}, "accuracy_reward='wrong' is no reward"),
     ],
 )
 def test_rewards_that_do_not_fit_are_refused(make_trainer: Any, rewards: Any, settings: Any, said: str) -> None:

@@ -190,7 +190,6 @@ def test_the_defaults_are_the_authors() -> None:
         ({"delta": 6.0}, "delta=6.0 has no effect with clip='unconditional'"),
         ({"beta": 0.1}, "beta=0.1 is not supported: the loss has no KL term"),
         ({"importance_sampling_level": "sequence"}, "the loss has one weight per sequence"),
-        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, "must be a multiple of num_generations"),
     ],
 )
 def test_what_is_not_its_own_is_refused(settings: dict[str, Any], message: str) -> None:

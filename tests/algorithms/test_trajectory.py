@@ -19,6 +19,8 @@ from rl4dlm import (
     D2Trainer,
     DiPOConfig,
     DiPOTrainer,
+    EGSPOConfig,
+    EGSPOTrainer,
     TraceRLConfig,
     TraceRLTrainer,
 )
@@ -27,10 +29,11 @@ from rl4dlm.likelihood.steps import Steps
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_diffusion_gemma, tiny_sdar
-from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.rollout.rollout import Rollout, valid_mask
 from rl4dlm.training.advantages import z_scores
 from rl4dlm.training.trainer import rows_of
 from rl4dlm.training.trajectory import THRESHOLD
+from tests.training.conftest import reward
 from tests.training.steps import (
     adapter_step,
     check_first_iteration,
@@ -189,6 +192,70 @@ def test_steps_have_the_advantages_that_an_algorithm_gives_them(make_trainer: An
     check_gradient(made, total.float(), gradients)
 
 
+class KeepingEGSPO(EGSPOTrainer):
+    """Keeps its last rollout."""
+
+    def rollout(self, prompts: list[Any]) -> Rollout:
+        self.kept = super().rollout(prompts)
+        return self.kept
+
+
+@pytest.mark.parametrize("baseline", ["return", "reward"])
+def test_egspo_sa_compares_with_what_the_state_before_a_step_would_have_become(
+    make_trainer: Any, baseline: str
+) -> None:
+    """Advantages of the steps of largest entropy, from the rewards of the texts; and the first gradient."""
+    made, gradients = one_step(
+        make_trainer, KeepingEGSPO, model=tiny_llada_that_ends(), rewards=reward, num_scored_steps=2, step_lambda=0.5,
+        step_baseline=baseline, denoising_steps=8, num_iterations=1, num_generations=4,
+    )  # fmt: skip
+    record, rollout = made.seen[0], made.kept
+    decode = made.processing_class.decode
+
+    def rewarded(canvas: Tensor) -> float:
+        valid = valid_mask(canvas[None], made.spec.eos_token_ids)[0]
+        return reward([decode(canvas[valid], skip_special_tokens=True)])[0]
+
+    order = sorted(range(8), key=lambda row: rollout.row_ids[row])
+    found = torch.full((8, 2), torch.nan, dtype=torch.float64)
+    own = torch.tensor([rewarded(rollout.canvas[row]) for row in order], dtype=torch.float64)
+    for place, row in enumerate(order):
+        valid, step, entropy = rollout.valid[row], rollout.trace.commit_step[row], rollout.trace.entropy[row]
+        steps = sorted(set(step[valid].tolist()), key=lambda s: (-float(entropy[step == s].mean()), s))[:2]
+        for k, s in enumerate(sorted(steps)):
+            found[place, k] = rewarded(rollout.completion_at(s)[row])
+    gain = 0.5 * (own[:, None] - found)
+    returns = (own[:, None] + gain if baseline == "return" else gain).view(2, 4, 2)
+    centre = returns if baseline == "return" else own.view(2, 4, 1).expand(2, 4, 2)
+    centre = torch.where(returns.isnan(), torch.nan, centre) if baseline == "return" else centre
+    shift = (0 if baseline == "return" else own.view(2, 4, 1)) - centre.nanmean(1, keepdim=True)
+    expected = ((returns + shift) / 1.5).view(8, 2).nan_to_num()
+    places = [rollout.row_ids.index(i) for i in record["row_ids"].tolist()]
+    index = torch.tensor([order.index(p) for p in places])
+    torch.testing.assert_close(record["step_advantages"].double(), expected[index], rtol=0, atol=1e-6)
+    log_probs, views = plain_log_probs(made, record)
+    total = log_probs.new_zeros(())
+    for row in range(8):
+        steps = [k for k in range(views.weight.shape[1]) if views.scored[row, k].any()]
+        each = [-record["step_advantages"][row, k] * log_probs[row, k][views.scored[row, k]].mean() for k in steps]
+        total = total + sum(each) / len(steps) / 8
+    check_gradient(made, total.float(), gradients)
+
+
+def test_egspo_with_all_steps_and_token_ratios_is_cj_grpo(make_trainer: Any, losses: Any) -> None:
+    found = []
+    for trainer, config, settings in (
+        (EGSPOTrainer, EGSPOConfig, {"num_scored_steps": 99, "ratio_unit": "token", "kl_unit": "token"}),
+        (CJGRPOTrainer, CJGRPOConfig, {"epsilon": 0.2, "epsilon_high": 0.5, "temperature": 0.9}),
+    ):
+        made = make_trainer(
+            model=tiny_llada_that_ends(), trainer=trainer, config=config, max_steps=3, denoising_steps=8, **settings
+        )
+        made.train()
+        found.append(losses(made))
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and max(map(abs, found[0])) > 1e-3
+
+
 def test_z_scores_are_of_the_population() -> None:
     found = z_scores(torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3], [1.0, torch.nan, 0.0, 0.5]]))
     assert found[0].tolist() == [-1, 1, 1, -1] and found[1].tolist() == [0, 0, 0, 0]
@@ -277,6 +344,14 @@ def test_events_are_in_the_batch_where_tokens_can_be_taken_back(make_trainer: An
         (CJGRPOConfig, {"steps": "flagged"}, "steps='flagged' is not allowed with schedule='low_confidence'"),
         (AGRPOConfig, {"steps": "all", "num_scored_steps": None}, "steps='all' is not allowed; AGRPO draws them"),
         (D2Config, {"steps": "all", "num_scored_steps": None}, "steps='all' is not allowed; d2 cuts them"),
+        (
+            EGSPOConfig,
+            {"steps": "all", "num_scored_steps": None},
+            "steps='all' is not allowed; choose one of top_entropy",
+        ),
+        (EGSPOConfig, {"step_lambda": -1.0}, "step_lambda=-1.0 is not allowed"),
+        (EGSPOConfig, {"step_baseline": "reward"}, "step_baseline='reward' has no effect with step_lambda=0"),
+        (EGSPOConfig, {"step_lambda": 0.5, "scale_rewards": "group"}, "scale_rewards='group' is not allowed with step"),
         (TraceRLConfig, {"scale_rewards": "none"}, "scale_rewards='none' is not allowed"),
         (DiPOConfig, {"scale_rewards": "batch"}, "scale_rewards='batch' is not allowed"),
     ],
@@ -292,7 +367,7 @@ def test_settings_that_do_not_fit_are_refused(config: type, settings: Any, said:
         ({"schedule": "rcr"}, "schedule='rcr' is not allowed: it takes tokens back.*CJGRPOTrainer scores steps that"),
         ({"cache": "dual"}, "cache='dual' is not allowed with old_policy='rescored'.*set cache to auto, or old_policy"),
         ({"steps": "block_slices"}, "steps='block_slices' is not allowed for a model with attention='full'"),
-        ({"views_keyed_by": "prompt"}, "views_keyed_by='prompt' is not supported"),
+        ({"views_keyed_by": "prompt", "steps": "all"}, "views_keyed_by='prompt' is not supported"),
     ],
 )
 def test_rollouts_whose_record_does_not_say_what_was_drawn_are_refused(
@@ -300,6 +375,11 @@ def test_rollouts_whose_record_does_not_say_what_was_drawn_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         make_trainer(trainer=CJGRPOTrainer, config=CJGRPOConfig, **settings)
+
+
+def test_advantages_of_steps_are_refused_where_views_hold_several(make_trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"steps='all' is not supported by Stepwise for models with attention='block_"):
+        make_trainer(model=tiny_sdar(), trainer=Stepwise, config=CJGRPOConfig)
 
 
 def test_random_tokens_are_refused(make_trainer: Any) -> None:

@@ -28,6 +28,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "SPGTrainer": {"masking": "random", "negatives": "elbo"},
     "CoupledGRPOTrainer": {},
     "UniGRPOTrainer": {},
+    "EBPOTrainer": {"num_views": 2, "beta": 0.1},
     "DreamCoderRLTrainer": {"cart_p": None, "substitute_groups": False, "beta": 0.1},
 }
 PROMPTS = ["abc1", "de2", "fghi34", "j"]
@@ -99,6 +100,8 @@ def test_it_trains_and_splitting_a_batch_changes_nothing(name: str, tmp_path: Pa
             {"schedule": "left_to_right", "schedule_args": None},
             "JustGRPOTrainer is.*written once",
         ),
+        ("CJGRPOTrainer", {}, "CJGRPOTrainer is not offered.*wrote tokens for good"),
+        ("TraceRLTrainer", {}, "TraceRLTrainer is not offered.*wrote tokens for good"),
         ("IGPOTrainer", {**HINTS}, "IGPOTrainer is not offered.*inpainted"),
         ("DreamCoderRLTrainer", {"substitute_groups": False}, "DreamCoderRLTrainer is not.*cart_p=0.1"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rl4dlm.models.tiny import tiny_llada
-from tests.algorithms.zoo_worker import ALGORITHMS, ONE_VIEW, run
+from tests.algorithms.zoo_worker import ALGORITHMS, ONE_VIEW, SPLIT_GROUPS, run
 from tests.training.test_distributed import needs_deepspeed, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -38,6 +38,14 @@ def test_two_processes_equal_one(two: dict[str, Any], tmp_path: Path, name: str,
         if start is not None:
             moved = max(moved, float((value - start[weight]).abs().max()))
     assert adapter or moved > 1e-4, "something was learnt"
+
+
+@pytest.mark.parametrize("name", SPLIT_GROUPS)
+def test_weights_of_groups_that_processes_share(two: dict[Any, Any], tmp_path: Path, name: str) -> None:
+    alone = run(name, tmp_path, 1, False, num_generations=16, **SPLIT_GROUPS[name])
+    check_same(two["groups", name], alone)
+    shares = [run["log"][1]["diffusion/effective_sample_share"] for run in (two["groups", name], alone)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-5) and shares[0] < 1
 
 
 @pytest.fixture(scope="module")

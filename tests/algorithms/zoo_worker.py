@@ -31,6 +31,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "StableDRLTrainer": {"block_length": 4},
     "DiffusionGDPOTrainer": {"beta": 0.04},
     "ESPOTrainer": {"beta": 0.04},
+    "EBPOTrainer": {"beta": 0.04, "num_views": 2},
+    "LightningRLTrainer": {"min_speed_range": 0.0, "speed_reward": "letters"},
     "BGPOTrainer": {"beta": 0.04, "num_views": 2},
     "DMPOTrainer": {"num_views": 2},
     "WD1Trainer": {},
@@ -38,12 +40,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "DreamCoderRLTrainer": {"substitute_groups": False},
     "CJGRPOTrainer": {},
     "AGRPOTrainer": {"num_scored_steps": 2, "beta": 0.04},
+    "EGSPOTrainer": {"num_scored_steps": 2, "step_lambda": 0.5},
     "TraceRLTrainer": {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}},
     "IGPOTrainer": {
         "beta": 0.04, "free_tail": 0, "hint_ratio": [0.5, 1.0], "chunk_length": [1, 2], "hide_answer": False,
     },
 }  # fmt: skip
 """Settings besides the small ones."""
+SPLIT_GROUPS = {"StableDRLTrainer": {}, "CoupledGRPOTrainer": {"clip": "unconditional", "self_normalize": "group"}}
+"""Algorithms whose weights are normalised over groups; they are also run with groups that processes share."""
 ONE_VIEW = {
     "ESPOTrainer": {"num_views": 2},
     "SPGTrainer": {"num_views": 3},
@@ -57,15 +62,21 @@ def right(completions: list[str], **columns: Any) -> list[float]:
     return [float(sum(map(ord, text)) % 4 == 0) for text in completions]
 
 
+def letters(completions: list[str], **columns: Any) -> list[float]:
+    """Stands for a reward of speed."""
+    return [sum(c.islower() for c in text) / 8 for text in completions]
+
+
 def run(name: str, folder: Path, world_size: int, adapter: bool, model: Any = None, **changes: Any) -> dict[str, Any]:
     """Rows, log and weights of a run of 16 completions, shared out over processes, used twice."""
     trainer_class = getattr(rl4dlm, name)
     changes = {"learning_rate": 0.01, **ALGORITHMS[name], **changes}
     config = trainer_class.config_class(**settings(folder, per_device_train_batch_size=16 // world_size, **changes))
     data = Dataset.from_dict({"prompt": [f"p{i}" for i in range(8)], "solution": ["abcdefgh"] * 8})
+    rewards: Any = [right, letters] if name == "LightningRLTrainer" else right
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None
     trainer = trainer_class(
-        tiny_llada() if model is None else model, right, config, data, None, tiny_tokenizer(), peft_config=lora
+        tiny_llada() if model is None else model, rewards, config, data, None, tiny_tokenizer(), peft_config=lora
     )
     rows: list[Any] = []
     loss = trainer.loss
@@ -103,6 +114,10 @@ def main(results: Path, deepspeed: str | None) -> None:
             (name, adapter): run(name, folder / f"{name}-{adapter}", world_size, adapter)
             for name in ALGORITHMS
             for adapter in (False, True)
+        }
+        found |= {
+            ("groups", name): run(name, folder / f"{name}-groups", world_size, False, num_generations=16, **changes)
+            for name, changes in SPLIT_GROUPS.items()
         }
         found |= {("one view", name): run_one_view(name, folder / name, world_size, adapter=True) for name in ONE_VIEW}
     else:

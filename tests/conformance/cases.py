@@ -29,6 +29,8 @@ COVERED = {
     "bgpo": "BGPO: bounds, losses, gradients, metrics",
     "gdpo": "GDPO (diffusion): coefficients, bounds, losses, gradients, metrics",
     "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
+    "ebpo": "EBPO (a port): bounds of all blocks, losses, gradients, metrics",
+    "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO: its sampler, with and without running confidence remasking, its table of counts, losses",
@@ -67,7 +69,7 @@ COVERED = {
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
     **dict.fromkeys(
-        ("cj", "tracerl", "ebpo", "egspo", "lightningrl"),
+        ("cj", "tracerl", "egspo"),
         "losses on recorded trajectories, and of methods without a trainer here",
     ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
@@ -109,6 +111,8 @@ class Case:
             return "rewards"
         if "table" in self.outputs:
             return "counts"
+        if self.family == "ebpo" and self._prompts_end_in_a_block:
+            return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -127,6 +131,12 @@ class Case:
                 return "not covered: draws whose randomness is torch's own"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
+
+    @property
+    def _prompts_end_in_a_block(self) -> bool:
+        """Whether the blocks of prompts, from their start, are others than those counted back from the response."""
+        length = self.settings["block_length"]
+        return self.settings["block_origin"] == "response" and any(sum(m) % length for m in self.inputs["prompt_mask"])
 
     @property
     def _ends_in_a_batch(self) -> bool:
@@ -159,19 +169,9 @@ class Case:
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
 OBJECTIVES = (
-    "bgpo",
-    "coupled",
-    "dmpo",
-    "dreamcoder",
-    "dtreerpo",
-    "espo",
-    "gdpo",
-    "igpo",
-    "justgrpo",
-    "spg",
-    "stabledrl",
-    "wd1",
-)
+    "bgpo", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "espo", "gdpo", "igpo", "justgrpo", "lightningrl",
+    "spg", "stabledrl", "wd1",
+)  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
 

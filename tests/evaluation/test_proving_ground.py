@@ -32,6 +32,7 @@ def test_every_line_and_variation_has_settings_that_are_allowed(task: str, tmp_p
     for name in [*LINES, *VARIANTS] if task == "arithmetic_steps" else LINES:
         run = Run(task, "full", name)
         made = config_of(run)(output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=64, **run.settings())
+        assert run.possible
         if run.algorithm not in ("sft", "justgrpo"):
             assert made.denoising_steps in (None, run.ground.canvas // 4, run.ground.canvas // 2)
 
@@ -85,8 +86,23 @@ def test_what_fails_is_logged_and_the_rest_goes_on(ground: Path, monkeypatch: py
     assert "NoTrainer" in Path(said.removeprefix("failed, see ")).read_text()
 
 
+def test_the_first_seed_of_everything_comes_first() -> None:
+    from argparse import Namespace
+
+    from benchmarks.algorithms import chosen
+
+    options = Namespace(tasks=list(TASKS), models=["full", "block"], algorithms=None, variants=None)
+    found = chosen(Namespace(**vars(options), budget="completions", seeds=[0, 1]))
+    assert len(found) == len(set(found)) == 2 * len(LINES) * 5  # the puzzles have one model
+    assert [run.seed for run in found] == sorted(run.seed for run in found)
+    options.variants = ["views"]
+    assert len(chosen(Namespace(**vars(options), budget="positions", seeds=[0]))) == 5 * len(
+        settings.QUESTIONS["views"]
+    )
+
+
 def test_area_is_the_mean_accuracy_over_octaves_of_speed() -> None:
-    from benchmarks.proving_ground.measuring import area
+    from benchmarks.proving_ground.statistics import area
 
     assert area({1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5}) == pytest.approx(0.5)
     assert area({1: 1.0, 4: 0.0}) == pytest.approx(0.5)
@@ -94,7 +110,7 @@ def test_area_is_the_mean_accuracy_over_octaves_of_speed() -> None:
 
 
 def test_pass_at_k_is_unbiased() -> None:
-    from benchmarks.proving_ground.measuring import pass_at
+    from benchmarks.proving_ground.statistics import pass_at
 
     right = [1, 2, 0, 1]  # of four prompts and three completions each
     assert pass_at(right, 1) == pytest.approx((2 * 1 / 3 + 1) / 4)
@@ -102,3 +118,65 @@ def test_pass_at_k_is_unbiased() -> None:
     assert pass_at(right, 3) == pytest.approx(3 / 4)
     with pytest.raises(ValueError, match="k=4"):
         pass_at(right, 4)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def made_up(folder: Path) -> Path:
+    """Results of two seeds of one algorithm and of a run that came to nothing."""
+    scale = {"samples": 2}
+    task = {"task": "arithmetic_steps", "model": "full"}
+
+    def measured(four: float, right: list[int]) -> dict[str, Any]:
+        rates = {"1": 0.9, "2": 0.8, "4": four, "8": 0.1, "threshold": 0.7}
+        return {
+            "rows": 100,
+            "solved": {speed: {"solved": rate, "tokens_per_forward": 2.0} for speed, rate in rates.items()},
+            "area": 0.5,
+            "drawn": {"right": right, "length": 10.0, "ended": 1.0, "empty": 0.0},
+            "drift": [0.25, 0.1],
+        }
+
+    files: dict[str, dict[str, Any]] = {"before": {"validation": 0.4, "measured": measured(0.4, [2, 1, 1])}}
+    for seed, four in enumerate((0.5, 0.54)):
+        files[f"espo-completions-{seed}"] = {
+            **{"algorithm": "espo", "budget": "completions", "seed": seed, "completions": 64},
+            **{"positions": {"without_gradient": 1_000_000, "with_gradient": 500_000}, "cpu_seconds": 60.0},
+            **{"learning_curve": {"used": [0.5, 1.0], "solved": [0.45, 0.5]}, "measured": measured(four, [1, 1, 2])},
+        }
+    files["dmpo-completions-0"] = {"budget": "completions", "seed": 0, "given_up": "step 3 was skipped"}
+    for name, entries in files.items():
+        path = folder / "arithmetic_steps" / "full" / f"{name}.json"
+        runs.write(path, {**task, "name": name.partition("-")[0], "scale": scale, **entries})
+    return folder
+
+
+def test_the_report_shows_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+    from benchmarks.proving_ground.report import report
+
+    folder, page, figure = made_up(tmp_path / "results"), tmp_path / "page.md", tmp_path / "figure.png"
+    page.write_text("a\n<!-- results: overview -->\nold\n<!-- end -->\nb\n")
+    report(folder, page, figure)
+    text = (tmp_path / "results.md").read_text()
+    assert "| ESPO | +12.0 ± 25.4, +10.0 to +14.0 | 0.900 | 0.800 | 0.520 | 0.100 | 0.700 | 2.00 | 0.500 |" in text
+    assert "| ESPO | 0.625 | 0.750 | 10.0 | 1.000 | 0.000 | +0.25 | 64 | 1.50 | 60 |" in text
+    assert "1 of 3 seeds of ESPO." in text
+    assert "Given up in arithmetic_steps, full, completions: dmpo, seed 0: step 3 was skipped" in text
+    assert "| ESPO | +12.0 ± 25.4 |" in page.read_text()
+    assert "| wd1 | – |" in page.read_text()
+    assert page.read_text().startswith("a\n") and "old" not in page.read_text()
+    assert figure.is_file() and (tmp_path / "results.png").is_file()
+
+
+def test_the_page_shows_the_results_that_are_there() -> None:
+    from benchmarks.proving_ground.report import PAGE, Results, everything, filled
+
+    results = Results()
+    assert filled(PAGE.read_text(), results) == PAGE.read_text(), "run python benchmarks/algorithms.py --report"
+    if results.runs:
+        assert settings.RESULTS.with_suffix(".md").read_text() == everything(results)
+
+
+def test_results_are_small() -> None:
+    assert all(path.stat().st_size < 6000 for path in settings.RESULTS.glob("*/*/*.json"))

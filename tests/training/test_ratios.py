@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rl4dlm
 from rl4dlm.models.tiny import tiny_llada
-from rl4dlm.training.clipping import Clip, surrogate
+from rl4dlm.training.clipping import Clip, importance_weights, surrogate
 from rl4dlm.training.interventions.trainer import groups
 from rl4dlm.training.trainer import PolicyScores
 from tests.algorithms.test_igpo import HINTS, Verifier, data
@@ -291,6 +291,7 @@ def test_rows_without_an_advantage_are_scored_for_those_of_their_group_that_have
     batch = worn_batch(trainer, spread=0.3)
     first = groups(batch["row_ids"], GROUP) == groups(batch["row_ids"], GROUP).min()
     batch["advantages"] = torch.where(first, batch["row_ids"] % 2, 0).to(batch["advantages"])
+    assert batch.pop("rows_weighed").all()  # of the advantages that were
     found = loss_and_gradients(trainer, batch)
     assert log_of(trainer, "diffusion/rows_scored_share") == 0.5
     trainer._kept = lambda batch, log=False: None
@@ -299,17 +300,64 @@ def test_rows_without_an_advantage_are_scored_for_those_of_their_group_that_have
     assert max(float(g.abs().max()) for g in found) > 1e-3
 
 
+SPLITS = {
+    "whole groups": (4, 2, {}),
+    "halves": (2, 4, {}),
+    "halves that are equal views": (2, 4, {"p_mask_prompt": 0.0}),
+    "two steps a pass": (2, 2, {"steps_per_generation": 4, "max_steps": 4}),
+    "two passes a step": (2, 8, {"steps_per_generation": 4, "num_iterations": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", ["group", "batch"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_weights_do_not_depend_on_micro_batches(make_trainer: Any, name: str, kind: str) -> None:
+    """Those that completions get are those from all that share a mean, under the policy of the step."""
+    size, parts, changes = SPLITS[name]
+    trainer = build(
+        make_trainer, LOSSES["diffu-grpo-rows"], clip="unconditional", self_normalize=kind, epsilon_high=math.inf,
+        per_device_train_batch_size=size, gradient_accumulation_steps=parts,
+        **{"num_iterations": 2, "max_steps": 2, **changes},
+    )  # fmt: skip
+    by_step: dict[int, dict[int, Tensor]] = {}
+    found, unit_weights = [], trainer.unit_weights
+
+    def checked(log_ratio: Tensor, counts: Tensor, batch: dict[str, Any]) -> Tensor:
+        weights = unit_weights(log_ratio, counts, batch)
+        if trainer._collected is None:
+            plain = importance_weights(log_ratio, trainer.clip)
+            found.append((trainer._step, trainer.state.global_step, batch["row_ids"], counts, plain, weights))
+        return weights
+
+    trainer.unit_weights = checked
+    trainer.train()
+    length = trainer.args.steps_per_generation
+    for step, _, rows, counts, _, weights in found:  # the members of a mean are in the same pass, if in other steps
+        if step < length:
+            assert torch.equal(weights, torch.ones_like(weights)) or name == "two steps a pass"
+        for row, w, c in zip(rows.tolist(), weights, counts, strict=True):
+            by_step.setdefault(step // length, {})[row] = w[c]
+    if name != "two steps a pass":
+        for rows_of_pass in by_step.values():
+            assert len(rows_of_pass) == 8
+            for group in (range(4), range(4, 8)) if kind == "group" else (range(8),):
+                assert torch.cat([rows_of_pass[row] for row in group]).mean().item() == pytest.approx(1.0)
+    assert max(float((w - 1).abs().max()) for *_, w in found) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["group", "batch"])
 @pytest.mark.parametrize("case", FOUR.values(), ids=FOUR)
-def test_micro_batches_of_whole_groups_change_nothing(make_trainer: Any, case: Any) -> None:
-    weights = []
-    for size, parts in ((8, 1), (4, 2)):
+def test_splitting_a_batch_changes_nothing(make_trainer: Any, case: Any, kind: str) -> None:
+    weights, logged = [], []
+    for size, parts in ((8, 1), (2, 4)):
         trainer = build(
-            make_trainer, case, num_iterations=2, max_steps=2, clip="unconditional", self_normalize="group",
+            make_trainer, case, num_iterations=2, max_steps=2, clip="unconditional", self_normalize=kind,
             per_device_train_batch_size=size, gradient_accumulation_steps=parts,
         )  # fmt: skip
         trainer.train()
-        assert trainer.state.log_history[1]["diffusion/effective_sample_share"] < 1
+        logged.append(trainer.state.log_history[1]["diffusion/effective_sample_share"])
         weights.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert logged[0] == pytest.approx(logged[1]) and logged[0] < 1
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -361,14 +409,6 @@ UNCONDITIONAL = {"clip": "unconditional"}
         *(
             ({**UNCONDITIONAL, "loss_type": name}, f"clip='unconditional' is not allowed with loss_type='{name}'")
             for name in ("cispo", "sapo", "vespo")
-        ),
-        (
-            {**UNCONDITIONAL, "self_normalize": "batch", "gradient_accumulation_steps": 2},
-            r"self_normalize='batch' .* set gradient_accumulation_steps to 1 \(is 2\)",
-        ),
-        (
-            {**UNCONDITIONAL, "self_normalize": "group", "per_device_train_batch_size": 2, "steps_per_generation": 4},
-            r"per_device_train_batch_size=2 must be a multiple of num_generations=4, or",
         ),
     ],
 )

@@ -1,0 +1,333 @@
+"""Tables and plots of the results that are there, and what is missing of them.
+
+Owns what is shown: `benchmarks/results/algorithms.md` and `.png`, the figure of the README, and the tables of
+`docs/evidence.md`, between `<!-- results: NAME -->` and `<!-- end -->`. A number over seeds is a mean; its interval is
+Student's at 95%, of the seeds of training on the same test rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.proving_ground.settings import ALGORITHMS, LINES, MODELS, QUESTIONS, RESULTS, ROOT, TASKS, TRAINED, Run
+from benchmarks.proving_ground.statistics import T_95, pass_at
+from rl4dlm.evaluation.intervals import wilson_interval
+
+PAGE = ROOT / "docs" / "evidence.md"
+FIGURE = ROOT / "docs" / "images" / "evidence.png"
+SEEDS = 3
+"""Fewest that a line of a table is complete with."""
+MISSING = "–"
+NOTHING = "No run is there yet."
+_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Result = Mapping[str, Any]
+Group = tuple[str, str, str]  # task, model, budget
+
+
+class Results:
+    """What is there: by task, model and budget the runs of each line or variation, in the order of seeds."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        self.before: dict[tuple[str, str], Result] = {}
+        self.runs: dict[Group, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+        self.given_up: list[Result] = []
+        for path in sorted(folder.glob("*/*/*.json")):
+            found = json.loads(path.read_text())
+            if found["name"] == "before":
+                self.before[found["task"], found["model"]] = found
+            elif "given_up" in found:
+                self.given_up.append(found)
+            else:
+                self.runs[found["task"], found["model"], found["budget"]][found["name"]].append(found)
+
+    def groups(self) -> list[Group]:
+        """In the order of the settings."""
+        order = {name: place for place, name in enumerate([*TASKS, *MODELS, "completions", "positions"])}
+        return sorted(self.runs, key=lambda group: [order[name] for name in group])
+
+    def values(self, group: Group, name: str, read: Callable[[Result], float]) -> list[float]:
+        return [read(found["measured"]) for found in self.runs[group].get(name, ())]
+
+    def gains(self, group: Group, name: str, speed: str = str(TRAINED)) -> list[float]:
+        """Points gained on the same test rows, by seed."""
+        start = solved(speed)(self.before[group[:2]]["measured"])
+        return [100 * (value - start) for value in self.values(group, name, solved(speed))]
+
+
+def report(folder: Path = RESULTS, page: Path = PAGE, figure: Path = FIGURE) -> None:
+    """Writes all that is shown."""
+    results = Results(folder)
+    folder.with_suffix(".md").write_text(everything(results))
+    page.write_text(filled(page.read_text(), results))
+    if results.runs:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        plot_gains(results, figure)
+        plot_details(results, folder.with_suffix(".png"))
+
+
+def everything(results: Results) -> str:
+    """All tables, each under its name."""
+    titles = {
+        **{"/".join(group): _title(group) for group in results.groups()},
+        **{f"question/{name}": f"Question: {name.replace('_', ' ')}" for name in QUESTIONS},
+    }
+    parts = ["# Algorithms on the proving ground", "", table("overview", results)]
+    for name, title in titles.items():
+        parts += ["", f"## {title}", "", table(name, results)]
+    return "\n".join([*parts, "", "Made by `python benchmarks/algorithms.py --report`.", ""])
+
+
+def filled(text: str, results: Results) -> str:
+    """The text with the present tables in the places of those that it has."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{table(found[2], results)}\n\n{found[4]}", text)
+
+
+def table(name: str, results: Results) -> str:
+    """One table: `overview`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    if name == "overview":
+        return overview(results)
+    if name == "figure":
+        return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
+    kind, _, rest = name.partition("/")
+    if kind == "question" and rest in QUESTIONS:
+        return answers(rest, results)
+    if kind in TASKS and len(name.split("/")) == 3:
+        task, model, budget = name.split("/")
+        return of_group((task, model, budget), results)
+    raise ValueError(f"there is no table {name!r}")
+
+
+def overview(results: Results) -> str:
+    """Points gained at the speed of training, by algorithm, task and model, from as many completions."""
+    groups = [group for group in results.groups() if group[2] == "completions"]
+    if not groups:
+        return NOTHING
+    rows = [["start: solved", *(_rate(results, group) for group in groups)]]
+    for name in _ordered(results, groups):
+        rows.append([LINES[name].title, *(interval(results.gains(group, name)) for group in groups)])
+    text = markdown(["points gained at 4 tokens per step", *(f"{task}, {model}" for task, model, _ in groups)], rows)
+    return "\n\n".join([text, *_notes(results, groups)])
+
+
+def of_group(group: Group, results: Results) -> str:
+    """What every line solves at every speed, how its completions are, and what it took."""
+    start = results.before.get(group[:2])
+    if start is None or group not in results.runs:
+        return NOTHING
+    speeds = list(start["measured"]["solved"])
+    accuracy, nature = [["start", "", *_accuracy([start], speeds)]], [["start", *_nature([start]), "", "", ""]]
+    for name in _ordered(results, [group]):
+        found = results.runs[group].get(name, [])
+        gains = results.gains(group, name)
+        spread = f", {min(gains):+.1f} to {max(gains):+.1f}" if len(gains) > 1 else ""
+        accuracy.append([LINES[name].title, interval(gains) + spread, *_accuracy(found, speeds)])
+        nature.append([LINES[name].title, *_nature(found), *_price(found)])
+    first = ["", "points gained at 4, by seed from lowest to highest"]
+    first += [s if s != "threshold" else "0.9 sure" for s in speeds] + ["tokens per forward where 0.9 sure", "area"]
+    second = ["", "pass@1", "pass@8", "length", "ended", "empty", "drift, nats", "completions", "positions fed, M"]
+    parts = [markdown(first, accuracy), markdown([*second, "CPU s"], nature), *_notes(results, [group])]
+    return "\n\n".join(parts)
+
+
+def answers(question: str, results: Results) -> str:
+    """What the variations of a question gain, beside the algorithms that they vary."""
+    varied = QUESTIONS[question]
+    names = list(dict.fromkeys(n for name, (algorithm, _) in varied.items() for n in (algorithm, name)))
+    names.sort(key=lambda name: list(ALGORITHMS).index(name.partition("+")[0]))  # keeps the order within an algorithm
+    groups = [group for group in results.groups() if any(name in results.runs[group] for name in varied)]
+    if not groups:
+        return NOTHING
+    rows = []
+    for name in names:
+        title = Run(groups[0][0], groups[0][1], name).title
+        cells = [title, ", ".join(f"`{k}: {v}`" for k, v in varied[name][1].items()) if name in varied else ""]
+        for group in groups:
+            at_most = results.gains(group, name, "1")
+            cells += [interval(results.gains(group, name)), interval(at_most)]
+        rows.append(cells)
+    heads = [f"{', '.join(group)}: at {speed}" for group in groups for speed in (TRAINED, 1)]
+    return markdown(["points gained, by tokens per step", "settings", *heads], rows)
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def solved(speed: str) -> Callable[[Result], float]:
+    return lambda measured: measured["solved"][speed]["solved"]
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and Student's interval; of a single value no interval, of none the sign for it."""
+    if not values:
+        return MISSING
+    if len(values) == 1:
+        return f"{values[0]:+.1f} (one seed)"
+    half = T_95[len(values) - 1] * stdev(values) / sqrt(len(values))
+    return f"{mean(values):+.1f} ± {half:.1f}"
+
+
+def _rate(results: Results, group: Group) -> str:
+    found = results.before[group[:2]]["measured"]
+    rate = solved(str(TRAINED))(found)
+    low, high = wilson_interval(rate * found["rows"], found["rows"])
+    return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _mean(found: Sequence[Result], read: Callable[[Result], float], form: str = ".3f") -> str:
+    return format(mean(map(read, found)), form) if found else MISSING
+
+
+def _accuracy(found: Sequence[Result], speeds: Iterable[str]) -> list[str]:
+    cells = [_mean(found, lambda r, s=s: solved(s)(r["measured"])) for s in speeds]  # type: ignore[misc]
+    cells.append(_mean(found, lambda r: r["measured"]["solved"]["threshold"]["tokens_per_forward"], ".2f"))
+    return [*cells, _mean(found, lambda r: r["measured"]["area"])]
+
+
+def _nature(found: Sequence[Result]) -> list[str]:
+    cells = [
+        _mean(found, lambda r, k=k: pass_at(r["measured"]["drawn"]["right"], min(k, r["scale"]["samples"])))  # type: ignore[misc]
+        for k in (1, 8)
+    ]
+    cells.append(_mean(found, lambda r: r["measured"]["drawn"]["length"], ".1f"))
+    cells += [_mean(found, lambda r, n=n: r["measured"]["drawn"][n]) for n in ("ended", "empty")]  # type: ignore[misc]
+    return [*cells, _mean(found, lambda r: r["measured"]["drift"][0], "+.2f")]
+
+
+def _price(found: Sequence[Result]) -> list[str]:
+    fed = _mean(found, lambda r: sum(r["positions"].values()) / 1e6, ".2f")
+    return [_mean(found, lambda r: r["completions"], ".0f"), fed, _mean(found, lambda r: r["cpu_seconds"], ".0f")]
+
+
+def _ordered(results: Results, groups: Sequence[Group]) -> list[str]:
+    """Lines by their mean gain, the highest first; those without a run last."""
+
+    def gain(name: str) -> float:
+        gains = [mean(results.gains(group, name)) for group in groups if results.runs[group].get(name)]
+        return mean(gains) if gains else float("-inf")
+
+    return sorted(LINES, key=gain, reverse=True)
+
+
+def _notes(results: Results, groups: Sequence[Group]) -> list[str]:
+    """What is missing and what was given up."""
+    notes = []
+    for group in groups:
+        few = {name: len(results.runs[group].get(name, ())) for name in LINES}
+        for count in range(SEEDS):
+            names = [LINES[name].title for name in few if few[name] == count]
+            if names:
+                which = "all lines" if len(names) == len(few) else ", ".join(names)
+                notes.append(f"Missing in {', '.join(group)}: {SEEDS - count} of {SEEDS} seeds of {which}.")
+        lost = [r for r in results.given_up if (r["task"], r["model"], r["budget"]) == group]
+        notes += [f"Given up in {', '.join(group)}: {r['name']}, seed {r['seed']}: {r['given_up']}" for r in lost]
+    return notes
+
+
+def _title(group: Group) -> str:
+    task, model, budget = group
+    return f"{task}, {model} attention, as many {budget}"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def plot_gains(results: Results, path: Path) -> None:
+    """Points gained at the speed of training by every line, one panel for each task, on the full-attention model."""
+    groups = [group for group in results.groups() if group[1:] == ("full", "completions")] or results.groups()[:1]
+    names = [name for name in reversed(_ordered(results, groups)) if any(results.runs[g].get(name) for g in groups)]
+    figure, [panels] = _figure(len(groups), height=1.2 + 0.26 * len(names))
+    for axes, group in zip(panels, groups, strict=True):
+        for place, name in enumerate(names):
+            gains = results.gains(group, name)
+            if not gains:
+                axes.text(0, place, " not run", va="center", fontsize="x-small", color="0.5")
+                continue
+            color = "tab:blue" if name in ALGORITHMS else "0.5"
+            axes.barh(place, mean(gains), color=color, alpha=0.45)
+            axes.plot(gains, [place] * len(gains), "o", color=color, markersize=3)
+            if len(gains) > 1:
+                half = T_95[len(gains) - 1] * stdev(gains) / sqrt(len(gains))
+                axes.errorbar(mean(gains), place, xerr=half, color="0.2", capsize=2, linewidth=0.8)
+        low, high = (f([0.0, *(v for n in names for v in results.gains(group, n))]) for f in (min, max))
+        axes.set_xlim(low - 0.15 * (high - low) - 1, high + 0.15 * (high - low) + 1)
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        start = 100 * solved(str(TRAINED))(results.before[group[:2]]["measured"])
+        axes.set_title(f"{group[0]} (from {start:.0f}%)", fontsize="medium")
+        axes.set_xlabel("points gained at 4 tokens per step")
+    panels[0].set_yticks(range(len(names)), [LINES[name].title for name in names])
+    _save(figure, path)
+
+
+def plot_details(results: Results, path: Path) -> None:
+    """By task, on the full-attention model: accuracy over speed, learning curves, and how different completions are."""
+    groups = [group for group in results.groups() if group[1:] == ("full", "completions")] or results.groups()[:1]
+    figure, panels = _figure(3, rows=len(groups), height=3.4 * len(groups), share=False)
+    for row, group in zip(panels, groups, strict=True):
+        start = results.before[group[:2]]["measured"]
+        speeds = [speed for speed in start["solved"] if speed != "threshold"]
+        row[0].plot(range(len(speeds)), [solved(s)(start) for s in speeds], "k--", label="start")
+        row[2].plot(pass_at(start["drawn"]["right"], 1), _last(start), "kx", label="start")
+        for place, name in enumerate(LINES):
+            found = results.runs[group].get(name, [])
+            if not found:
+                continue
+            look = {"color": f"C{place % 10}", "linestyle": ("-", ":")[place >= 10], "label": LINES[name].title}
+            row[0].plot(range(len(speeds)), [mean(results.values(group, name, solved(s))) for s in speeds], **look)
+            points = [mean(values) for values in zip(*(r["learning_curve"]["solved"] for r in found), strict=False)]
+            used = [0.0, *found[0]["learning_curve"]["used"][: len(points)]]
+            row[1].plot(used, [results.before[group[:2]]["validation"], *points], **look)
+            each = [mean(values) for values in zip(*(_passes(r["measured"]) for r in found), strict=True)]
+            row[2].plot(*each, "o" if place < 10 else "^", color=look["color"])
+        row[0].set_xticks(range(len(speeds)), speeds)
+        row[0].set(xlabel="tokens per step", ylabel=f"{group[0]}: test rows solved")
+        row[1].set(xlabel="share of the budget", ylabel="validation rows solved at 4 tokens per step")
+        row[2].set(xlabel="pass@1", ylabel="pass@8, both at temperature 1")
+        row[1].legend(fontsize=5)
+    _save(figure, path)
+
+
+def _passes(measured: Result) -> tuple[float, float]:
+    return pass_at(measured["drawn"]["right"], 1), _last(measured)
+
+
+def _last(measured: Result) -> float:
+    right = measured["drawn"]["right"]
+    return pass_at(right, len(right) - 1)
+
+
+def _figure(columns: int, rows: int = 1, height: float = 4.0, share: bool = True) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (4.2 * columns + 1.0, height)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, layout="constrained", sharey=share, squeeze=False)
+    return figure, panels
+
+
+def _save(figure: Any, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    from matplotlib import pyplot
+
+    pyplot.close(figure)

@@ -1,0 +1,32 @@
+"""Numbers made of numbers: area over speed, pass@k, and quantiles of Student's t. Owns formulas alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import comb, log2
+
+T_95 = (float("inf"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""The 0.975 quantile of Student's t by degrees of freedom: half the length of a 95% interval in standard errors."""
+
+
+def area(solved: Mapping[int, float]) -> float:
+    """Accuracy over speed, from the solve rate by tokens per step; of one speed, its own."""
+    speeds = sorted(solved)
+    if len(speeds) == 1:
+        return solved[speeds[0]]
+    whole = sum(log2(high / low) * (solved[low] + solved[high]) / 2 for low, high in pairwise(speeds))
+    return whole / log2(speeds[-1] / speeds[0])
+
+
+def pass_at(right: Sequence[int], k: int) -> float:
+    """pass@k from how many prompts have 0, 1, ..., n right completions.
+
+    Raises:
+        ValueError: k is larger than n.
+    """
+    n = len(right) - 1
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} is not allowed; it must be between 1 and the {n} completions of a prompt")
+    each = (1 - comb(n - count, k) / comb(n, k) for count in range(n + 1))
+    return sum(prompts * value for prompts, value in zip(right, each, strict=True)) / sum(right)
