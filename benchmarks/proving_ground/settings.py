@@ -87,17 +87,26 @@ COMMON: dict[str, Any] = {
 }
 """What all algorithms of RL share. Rates rise over five steps and fall linearly to zero over the budget."""
 
+RIGHT = "right"  # stands for the name of a task's first reward
+RANDOM = "random"
 _ABOVE = {"negative_advantage_weight": 0.0}  # only completions above the baseline teach; see docs/evidence.md
+_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
 
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm: what it is called, its trainer, settings that differ from `COMMON`, and further rewards."""
+    """An algorithm.
+
+    Args:
+        title: what it is called. trainer: a name in `rl4dlm`, or a control's.
+        settings: that differ from `COMMON`.
+        rewards: in the place of the task's two.
+    """
 
     title: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    rewards: tuple[str, ...] = ()
+    rewards: tuple[str, ...] | None = None
 
 
 ALGORITHMS = {
@@ -128,7 +137,7 @@ ALGORITHMS = {
     "dream_coder_rl": Line(
         "Dream-Coder RL", "DreamCoderRLTrainer", {"schedule": "low_confidence", "top_p": 1.0, **_ABOVE}
     ),
-    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0}),
+    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0, "correctness_reward": RIGHT}),
     "stabledrl": Line("StableDRL", "StableDRLTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "num_iterations": 2}),
     "cj_grpo": Line("CJ-GRPO", "CJGRPOTrainer"),
     "tracerl": Line("TraceRL", "TraceRLTrainer"),
@@ -139,23 +148,22 @@ ALGORITHMS = {
     "lightningrl": Line(
         "LightningRL",
         "LightningRLTrainer",
-        {
-            "schedule": "threshold",
-            "schedule_args": {"threshold": THRESHOLD},
-            "denoising_steps": None,
-            "reward_weights": [0.7, 0.3, 0.3],
-            "scale_rewards": "none",
-            "keep_wrong_groups": True,
-            "min_speed_range": 0.0,
-        },
-        ("speed:tokens_per_forward",),
+        {**_QUICK, "scale_rewards": "none", "accuracy_reward": RIGHT, "reward_weights": [1.0, 1.0]},
+        rewards=(RIGHT, "speed:tokens_per_forward"),
     ),
 }
 """One line for each."""
 CONTROLS = {
     "sft": Line("SFT goes on", "DiffusionSFTTrainer", {"learning_rate": 2e-4}),
-    "positives": Line("SFT on own right answers", "PositivesTrainer", {"num_views": 4}),
-    "random_reward": Line("diffu-GRPO, random rewards", "DiffuGRPOTrainer", {"p_mask_prompt": 0.0}),
+    "positives": Line(
+        "SFT on own right answers", "PositivesTrainer", {"num_views": 4, "reward_weights": [1.0]}, rewards=(RIGHT,)
+    ),
+    "random_reward": Line(
+        "diffu-GRPO, random rewards",
+        "DiffuGRPOTrainer",
+        {"p_mask_prompt": 0.0, "reward_weights": [1.0]},
+        rewards=(RANDOM,),
+    ),
 }
 """What an algorithm has to beat: SFT on the task's worked answers, for as many positions; masked SFT on those of the
 model's own completions that are right; and rewards that know nothing."""
@@ -168,9 +176,7 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
-_TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
-_UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
-_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
+_PASSES = {"num_iterations": 4, "negative_advantage_weight": 1.0}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
@@ -182,10 +188,14 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
     },
-    "clips": {
-        **_each("espo bgpo coupled_grpo diffu_grpo", "two_passes", _TWICE),
-        **_each("espo bgpo coupled_grpo diffu_grpo", "unconditional", {**_TWICE, **_UNCONDITIONAL}),
-        **_each("espo coupled_grpo", "self_normalized", {**_TWICE, **_UNCONDITIONAL, "self_normalize": "group"}),
+    "clips": {  # four passes over each batch: with one, all ratios are 1
+        **_each("diffu_grpo espo bgpo", "passes_4", _PASSES),
+        **_each("diffu_grpo espo bgpo", "passes_4_unconditional", {**_PASSES, "clip": "unconditional"}),
+        **_each(
+            "diffu_grpo espo bgpo",
+            "passes_4_normalized",
+            {**_PASSES, "clip": "unconditional", "self_normalize": "group"},
+        ),
     },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
@@ -194,7 +204,7 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     },
     "speed": {
         **_each("lightningrl", "published_sum", {"speed_gate": "none"}),
-        **_each("lightningrl", "no_speed", {"reward_weights": [0.7, 0.3, 0.0]}),
+        **_each("lightningrl", "no_speed", {"reward_weights": [1.0, 0.0]}),
     },
     "views_key": {
         **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),
@@ -275,14 +285,14 @@ class Run:
         return LINES[self.algorithm].title + (f", {what}" if what else "")
 
     @property
-    def exists(self) -> bool:
-        """Whether the task has the model, and blocks where the variation is about them."""
-        blocks = self.ground.block < self.ground.canvas
-        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
-
-    @property
     def checkpoint(self) -> Path:
         return ROOT / self.ground.checkpoints[self.model]
+
+    @property
+    def possible(self) -> bool:
+        """Whether the task has the several blocks that masking by blocks needs."""
+        one_block = self.ground.block == self.ground.canvas
+        return not (one_block and str(self.settings().get("masking", "")).startswith("block_"))
 
     def path(self, results: Path = RESULTS) -> Path:
         """Where its result is."""
@@ -303,15 +313,18 @@ class Run:
             "denoising_steps": ground.canvas // tokens,
             **own,
         }
-        if self.algorithm == "igpo":
-            given["correctness_reward"] = ground.rewards[0]
-        if self.algorithm == "lightningrl":
-            given["accuracy_reward"] = ground.rewards[0].rpartition(":")[2]
+        for name in ("correctness_reward", "accuracy_reward"):
+            if given.get(name) == RIGHT:
+                given[name] = ground.rewards[0]
         if self.algorithm == "justgrpo":  # says it by `tokens_per_view`
             given.pop("denoising_steps")
-        if self.algorithm in ("positives", "random_reward"):
-            given["reward_weights"] = [1.0]
         return given
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of reward functions, or `RANDOM`."""
+        own = LINES[self.algorithm].rewards or self.ground.rewards
+        return tuple(self.ground.rewards[0] if name == RIGHT else name for name in own)
 
     def fingerprint(self) -> str:
         """Of everything that its result depends on: settings, task, scale, and the weights of the start."""
@@ -323,7 +336,7 @@ class Run:
         parts |= {"canvas": self.ground.canvas, "block": self.ground.block, "speeds": SPEEDS, "threshold": THRESHOLD}
         if self.name != "before":
             parts |= {"trainer": LINES[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
-            parts |= {"seed": self.seed, "rewards": (*self.ground.rewards, *LINES[self.algorithm].rewards)}
+            parts |= {"seed": self.seed, "rewards": self.rewards}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(self.checkpoint.glob("*.safetensors")):
             digest.update(file.read_bytes())

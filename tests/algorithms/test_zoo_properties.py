@@ -59,10 +59,6 @@ CASES = {
     "dream-coder": Case("DreamCoderRLTrainer", {"beta": 0.02}),
     "dream-coder-all-tokens": Case("DreamCoderRLTrainer", {"cart_p": None, "substitute_groups": False}),
     "igpo": Case("IGPOTrainer", {**HINTS, "beta": 0.04}),
-    "ebpo": Case("EBPOTrainer", {"beta": 0.04, "num_views": 2}),
-    "lightningrl": Case(
-        "LightningRLTrainer", {"accuracy_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}
-    ),
     "cj-grpo": Case("CJGRPOTrainer", {}),
     "cj-grpo-steps": Case("CJGRPOTrainer", {"ratio_unit": "step", "kl_unit": "step", "aggregation": "step_sums"}),
     "tracerl": Case("TraceRLTrainer", {"merge": 2}),
@@ -71,6 +67,10 @@ CASES = {
     "d2": Case("D2Trainer", {"num_scored_steps": 2}),
     "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
     "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
+    "ebpo": Case("EBPOTrainer", {"beta": 0.04, "num_views": 2}),
+    "lightningrl": Case(
+        "LightningRLTrainer", {"accuracy_from": 0.5, "min_speed_range": 0.0, "speed_reward": "eighths"}
+    ),
     "lightningrl-sequences": Case(
         "LightningRLTrainer",
         {
