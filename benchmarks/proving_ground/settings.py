@@ -148,7 +148,7 @@ ALGORITHMS = {
     "lightningrl": Line(
         "LightningRL",
         "LightningRLTrainer",
-        {**_QUICK, "scale_rewards": "none", "accuracy_reward": RIGHT, "reward_weights": [1.0, 1.0]},
+        {**_QUICK, "scale_rewards": "none", "reward_weights": [1.0, 1.0]},
         rewards=(RIGHT, "speed:tokens_per_forward"),
     ),
 }
@@ -176,7 +176,8 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
-_PASSES = {"num_iterations": 4, "negative_advantage_weight": 1.0}
+_TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
+_UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
@@ -188,14 +189,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
     },
-    "clips": {  # four passes over each batch: with one, all ratios are 1
-        **_each("diffu_grpo espo bgpo", "passes_4", _PASSES),
-        **_each("diffu_grpo espo bgpo", "passes_4_unconditional", {**_PASSES, "clip": "unconditional"}),
-        **_each(
-            "diffu_grpo espo bgpo",
-            "passes_4_normalized",
-            {**_PASSES, "clip": "unconditional", "self_normalize": "group"},
-        ),
+    "clips": {
+        **_each("espo bgpo coupled_grpo diffu_grpo", "two_passes", _TWICE),
+        **_each("espo bgpo coupled_grpo diffu_grpo", "unconditional", {**_TWICE, **_UNCONDITIONAL}),
+        **_each("espo coupled_grpo", "self_normalized", {**_TWICE, **_UNCONDITIONAL, "self_normalize": "group"}),
     },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
@@ -285,14 +282,14 @@ class Run:
         return LINES[self.algorithm].title + (f", {what}" if what else "")
 
     @property
-    def checkpoint(self) -> Path:
-        return ROOT / self.ground.checkpoints[self.model]
+    def exists(self) -> bool:
+        """Whether the task has the model, and blocks where the variation is about them."""
+        blocks = self.ground.block < self.ground.canvas
+        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
 
     @property
-    def possible(self) -> bool:
-        """Whether the task has the several blocks that masking by blocks needs."""
-        one_block = self.ground.block == self.ground.canvas
-        return not (one_block and str(self.settings().get("masking", "")).startswith("block_"))
+    def checkpoint(self) -> Path:
+        return ROOT / self.ground.checkpoints[self.model]
 
     def path(self, results: Path = RESULTS) -> Path:
         """Where its result is."""
@@ -313,9 +310,8 @@ class Run:
             "denoising_steps": ground.canvas // tokens,
             **own,
         }
-        for name in ("correctness_reward", "accuracy_reward"):
-            if given.get(name) == RIGHT:
-                given[name] = ground.rewards[0]
+        if given.get("correctness_reward") == RIGHT:
+            given["correctness_reward"] = ground.rewards[0]
         if self.algorithm == "justgrpo":  # says it by `tokens_per_view`
             given.pop("denoising_steps")
         return given

@@ -32,7 +32,6 @@ def test_every_line_and_variation_has_settings_that_are_allowed(task: str, tmp_p
     for name in [*LINES, *VARIANTS] if task == "arithmetic_steps" else LINES:
         run = Run(task, "full", name)
         made = config_of(run)(output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=64, **run.settings())
-        assert run.possible
         if run.algorithm not in ("sft", "justgrpo"):
             assert made.denoising_steps in (None, run.ground.canvas // 4, run.ground.canvas // 2)
 
