@@ -46,7 +46,7 @@ class Ground:
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
 TASKS = {
     "arithmetic_steps": Ground(
-        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        {"min_operations": 3, "max_operations": 4, "max_number": 9, "max_value": 50},
         canvas=32,
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
@@ -144,6 +144,7 @@ ALGORITHMS = {
     "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
     "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
     "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
+    "ebpo": Line("EBPO", "EBPOTrainer", {"num_views": 4, **_ABOVE}),
     "lightningrl": Line(
         "LightningRL",
         "LightningRLTrainer",
@@ -197,6 +198,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("diffu_grpo espo", "cache", _CACHE),
         **_each("diffu_grpo espo", "threshold", _QUICK),
         **_each("justgrpo", "cache_corrected", {**_CACHE, "rollout_correction": "token_truncate"}),
+    },
+    "speed": {
+        **_each("lightningrl", "published_sum", {"speed_gate": "none"}),
+        **_each("lightningrl", "no_speed", {"reward_weights": [1.0, 0.0]}),
     },
     "views_key": {
         **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),

@@ -103,7 +103,7 @@ class MDPOConfig(DiffusionPolicyConfig):
             )
 
     def recorded(self) -> tuple[str, ...]:
-        """What each step predicted, and how likely that was."""
+        """What each step draws for every open slot."""
         return ("entropy", "fillings", "filling_log_probs")
 
 
@@ -141,7 +141,7 @@ def chosen_steps(advantages: Tensor, count: int) -> Tensor:
 class MDPOTrainer(DiffusionPolicyTrainer):
     """MDPO in TRL's GRPO loop; `MDPOConfig` has its settings, the module's docstring the algorithm.
 
-    Reward functions are called once more, with what each step of a batch of completions predicted.
+    Reward functions are called once more, with what each step of the batch's completions has predicted.
     """
 
     config_class = MDPOConfig
@@ -181,12 +181,12 @@ class MDPOTrainer(DiffusionPolicyTrainer):
         steps = int(self.accelerator.gather(made).max())
         fillings, log_probs = trace.fillings[:, :, 0].long(), trace.filling_log_probs[:, :, 0]
         shown = torch.stack([*rollout.states()], dim=1)  # [B, S, L], of this process
-        canvases = rollout.canvas[:, None].repeat(1, steps, 1)
-        there = (torch.arange(fillings.shape[1], device=trace.steps.device) < trace.steps[:, None])[..., None]
-        canvases[:, : fillings.shape[1]] = torch.where(there, fillings, canvases[:, : fillings.shape[1]])
+        there = (trace.steps[:, None] > torch.arange(fillings.shape[1], device=fillings.device))[..., None]
+        predicted = torch.where(there, fillings, rollout.canvas[:, None])
+        ours = self.rewards_of_canvases(rollout, predicted)  # [B, S]
+        ours = torch.cat([ours, ours[:, -1:].expand(-1, steps - ours.shape[1])], dim=1)  # of rows that have ended
         size = self.num_generations if self.model.training else self.num_generations_eval
-        everyone = self.accelerator.gather(self.rewards_of_canvases(rollout, canvases).contiguous())
-        found = everyone.view(-1, size, steps)  # [N, G, S]
+        found = self.accelerator.gather(ours.contiguous()).view(-1, size, steps)  # [N, G, S]
         best, last = found.nan_to_num(nan=-torch.inf).amax(-1), found[..., -1]
         self.log_mean("diffusion/lost_answer_share", best > last, torch.ones_like(last))
         advantages = step_advantages(found).nan_to_num(nan=0.0)

@@ -98,7 +98,7 @@ def test_the_first_gradient(make_trainer: Any, schedule: str, confidence: bool):
 
 
 def test_rewards_are_of_predictions(make_trainer: Any):
-    """Reward functions see what each step would have written; the last one's is the completion."""
+    """Reward functions see what each step would have written, at once; the last one's is the completion."""
     asked: list[list[str]] = []
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -107,10 +107,10 @@ def test_rewards_are_of_predictions(make_trainer: Any):
         return [len(set(text)) / 8 for text in completions]
 
     trainer, _ = one_step(make_trainer, MDPOTrainer, **SMALL, rewards=reward, log_completions=True)
-    own, predicted = asked
-    steps = [predicted[first : first + 8] for first in range(0, len(predicted), 8)]
-    assert len(steps) == 4 and steps[-1] == own and steps[0] != own
-    assert list(trainer._logs["extra"]["seen"]) == own  # nothing of the predictions
+    assert [len(texts) for texts in asked] == [8, 32]
+    steps = [asked[1][8 * step : 8 * step + 8] for step in range(4)]
+    assert steps[-1] == asked[0] != steps[0]
+    assert list(trainer._logs["extra"]["seen"]) == asked[0]  # nothing of the predictions
     rewards = torch.tensor([[len(set(text)) / 8 for text in texts] for texts in steps]).T.view(2, 4, 4)
     advantages = step_advantages(rewards)
     record, chosen = trainer.seen[0], chosen_steps(advantages, 2)
