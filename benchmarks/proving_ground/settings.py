@@ -46,7 +46,7 @@ class Ground:
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
 TASKS = {
     "arithmetic_steps": Ground(
-        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        {"min_operations": 3, "max_operations": 4, "max_number": 9, "max_value": 50},
         canvas=32,
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
@@ -144,10 +144,11 @@ ALGORITHMS = {
     "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
     "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
     "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
+    "ebpo": Line("EBPO", "EBPOTrainer", {"num_views": 4, **_ABOVE}),
     "lightningrl": Line(
         "LightningRL",
         "LightningRLTrainer",
-        {**_QUICK, "scale_rewards": "none", "correctness_reward": RIGHT, "reward_weights": [1.0, 1.0]},
+        {**_QUICK, "scale_rewards": "none", "reward_weights": [1.0, 1.0]},
         rewards=(RIGHT, "speed:tokens_per_forward"),
     ),
 }
@@ -175,7 +176,8 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
-_PASSES = {"num_iterations": 4, "negative_advantage_weight": 1.0}
+_TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
+_UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
@@ -187,19 +189,19 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
     },
-    "clips": {  # four passes over each batch: with one, all ratios are 1
-        **_each("diffu_grpo espo bgpo", "passes_4", _PASSES),
-        **_each("diffu_grpo espo bgpo", "passes_4_unconditional", {**_PASSES, "clip": "unconditional"}),
-        **_each(
-            "diffu_grpo espo bgpo",
-            "passes_4_normalized",
-            {**_PASSES, "clip": "unconditional", "self_normalize": "group"},
-        ),
+    "clips": {
+        **_each("espo bgpo coupled_grpo diffu_grpo", "two_passes", _TWICE),
+        **_each("espo bgpo coupled_grpo diffu_grpo", "unconditional", {**_TWICE, **_UNCONDITIONAL}),
+        **_each("espo coupled_grpo", "self_normalized", {**_TWICE, **_UNCONDITIONAL, "self_normalize": "group"}),
     },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
         **_each("diffu_grpo espo", "threshold", _QUICK),
         **_each("justgrpo", "cache_corrected", {**_CACHE, "rollout_correction": "token_truncate"}),
+    },
+    "speed": {
+        **_each("lightningrl", "published_sum", {"speed_gate": "none"}),
+        **_each("lightningrl", "no_speed", {"reward_weights": [1.0, 0.0]}),
     },
     "views_key": {
         **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),
@@ -280,14 +282,14 @@ class Run:
         return LINES[self.algorithm].title + (f", {what}" if what else "")
 
     @property
-    def checkpoint(self) -> Path:
-        return ROOT / self.ground.checkpoints[self.model]
+    def exists(self) -> bool:
+        """Whether the task has the model, and blocks where the variation is about them."""
+        blocks = self.ground.block < self.ground.canvas
+        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
 
     @property
-    def possible(self) -> bool:
-        """Whether the task has the several blocks that masking by blocks needs."""
-        one_block = self.ground.block == self.ground.canvas
-        return not (one_block and str(self.settings().get("masking", "")).startswith("block_"))
+    def checkpoint(self) -> Path:
+        return ROOT / self.ground.checkpoints[self.model]
 
     def path(self, results: Path = RESULTS) -> Path:
         """Where its result is."""

@@ -115,11 +115,12 @@ class TreeRPOConfig(TrajectoryConfig):
                 f"num_generations={self.num_generations} is not allowed with branches={self.branches}; they make "
                 f"{leaves} completions of a prompt"
             )
-        for name, needed in (("steps", "all"), ("merge", 1), ("aggregation", "step_sums")):
+        fixed = (("steps", "all"), ("merge", 1), ("aggregation", "step_sums"), ("value_model", "none"))
+        for name, needed in fixed:
             if getattr(self, name) != needed:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not allowed: the edges of the tree are scored, and averaged as "
-                    f"they are; allowed: {needed!r}"
+                    f"{name}={getattr(self, name)!r} is not allowed: the edges of the tree are scored, compared and "
+                    f"averaged as they are; allowed: {needed!r}"
                 )
         if self.old_policy == "recorded":
             raise ValueError(

@@ -36,6 +36,7 @@ class ViewScores(NamedTuple):
     log_probs: Tensor  # [B, K, L]
     entropies: Tensor  # [B, K, L], in nats
     next_log_probs: Tensor | None = None  # [B, T], of tokens that were asked for as next tokens, zero elsewhere
+    values: Tensor | None = None  # [B, K, L], of the states that tokens are predicted from, where asked for
 
 
 def score_views(
@@ -54,6 +55,7 @@ def score_views(
     unseen: Tensor | None = None,
     share: bool = True,
     in_step: int | None = None,
+    values: bool = False,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens, or the views' own, at the positions that the views score.
 
@@ -80,6 +82,7 @@ def score_views(
             with `one_view` the inputs of a view are compared with each other, not with those of other views.
         in_step: run as many forwards with `rows_per_forward` as so many rows would without sharing, of at least one
             input each: all processes then run the same number, which they must where forwards gather parameters.
+        values: ask the model's value head, too; not together with `next_tokens`.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -99,6 +102,8 @@ def score_views(
             f"next_tokens must be [B, T] = {list(ids.shape)}, without the first column, and cfg_scale 0; got "
             f"{list(next_tokens.shape)} and cfg_scale={cfg_scale}"
         )
+    if next_tokens is not None and values:
+        raise ValueError("values=True is not supported with next_tokens")
     if cfg_scale > 0 and spec.mask_token_id is None:
         raise ValueError(
             f"cfg_scale={cfg_scale} needs a mask token to hide the prompt behind; allowed for this model: 0"
@@ -127,6 +132,8 @@ def score_views(
     settings: dict[str, Any] = {"score_temperature": temperature, "score_cfg_scale": cfg_scale}
     if turns > 1:
         settings["score_in_turn"] = turns
+    if values:
+        settings["score_values"] = True
     # Guidance hides the prompt from a second copy of every input.
     bare = None
     if cfg_scale > 0:
@@ -153,7 +160,9 @@ def score_views(
             _forward(model, inputs[wanted[:1]], torch.zeros_like(of[:1]), nothing, canvas, settings, bare, share)
         places = torch.cat(order).argsort()
         found = [torch.cat(column)[places] for column in zip(*parts, strict=True)]
-    log_probs, entropies = (values.view(batch, num_views, canvas) for values in found[:2])
+    log_probs, entropies = (each.view(batch, num_views, canvas) for each in found[:2])
+    if values:
+        return ViewScores(log_probs, entropies, values=found[2].view(batch, num_views, canvas))
     return ViewScores(log_probs, entropies, found[2].view(batch, num_views, length)[:, 0] if len(found) > 2 else None)
 
 
@@ -240,7 +249,7 @@ def _forward(
     bare: tuple[int, int] | None,
     share: bool,
 ) -> list[Tensor]:
-    """Log-probabilities and entropies `[N, L]`, and of next tokens `[N, T]` where they are asked for, in one call.
+    """Log-probabilities and entropies `[N, L]` in one call; values too, or `[N, T]` next tokens.
 
     Args:
         inputs: U rows. of: long `[N]`, which of them each row of `ask` is about. canvas: L.
@@ -265,7 +274,7 @@ def _forward(
     count = len(scores.log_probs) - (0 if following is None else int(following.sum()))
     placed = [
         values.new_zeros(positions.shape).masked_scatter(positions, values[:count])[:, -canvas:]
-        for values in (scores.log_probs, scores.entropies)
+        for values in (scores.log_probs, scores.entropies, *([scores.values] if settings.get("score_values") else []))
     ]
     if following is not None:
         values = scores.log_probs[count:]

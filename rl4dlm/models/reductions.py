@@ -23,6 +23,14 @@ class TokenScores(NamedTuple):
     entropies: Tensor  # [n], in nats
 
 
+class ValuedScores(NamedTuple):
+    """The same, with what a value head makes of the states that tokens are predicted from."""
+
+    log_probs: Tensor  # [n]
+    entropies: Tensor  # [n], in nats
+    values: Tensor  # [n]
+
+
 def log_prob_reduction(targets: Tensor, states: Tensor | None = None) -> Reduction:
     """Log-probabilities of targets, and the entropies of what they are predicted from.
 

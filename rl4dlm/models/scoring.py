@@ -29,7 +29,7 @@ from rl4dlm.models.attention import (
 )
 from rl4dlm.models.canvas import canvas_states, denoises_canvases
 from rl4dlm.models.checkpoint import listed, unfinite
-from rl4dlm.models.reductions import Reduction, TokenScores, log_prob_reduction
+from rl4dlm.models.reductions import Reduction, TokenScores, ValuedScores, log_prob_reduction
 from rl4dlm.models.spec import DiffusionSpec
 
 CHUNK_ELEMENTS = 2**26
@@ -66,6 +66,8 @@ def attach_scoring(model: Any) -> Any:
 
     - `score_unseen`: bool `[R, T, T]`, for full attention: pairs of a query and a key that are hidden from each other
       besides;
+    - `score_values`: True adds what the model's value head (`value_head.py`) makes of the state that each token is
+      predicted from, without guidance, to a `ValuedScores`; not together with `score_reduce`;
     - `score_rows`: long `[N]`, or `[2 N]` with guidance: rows that ask for the same input share a forward. Positions,
       targets and `score_next_tokens` are then `[N, T]`, row i of them is about the fed row `score_rows[i]`, and with
       guidance u comes from the fed row `score_rows[N + i]`. Positions that several rows ask for go through the head
@@ -119,7 +121,7 @@ def _score_in_turn(
     *args: Any,
     score_positions: Tensor,
     **kwargs: Any,
-) -> TokenScores:
+) -> TokenScores | ValuedScores:
     """`score` in forwards of every `turns`-th row; their results in the order of one forward."""
     if args or kwargs.get("score_next_tokens") is not None or kwargs.get("score_reduce") is not None:
         raise ValueError("score_in_turn takes keyword arguments, and neither score_next_tokens nor score_reduce")
@@ -152,7 +154,8 @@ def _score_in_turn(
         parts.append(checkpoint(forward, use_reentrant=False) if recompute else forward())
         places.append((row % turns == turn).nonzero().squeeze(-1))
     order = torch.cat(places).argsort()
-    return TokenScores(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
+    columns = [torch.cat(column)[order] for column in zip(*parts, strict=True)]
+    return ValuedScores(*columns) if rest.get("score_values") else TokenScores(*columns)
 
 
 def _score(
@@ -173,6 +176,7 @@ def _score(
     score_next_tokens: Tensor | None = None,
     score_unseen: Tensor | None = None,
     score_rows: Tensor | None = None,
+    score_values: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     if isinstance(score_positions, tuple):
@@ -242,15 +246,25 @@ def _score(
     if score_reduce is None and score_rows is not None:
         assert score_targets is not None
         wanted = score_targets[rows, columns]
-        return _score_shared(model, hidden, fed, sources, guides, wanted, score_temperature, score_cfg_scale)
+        settings = score_temperature, score_cfg_scale, score_values
+        return _score_shared(model, hidden, fed, sources, guides, wanted, *settings)
     picked = hidden[fed, sources]  # [n, D]
     guide = None if guides is None else hidden[guides, sources]
     if score_reduce is None:
         assert score_targets is not None
         score_reduce = log_prob_reduction(score_targets[rows, columns])
-    return reduce_hidden(
+    elif score_values:
+        raise ValueError("score_values is not supported with score_reduce")
+    found = reduce_hidden(
         model, picked, guide, score_reduce, score_temperature, score_cfg_scale, sees_own=score_reduce_sees_own
     )
+    return _with_values(model, found, picked) if score_values else found
+
+
+def _with_values(model: Any, found: tuple[Tensor, ...], picked: Tensor) -> ValuedScores:
+    if getattr(model, "value_head", None) is None:
+        raise ValueError(f"score_values needs a value head, and this {type(model).__name__} has none")
+    return ValuedScores(found[0], found[1], model.value_head(picked))
 
 
 def _fed(rows: Tensor, score_rows: Tensor | None) -> Tensor:
@@ -266,7 +280,8 @@ def _score_shared(
     targets: Tensor,
     temperature: float,
     cfg_scale: float,
-) -> TokenScores:
+    values: bool,
+) -> TokenScores | ValuedScores:
     """Scores of n tokens, of which several may be predicted from the same state: the head sees each state once.
 
     Args:
@@ -285,8 +300,10 @@ def _score_shared(
         guide = hidden[guide_of, states % width]
     order = state.argsort(stable=True)
     reduction = log_prob_reduction(targets[order], state[order])
-    found = reduce_hidden(model, hidden.flatten(0, 1)[states], guide, reduction, temperature, cfg_scale)
-    return TokenScores(found[0][order.argsort()], found[1][state])
+    picked = hidden.flatten(0, 1)[states]
+    found = reduce_hidden(model, picked, guide, reduction, temperature, cfg_scale)
+    scores = TokenScores(found[0][order.argsort()], found[1][state])
+    return _with_values(model, scores, picked[state]) if values else scores
 
 
 def _score_canvases(
@@ -303,6 +320,7 @@ def _score_canvases(
     score_cfg_scale: float = 0.0,
     score_next_tokens: Tensor | None = None,
     score_rows: Tensor | None = None,
+    score_values: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """`_score` for models that denoise canvases over an encoded prefix."""
@@ -317,9 +335,11 @@ def _score_canvases(
     )
     targets = score_targets[rows, columns]
     if score_rows is not None:
-        return _score_shared(model, hidden, score_rows[rows], columns - first, None, targets, score_temperature, 0.0)
-    reduction = log_prob_reduction(targets)
-    return reduce_hidden(model, hidden[rows, columns - first], None, reduction, score_temperature, 0.0)
+        settings = score_temperature, 0.0, score_values
+        return _score_shared(model, hidden, score_rows[rows], columns - first, None, targets, *settings)
+    picked = hidden[rows, columns - first]
+    found = reduce_hidden(model, picked, None, log_prob_reduction(targets), score_temperature, 0.0)
+    return _with_values(model, found, picked) if score_values else found
 
 
 def reduce_hidden(

@@ -30,21 +30,26 @@ def loss_per_view(
     from one view after another. Exact if views score the same twice, for any loss.
 
     Args:
-        found: log-probabilities and entropies `[B, K, L]`, without gradients. views: they are those of these K.
-        score: both in other views, `[B, 1, L]`, by the wrapped model and with gradients.
-        loss: a scalar of both.
+        found: log-probabilities and entropies `[B, K, L]`, and values where there are any, without gradients.
+        views: they are those of these K.
+        score: the same in other views, `[B, 1, L]`, by the wrapped model and with gradients.
+        loss: a scalar of them.
         backward: runs the forward that it is given, and its backward pass without synchronising gradients.
 
     Returns:
         The loss, a scalar.
     """
-    leaves = found.log_probs.detach().requires_grad_(), found.entropies.detach().requires_grad_()
-    value = loss(ViewScores(*leaves))
+
+    def parts(scores: ViewScores) -> list[Tensor]:
+        return [scores.log_probs, scores.entropies, *([] if scores.values is None else [scores.values])]
+
+    leaves = [part.detach().requires_grad_() for part in parts(found)]
+    value = loss(ViewScores(leaves[0], leaves[1], values=leaves[2] if len(leaves) > 2 else None))
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
 
     def share(view: int) -> Tensor:
         scores = score(views.only(view))
-        pairs = zip((scores.log_probs, scores.entropies), gradients, strict=True)
+        pairs = zip(parts(scores), gradients, strict=True)
         return torch.stack([(s * g[:, view, None]).sum() for s, g in pairs if g is not None]).sum()
 
     last = views.hidden.shape[1] - 1

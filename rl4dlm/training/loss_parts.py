@@ -38,6 +38,7 @@ class PolicyScores(NamedTuple):
     entropies: Tensor  # [B, C], in nats, averaged over the views that score a token
     views: Views | None = None  # what was hidden; K views
     view_log_probs: Tensor | None = None  # [B, K, L], log-probabilities in each view
+    values: Tensor | None = None  # [B, C], of a value model, where each token is scored in one view
 
 
 class LossParts(GuardedTrainer, ResumableGRPOTrainer):

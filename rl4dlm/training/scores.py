@@ -62,6 +62,9 @@ class ScoringTrainer(RatioTrainer):
     needs_old_entropies: bool = False
     """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
 
+    needs_values: bool = False
+    """Whether the policy's value head is asked, and `old_values` `[B, n, C]` are in the batch where old scores are."""
+
     advantages_read_scores: bool = True
     """Whether `advantages` or `prepare_batch` read old or reference scores of the batch, or change which rows count.
 
@@ -69,7 +72,7 @@ class ScoringTrainer(RatioTrainer):
     that defines one of the two is taken to read them unless it says that it does not.
     """
 
-    per_iteration: tuple[str, ...] = ("old_per_token_logps", "ref_per_token_logps", "old_entropies")
+    per_iteration: tuple[str, ...] = ("old_per_token_logps", "ref_per_token_logps", "old_entropies", "old_values")
     """Entries `[B, n, ...]` of the batch of which the loss sees the current inner iteration's, `[B, ...]`."""
 
     def compared(self, scores: PolicyScores) -> Tensor:
@@ -108,21 +111,25 @@ class ScoringTrainer(RatioTrainer):
         kept = None if first else self._kept(batch)
         current = 0 if first or self.needs_old_entropies else self._passes_of_one_policy()
 
-        def scores(model: Any, first: int = 0) -> tuple[Tensor, Tensor]:
+        def scores(model: Any, first: int = 0) -> tuple[Tensor, Tensor, list[Tensor]]:
             each = [self._score(model, rows, n, width, kept, rows_per_forward=size) for n in range(first, count)]
-            return torch.stack([self.compared(s) for s in each], dim=1), torch.stack([s.entropies for s in each], dim=1)
+            values = [s.values for s in each if s.values is not None]
+            compared, entropies = ([self.compared(s) for s in each], [s.entropies for s in each])
+            return torch.stack(compared, dim=1), torch.stack(entropies, dim=1), values
 
         with torch.no_grad(), grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if "old_per_token_logps" in batch or self.needs_old_entropies:
                 if current:
                     batch["old_is_current"] = torch.ones(len(rows), dtype=torch.bool, device=rows.row_ids.device)
                 if current < count:
-                    log_probs, entropies = scores(self.model, first=current)
+                    log_probs, entropies, values = scores(self.model, first=current)
                     if "old_per_token_logps" in batch:
                         nothing = torch.zeros_like(log_probs[:, :1]).expand(-1, current, *log_probs.shape[2:])
                         batch["old_per_token_logps"] = torch.cat([nothing, log_probs], dim=1)
                     if self.needs_old_entropies:
                         batch["old_entropies"] = entropies
+                    if values:
+                        batch["old_values"] = torch.stack(values, dim=1)
                 else:
                     batch["old_per_token_logps"] = batch["old_per_token_logps"][:, None]  # until the first pass
             if "ref_per_token_logps" in batch:
@@ -167,6 +174,8 @@ class ScoringTrainer(RatioTrainer):
                 batch["old_per_token_logps"] = self.compared(scores).detach()
                 if not self.estimator.fresh:  # later passes have the same views, and compare with these scores
                     inputs["old_per_token_logps"] = batch["old_per_token_logps"][:, None]
+                    if scores.values is not None:
+                        inputs["old_values"] = scores.values.detach()[:, None]
             if kept is not None:
                 scores = self._completed(scores, batch, kept)
             if iteration == 0 and self.spec.noise == "mask":  # other tokens are drawn until the last step, not once
@@ -314,16 +323,19 @@ class ScoringTrainer(RatioTrainer):
                 rows_per_forward=rows_per_forward,
                 one_view=self.args.one_view,
                 in_step=rows_in_step if everyone else None,
+                values=self.needs_values and model is not self.ref_model,
             )
 
     def _reduced(self, found: ViewScores, views: Views, width: int, kept: Tensor | None = None) -> PolicyScores:
         """Scores `[B, C]` from those of the views, cut or padded to C = `width`; zero for rows that are not `kept`."""
         if kept is not None:
+            assert found.values is None  # every row has a value
             zeros = (values.new_zeros(len(views), *values.shape[1:]) for values in found[:2])
             found = ViewScores(*(z.index_copy(0, kept, v) for z, v in zip(zeros, found[:2], strict=True)))
         entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
         scores = resized(self.estimator.reduce(found.log_probs, views), width)
-        return PolicyScores(scores, resized(entropies, width), views, found.log_probs)
+        values = None if found.values is None else resized(found.values.sum(1), width)
+        return PolicyScores(scores, resized(entropies, width), views, found.log_probs, values)
 
     def _score(
         self,

@@ -43,6 +43,7 @@ def prepared(model: Any, peft_config: Any = None) -> Any:
     if getattr(base, "generation_config", None) is None:  # transformers sets none on models that cannot generate
         base.generation_config = GenerationConfig()
     base.generation_config.eos_token_id = list(spec.eos_token_ids)
+    base.value_head = None  # of an earlier training, which nothing would ask
     check_adapter(base, peft_config)
     tokens.train_end_tokens(base)
     return attach_scoring(model)

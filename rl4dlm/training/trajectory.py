@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rl4dlm.likelihood.step_selectors import BlockSlices, EntropyThreshold, step_entropy
 from rl4dlm.likelihood.steps import RecordedSteps, Steps, Units
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.training.clipping import clipped_units
 from rl4dlm.training.loss_parts import PolicyScores, resized
@@ -31,12 +32,13 @@ from rl4dlm.training.losses import kl_estimate
 from rl4dlm.training.scores import rows_of
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 from rl4dlm.training.trajectory_settings import TrajectoryConfig
+from rl4dlm.training.value import ValuedTrainer
 
 THRESHOLD = "StepEntropyThreshold"
 """Where the state of training, and so a checkpoint, has the entropy that steps of the next batch must reach."""
 
 
-class TrajectoryTrainer(DiffusionPolicyTrainer):
+class TrajectoryTrainer(ValuedTrainer):
     """RL on recorded steps; an algorithm has settings of its own, and may define `step_rewards`, `step_advantages`."""
 
     config_class: type[TrajectoryConfig] = TrajectoryConfig
@@ -112,6 +114,20 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
                 f"{self.spec.attention!r}: its steps have advantages of their own, and the views of such models hold "
                 "steps of several blocks"
             )
+        if self.needs_values and type(self).step_advantages is not TrajectoryTrainer.step_advantages:
+            raise ValueError(f"value_model={self.args.value_model!r} is not allowed: {name} has advantages of its own")
+        earned = self.args.value_model == "blocks" or self.args.value_rewards != "end"
+        if earned and type(self).step_rewards is not TrajectoryTrainer.step_rewards:
+            raise ValueError(
+                f"value_model={self.args.value_model!r} with value_rewards={self.args.value_rewards!r} is not allowed: "
+                f"{name} has rewards of steps; allowed: steps, with end"
+            )
+        blocks = self.spec.attention in BLOCK_KINDS and not isinstance(selector, BlockSlices)
+        if blocks and self.args.value_model == "blocks":
+            raise ValueError(
+                f"value_model='blocks' is not allowed with steps={self.args.steps!r} for a model with attention="
+                f"{self.spec.attention!r}; allowed: all, block_slices"
+            )
         return RecordedSteps(selector, self.args.scope)
 
     def extend_batch(self, batch: dict[str, Any], rollout: Rollout, rewards_per_func: Tensor) -> None:
@@ -127,12 +143,17 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
             counted = resized(scored, batch["completion_mask"].shape[1]) * batch["completion_mask"]
             batch["num_items_in_batch"] = self.accelerator.gather(counted.sum()).sum()
         rewards = self._summed(rewards_per_func).view(-1, self._group_size)
+        first = self.accelerator.process_index * len(rows)
+        if self.needs_values:
+            batch["value_rewards"] = rewards.flatten()[first : first + len(rows)]
         iterations = self.num_iterations if selector.fresh and self.model.training else 1
         found = []
         for n in range(0 if isinstance(selector, BlockSlices) else iterations):
             steps = self.estimator.steps(rows, seed=self.args.seed, iteration=n)
             given = self.step_rewards(rollout, steps)
-            if given is not None:
+            if given is not None and self.needs_values:
+                batch["step_rewards"] = given.masked_fill(steps.last < steps.first, torch.nan)
+            elif given is not None:
                 given = given.to(steps.weight).masked_fill(steps.last < steps.first, torch.nan)
                 given = self._of_all_steps(given)
             advantages = self.step_advantages(rewards, given, batch)
@@ -142,9 +163,7 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
             return
         width = max(each.shape[-1] for each in found)
         stacked = torch.stack([_widened(each.nan_to_num(nan=0.0), width) for each in found], dim=2)  # [N, G, n, K]
-        local = len(rows)
-        first = self.accelerator.process_index * local
-        own = stacked.flatten(0, 1)[first : first + local]
+        own = stacked.flatten(0, 1)[first : first + len(rows)]
         weight = self.args.negative_advantage_weight
         batch["step_advantages"] = torch.where(own < 0, weight * own, own) if weight != 1 else own
 
@@ -195,8 +214,8 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         return super().log_ratio_to(policy, current, batch)
 
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
-        """Those with an advantage, of the completion or of a step, unless there is a KL term."""
-        if self.args.beta:
+        """Those with an advantage, of the completion or of a step, unless there is a KL term or a value model."""
+        if self.args.beta or self.needs_values:
             return None
         steps = batch.get("step_advantages")
         if steps is None:
@@ -216,6 +235,10 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         advantages = batch["advantages"][:, None].expand_as(log_probs).to(log_probs)
         if batch.get("step_advantages") is not None:
             advantages = batch["step_advantages"].to(log_probs).gather(-1, step.clamp(min=0))
+        of_values: Tensor | None = None
+        if self.needs_values:
+            found, of_values = self.valued(scores, torch.where(counted, step, -1), self._blocks(batch), batch)
+            advantages = found.advantages.to(log_probs)
 
         unit = step if self.args.ratio_unit == "step" else torch.where(counted, 0, -1)
         if self.args.ratio_unit == "token":
@@ -240,7 +263,18 @@ class TrajectoryTrainer(DiffusionPolicyTrainer):
         self.log_mean("diffusion/scored_steps", steps, mask.any(-1).to(log_probs))
         self.log_entropy(scores, mask)
         losses = torch.where(counted, losses, 0.0)
-        return self._aggregated(losses, weight, _of_unit(torch.ones_like(losses), step, counted), units, batch)
+        loss = self._aggregated(losses, weight, _of_unit(torch.ones_like(losses), step, counted), units, batch)
+        return loss if of_values is None else loss + of_values
+
+    def _blocks(self, batch: dict[str, Any]) -> Tensor | None:
+        """The block `[B, C]` of each token, if blocks have values: of the model's grid, or as the canvas is written."""
+        if self.args.value_model != "blocks":
+            return None
+        width, blocks = batch["completion_mask"].shape[1], self.estimator.selector.blocks(rows_of(batch))
+        if blocks is None:
+            slots = torch.arange(batch["canvas_ids"].shape[1], device=batch["canvas_ids"].device)
+            blocks = (slots // (self.decoding.block_length or len(slots))).expand_as(batch["canvas_ids"])
+        return resized(blocks, width)
 
     def _kl(self, log_probs: Tensor, step: Tensor, counted: Tensor, batch: dict[str, Any]) -> Tensor:
         """Of each token, `[B, C]`; that of a step is shared out evenly."""

@@ -22,7 +22,8 @@ from rl4dlm.likelihood.step_selectors import (
 from rl4dlm.likelihood.steps import StepSelector
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.training.config import OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
+from rl4dlm.training.config import OWN_LOSS, set_but_not_supported
+from rl4dlm.training.value_settings import ValueConfig, check_value
 
 STEPS = ("all", "block_slices", "segments", "sampled", "top_entropy", "entropy_threshold", "flagged")
 COUNTED = ("segments", "sampled", "top_entropy", "entropy_threshold")
@@ -49,8 +50,8 @@ _CHANGES_DRAWS = {
 
 
 @dataclass
-class TrajectoryConfig(DiffusionPolicyConfig):
-    """Settings of a `TrajectoryTrainer`; those of TRL's losses are refused.
+class TrajectoryConfig(ValueConfig):
+    """Settings of a `TrajectoryTrainer`, and of its value model if it has one; those of TRL's losses are refused.
 
     Args:
         steps: which recorded steps are scored, each in the state that it was written in. `"all"` of them, which for
@@ -132,6 +133,7 @@ class TrajectoryConfig(DiffusionPolicyConfig):
         self._check_steps()
         super().__post_init__()
         self._check_units()
+        check_value(self)
         if self.old_policy == "recorded":
             self._check_recorded()
         if self.steps == "flagged" and self.schedule != "threshold":

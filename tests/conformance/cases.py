@@ -21,6 +21,9 @@ COVERED = {
     "spg": "SPG: bounds, losses, gradients",
     "stabledrl": "StableDRL: bounds, weights, losses, gradients",
     "dmpo": "DMPO: evidence lower bounds, losses, gradients",
+    "cj": "CJ-GRPO: scores of recorded steps, losses, gradients, metrics",
+    "egspo": "EGSPO: chosen steps, their advantages and scores, losses, gradients",
+    "tracerl": "TraceRL without a value model: merged steps, slices, scores, losses, gradients",
     "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
     "wd1": "wd1: scores, weights, losses, gradients",
     "justgrpo": "JustGRPO: advantages, scores, losses, gradients",
@@ -68,10 +71,6 @@ COVERED = {
 
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
-    **dict.fromkeys(
-        ("cj", "tracerl", "egspo"),
-        "losses on recorded trajectories, and of methods without a trainer here",
-    ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""
@@ -105,6 +104,10 @@ class Case:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
             return "objective"
+        if self.name.startswith("tracerl_value"):
+            return "not covered: TraceRL's value model"
+        if self.family == "tracerl" and self.settings.get("method", "TraceRL") != "TraceRL":
+            return "not covered: masks that TraceRL is compared with, which are no recorded steps"
         if self.family == "tinydlm":
             return "logits"
         if self.family == "d1" and self.name.startswith("d1_rewards"):
@@ -113,6 +116,8 @@ class Case:
             return "counts"
         if self.family == "ebpo" and self._prompts_end_in_a_block:
             return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
+        if self.family == "ebpo" and self.settings.get("kl_loss_type") in ("kl", "k1", "abs"):
+            return "not covered: EBPO's KL terms whose gradient does not hold the policy at the reference"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -169,8 +174,8 @@ class Case:
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
 OBJECTIVES = (
-    "bgpo", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "espo", "gdpo", "igpo", "justgrpo", "lightningrl",
-    "spg", "stabledrl", "wd1",
+    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo",
+    "lightningrl", "spg", "stabledrl", "tracerl", "wd1",
 )  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 

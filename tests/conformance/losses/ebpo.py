@@ -13,11 +13,13 @@ from torch import Tensor
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.training.clipping import Clip, clipped_units, surrogate
+from rl4dlm.training.losses import kl_estimate
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import spec_of
 from tests.conformance.losses import Verdict, tools
 
 OUTPUTS = {"elbo", "token_terms", "loss", "metrics", "attention_view0_row0", "grad"}
+KL = {None: "k2", "k2": "k2", "mse": "k2", "k3": "k3", "low_var_kl": "k3"}
 TERM_TOLERANCE = 1e-5  # float32 terms, of up to L_b times a log-probability
 BOUND_TOLERANCE = 1e-4  # their sums
 
@@ -30,7 +32,8 @@ def run(case: Case, folder: Path) -> Verdict:
     settings, outputs, model, spec = case.settings, case.outputs, tools.model_of(case), spec_of(case)
     rows, mask = tools.packed(case), torch.tensor(case.noise["is_mask"]).bool()
     count = mask.shape[1]
-    assert count == settings["mc_num"] and settings.get("kl_loss_type") in (None, "k2", "mse")
+    assert count == settings["mc_num"]
+    beta, kind = settings["kl_loss_coef"] or 0.0, KL[settings.get("kl_loss_type")]
     blocks = {"per_block": True, "block_length": spec.block_length, "block_origin": spec.grid_origin}
     inner = ELBO(count, "count", **blocks)
     views = inner.views(rows, mask, torch.zeros(mask.shape[:2]))  # counts give the weights
@@ -56,12 +59,14 @@ def run(case: Case, folder: Path) -> Verdict:
         num_views=count,
         epsilon=low,
         epsilon_high=high,
-        beta=settings["kl_loss_coef"] or 0.0,
+        beta=beta,
+        **({"kl_estimator": kind} if beta else {}),
     )
     old = torch.tensor(case.inputs["old_elbo"], dtype=torch.float64)
     ref = case.inputs.get("ref_elbo")
-    ref = None if ref is None else per_token(torch.tensor(ref, dtype=torch.float64), mask.shape[2])
-    batch = tools.of_rows(tools.batch_of(case, old=per_token(old, mask.shape[2]), ref=ref), rows)
+    ref = None if ref is None else torch.tensor(ref, dtype=torch.float64)
+    known = None if ref is None else per_token(ref, mask.shape[2])
+    batch = tools.of_rows(tools.batch_of(case, old=per_token(old, mask.shape[2]), ref=known), rows)
     clip, advantages = Clip("log", low, high), batch["advantages"]
     losses = surrogate(bounds - old, bounds, advantages, clip)
     metrics = {
@@ -72,6 +77,8 @@ def run(case: Case, folder: Path) -> Verdict:
         "actor/ebpo_old_elbo": old,
         "actor/ebpo_new_elbo": bounds,
         "actor/ebpo_log_ratio": bounds - old,
+        "actor/kl_loss": kl_estimate(bounds - (old if ref is None else ref), kind),
+        "actor/kl_coef": torch.full_like(losses, beta),
     }
     size = settings["ppo_micro_batch_size_per_gpu"]
     for name, value in (outputs.get("metrics") or {}).items():
