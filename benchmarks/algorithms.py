@@ -66,14 +66,14 @@ def chosen(options: argparse.Namespace) -> list[Run]:
     """The runs of a command: the first seed of everything first."""
     variants = [name for wanted in options.variants or () for name in QUESTIONS.get(wanted, [wanted])]
     algorithms = options.algorithms if options.algorithms or variants else list(LINES)
-    return [
+    runs = [
         Run(task, model, name, options.budget, seed)
         for seed in options.seeds
         for name in [*(algorithms or ()), *variants]
         for task in options.tasks
         for model in options.models
-        if model in TASKS[task].checkpoints
     ]
+    return [run for run in runs if run.exists]
 
 
 if __name__ == "__main__":

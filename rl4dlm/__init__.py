@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         LightningRLConfig as LightningRLConfig,
         LightningRLTrainer as LightningRLTrainer,
     )
+    from rl4dlm.algorithms.mdpo import MDPOConfig as MDPOConfig, MDPOTrainer as MDPOTrainer
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
@@ -139,6 +140,8 @@ _MODULE_OF = {
     "Intervention": "rl4dlm.training.interventions.intervention",
     "Rollout": "rl4dlm.rollout.rollout",
     "RolloutEngine": "rl4dlm.rollout.engine",
+    "MDPOConfig": "rl4dlm.algorithms.mdpo",
+    "MDPOTrainer": "rl4dlm.algorithms.mdpo",
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
     "State": "rl4dlm.rollout.state",

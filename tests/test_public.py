@@ -58,6 +58,7 @@ SIGNATURES = {
     "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "State": "canvas commit_step steps hinted raw_log_prob confidence log_prob entropy block_stop exact",
+    "MDPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "StableDRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
     "confidence entropy block_stop predictions fillings filling_log_probs flagged",
@@ -143,6 +144,7 @@ SETTINGS = {
         "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
     ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
+    "MDPOConfig": "num_trained_steps confidence_weights",
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",

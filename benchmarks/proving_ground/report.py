@@ -7,17 +7,18 @@ Student's at 95%, of the seeds of training on the same test rows.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks.proving_ground.settings import ALGORITHMS, LINES, MODELS, QUESTIONS, RESULTS, ROOT, TASKS, TRAINED, Run
-from benchmarks.proving_ground.statistics import T_95, pass_at
+from benchmarks.proving_ground.statistics import pass_at, pass_half, student_half
 from rl4dlm.evaluation.intervals import wilson_interval
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -114,7 +115,7 @@ def overview(results: Results) -> str:
     groups = [group for group in results.groups() if group[2] == "completions"]
     if not groups:
         return NOTHING
-    rows = [["start: solved", *(_rate(results, group) for group in groups)]]
+    rows = [["start: solved", *(_rate(results.before[group[:2]], str(TRAINED)) for group in groups)]]
     for name in _ordered(results, groups):
         rows.append([LINES[name].title, *(interval(results.gains(group, name)) for group in groups)])
     text = markdown(["points gained at 4 tokens per step", *(f"{task}, {model}" for task, model, _ in groups)], rows)
@@ -127,7 +128,9 @@ def of_group(group: Group, results: Results) -> str:
     if start is None or group not in results.runs:
         return NOTHING
     speeds = list(start["measured"]["solved"])
-    accuracy, nature = [["start", "", *_accuracy([start], speeds)]], [["start", *_nature([start]), "", "", ""]]
+    accuracy = [["start", "", *(_rate(start, speed) for speed in speeds), *_speed([start])]]
+    passes = [f"{_pass(pass_at, k, start):.3f} ± {_pass(pass_half, k, start):.3f}" for k in (1, 8)]
+    nature = [["start", *passes, *_nature([start])[2:], "", "", ""]]
     for name in _ordered(results, [group]):
         found = results.runs[group].get(name, [])
         gains = results.gains(group, name)
@@ -174,40 +177,54 @@ def interval(values: Sequence[float]) -> str:
         return MISSING
     if len(values) == 1:
         return f"{values[0]:+.1f} (one seed)"
-    half = T_95[len(values) - 1] * stdev(values) / sqrt(len(values))
-    return f"{mean(values):+.1f} ± {half:.1f}"
+    return f"{mean(values):+.1f} ± {student_half(values):.1f}"
 
 
-def _rate(results: Results, group: Group) -> str:
-    found = results.before[group[:2]]["measured"]
-    rate = solved(str(TRAINED))(found)
-    low, high = wilson_interval(rate * found["rows"], found["rows"])
+def _rate(found: Result, speed: str) -> str:
+    rate, rows = solved(speed)(found["measured"]), found["measured"]["rows"]
+    low, high = wilson_interval(rate * rows, rows)
     return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _mean(found: Sequence[Result], read: Callable[[Result], float], form: str = ".3f") -> str:
-    return format(mean(map(read, found)), form) if found else MISSING
+def _mean(found: Sequence[Result], read: Callable[[Result], float], form: str = ".3f", spread: bool = False) -> str:
+    """The mean; with `spread` also Student's interval, where there are several."""
+    values = [read(result) for result in found]
+    if not values:
+        return MISSING
+    half = f" ± {format(student_half(values), form.lstrip('+'))}" if spread and len(values) > 1 else ""
+    return format(mean(values), form) + half
 
 
 def _accuracy(found: Sequence[Result], speeds: Iterable[str]) -> list[str]:
-    cells = [_mean(found, lambda r, s=s: solved(s)(r["measured"])) for s in speeds]  # type: ignore[misc]
-    cells.append(_mean(found, lambda r: r["measured"]["solved"]["threshold"]["tokens_per_forward"], ".2f"))
-    return [*cells, _mean(found, lambda r: r["measured"]["area"])]
+    return [_mean(found, at("measured", "solved", speed, "solved"), spread=True) for speed in speeds] + _speed(found)
+
+
+def _speed(found: Sequence[Result]) -> list[str]:
+    quick = _mean(found, at("measured", "solved", "threshold", "tokens_per_forward"), ".2f", spread=True)
+    return [quick, _mean(found, at("measured", "area"), spread=True)]
 
 
 def _nature(found: Sequence[Result]) -> list[str]:
-    cells = [
-        _mean(found, lambda r, k=k: pass_at(r["measured"]["drawn"]["right"], min(k, r["scale"]["samples"])))  # type: ignore[misc]
-        for k in (1, 8)
-    ]
-    cells.append(_mean(found, lambda r: r["measured"]["drawn"]["length"], ".1f"))
-    cells += [_mean(found, lambda r, n=n: r["measured"]["drawn"][n]) for n in ("ended", "empty")]  # type: ignore[misc]
-    return [*cells, _mean(found, lambda r: r["measured"]["drift"][0], "+.2f")]
+    cells = [_mean(found, functools.partial(_pass, pass_at, k), spread=True) for k in (1, 8)]
+    cells.append(_mean(found, at("measured", "drawn", "length"), ".1f"))
+    cells += [_mean(found, at("measured", "drawn", name)) for name in ("ended", "empty")]
+    return [*cells, _mean(found, at("measured", "drift", 0), "+.2f", spread=True)]
+
+
+def at(*keys: Any) -> Callable[[Result], float]:
+    """What reads an entry of a result."""
+    return lambda result: functools.reduce(operator.getitem, keys, result)  # type: ignore[arg-type, return-value]
+
+
+def _pass(of: Callable[[Sequence[int], int], float], k: int, result: Result) -> float:
+    """pass@k, or its interval; of all completions where there are fewer."""
+    right = result["measured"]["drawn"]["right"]
+    return of(right, min(k, len(right) - 1))
 
 
 def _price(found: Sequence[Result]) -> list[str]:
     fed = _mean(found, lambda r: sum(r["positions"].values()) / 1e6, ".2f")
-    return [_mean(found, lambda r: r["completions"], ".0f"), fed, _mean(found, lambda r: r["cpu_seconds"], ".0f")]
+    return [_mean(found, at("completions"), ".0f"), fed, _mean(found, at("cpu_seconds"), ".0f")]
 
 
 def _ordered(results: Results, groups: Sequence[Group]) -> list[str]:
@@ -264,8 +281,7 @@ def plot_gains(results: Results, path: Path) -> None:
             axes.barh(place, mean(gains), color=color, alpha=0.45)
             axes.plot(gains, [place] * len(gains), "o", color=color, markersize=3)
             if len(gains) > 1:
-                half = T_95[len(gains) - 1] * stdev(gains) / sqrt(len(gains))
-                axes.errorbar(mean(gains), place, xerr=half, color="0.2", capsize=2, linewidth=0.8)
+                axes.errorbar(mean(gains), place, xerr=student_half(gains), color="0.2", capsize=2, linewidth=0.8)
         low, high = (f([0.0, *(v for n in names for v in results.gains(group, n))]) for f in (min, max))
         axes.set_xlim(low - 0.15 * (high - low) - 1, high + 0.15 * (high - low) + 1)
         axes.axvline(0, color="0.3", linewidth=0.8)
@@ -284,7 +300,7 @@ def plot_details(results: Results, path: Path) -> None:
         start = results.before[group[:2]]["measured"]
         speeds = [speed for speed in start["solved"] if speed != "threshold"]
         row[0].plot(range(len(speeds)), [solved(s)(start) for s in speeds], "k--", label="start")
-        row[2].plot(pass_at(start["drawn"]["right"], 1), _last(start), "kx", label="start")
+        row[2].plot(*_passes(results.before[group[:2]]), "kx", label="start")
         for place, name in enumerate(LINES):
             found = results.runs[group].get(name, [])
             if not found:
@@ -294,7 +310,7 @@ def plot_details(results: Results, path: Path) -> None:
             points = [mean(values) for values in zip(*(r["learning_curve"]["solved"] for r in found), strict=False)]
             used = [0.0, *found[0]["learning_curve"]["used"][: len(points)]]
             row[1].plot(used, [results.before[group[:2]]["validation"], *points], **look)
-            each = [mean(values) for values in zip(*(_passes(r["measured"]) for r in found), strict=True)]
+            each = [mean(values) for values in zip(*map(_passes, found), strict=True)]
             row[2].plot(*each, "o" if place < 10 else "^", color=look["color"])
         row[0].set_xticks(range(len(speeds)), speeds)
         row[0].set(xlabel="tokens per step", ylabel=f"{group[0]}: test rows solved")
@@ -304,13 +320,8 @@ def plot_details(results: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def _passes(measured: Result) -> tuple[float, float]:
-    return pass_at(measured["drawn"]["right"], 1), _last(measured)
-
-
-def _last(measured: Result) -> float:
-    right = measured["drawn"]["right"]
-    return pass_at(right, len(right) - 1)
+def _passes(result: Result) -> tuple[float, float]:
+    return _pass(pass_at, 1, result), _pass(pass_at, 8, result)
 
 
 def _figure(columns: int, rows: int = 1, height: float = 4.0, share: bool = True) -> Any:

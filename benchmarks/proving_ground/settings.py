@@ -46,7 +46,7 @@ class Ground:
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
 TASKS = {
     "arithmetic_steps": Ground(
-        {"max_operations": 3, "max_number": 9, "max_value": 50},
+        {"min_operations": 3, "max_operations": 4, "max_number": 9, "max_value": 50},
         canvas=32,
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
@@ -87,16 +87,26 @@ COMMON: dict[str, Any] = {
 }
 """What all algorithms of RL share. Rates rise over five steps and fall linearly to zero over the budget."""
 
+RIGHT = "right"  # stands for the name of a task's first reward
+RANDOM = "random"
 _ABOVE = {"negative_advantage_weight": 0.0}  # only completions above the baseline teach; see docs/evidence.md
+_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
 
 
 @dataclass(frozen=True)
 class Line:
-    """An algorithm: what it is called, its trainer, and the settings that differ from `COMMON`."""
+    """An algorithm.
+
+    Args:
+        title: what it is called. trainer: a name in `rl4dlm`, or a control's.
+        settings: that differ from `COMMON`.
+        rewards: in the place of the task's two.
+    """
 
     title: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rewards: tuple[str, ...] | None = None
 
 
 ALGORITHMS = {
@@ -127,19 +137,33 @@ ALGORITHMS = {
     "dream_coder_rl": Line(
         "Dream-Coder RL", "DreamCoderRLTrainer", {"schedule": "low_confidence", "top_p": 1.0, **_ABOVE}
     ),
-    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0}),
+    "igpo": Line("IGPO", "IGPOTrainer", {"chunk_length": [2, 4], "free_tail": 0, "correctness_reward": RIGHT}),
     "stabledrl": Line("StableDRL", "StableDRLTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "num_iterations": 2}),
     "cj_grpo": Line("CJ-GRPO", "CJGRPOTrainer"),
     "tracerl": Line("TraceRL", "TraceRLTrainer"),
     "agrpo": Line("AGRPO", "AGRPOTrainer", {"num_scored_steps": 4}),
     "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
     "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
+    "ebpo": Line("EBPO", "EBPOTrainer", {"num_views": 4, **_ABOVE}),
+    "lightningrl": Line(
+        "LightningRL",
+        "LightningRLTrainer",
+        {**_QUICK, "scale_rewards": "none", "reward_weights": [1.0, 1.0]},
+        rewards=(RIGHT, "speed:tokens_per_forward"),
+    ),
 }
 """One line for each."""
 CONTROLS = {
     "sft": Line("SFT goes on", "DiffusionSFTTrainer", {"learning_rate": 2e-4}),
-    "positives": Line("SFT on own right answers", "PositivesTrainer", {"num_views": 4}),
-    "random_reward": Line("diffu-GRPO, random rewards", "DiffuGRPOTrainer", {"p_mask_prompt": 0.0}),
+    "positives": Line(
+        "SFT on own right answers", "PositivesTrainer", {"num_views": 4, "reward_weights": [1.0]}, rewards=(RIGHT,)
+    ),
+    "random_reward": Line(
+        "diffu-GRPO, random rewards",
+        "DiffuGRPOTrainer",
+        {"p_mask_prompt": 0.0, "reward_weights": [1.0]},
+        rewards=(RANDOM,),
+    ),
 }
 """What an algorithm has to beat: SFT on the task's worked answers, for as many positions; masked SFT on those of the
 model's own completions that are right; and rewards that know nothing."""
@@ -152,7 +176,8 @@ def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, 
 
 _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
-_QUICK = {"schedule": "threshold", "schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}
+_TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
+_UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
@@ -164,10 +189,19 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("espo bgpo", "negatives_1_slow", {"negative_advantage_weight": 1.0, "learning_rate": 0.67e-4}),
         **_each("espo bgpo", "negatives_1_two_tokens", {"negative_advantage_weight": 1.0, "tokens_per_step": 2}),
     },
+    "clips": {
+        **_each("espo bgpo coupled_grpo diffu_grpo", "two_passes", _TWICE),
+        **_each("espo bgpo coupled_grpo diffu_grpo", "unconditional", {**_TWICE, **_UNCONDITIONAL}),
+        **_each("espo coupled_grpo", "self_normalized", {**_TWICE, **_UNCONDITIONAL, "self_normalize": "group"}),
+    },
     "inexact": {
         **_each("diffu_grpo espo", "cache", _CACHE),
         **_each("diffu_grpo espo", "threshold", _QUICK),
         **_each("justgrpo", "cache_corrected", {**_CACHE, "rollout_correction": "token_truncate"}),
+    },
+    "speed": {
+        **_each("lightningrl", "published_sum", {"speed_gate": "none"}),
+        **_each("lightningrl", "no_speed", {"reward_weights": [1.0, 0.0]}),
     },
     "views_key": {
         **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),
@@ -248,6 +282,12 @@ class Run:
         return LINES[self.algorithm].title + (f", {what}" if what else "")
 
     @property
+    def exists(self) -> bool:
+        """Whether the task has the model, and blocks where the variation is about them."""
+        blocks = self.ground.block < self.ground.canvas
+        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
+
+    @property
     def checkpoint(self) -> Path:
         return ROOT / self.ground.checkpoints[self.model]
 
@@ -270,13 +310,17 @@ class Run:
             "denoising_steps": ground.canvas // tokens,
             **own,
         }
-        if self.algorithm == "igpo":
+        if given.get("correctness_reward") == RIGHT:
             given["correctness_reward"] = ground.rewards[0]
         if self.algorithm == "justgrpo":  # says it by `tokens_per_view`
             given.pop("denoising_steps")
-        if self.algorithm in ("positives", "random_reward"):
-            given["reward_weights"] = [1.0]
         return given
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of reward functions, or `RANDOM`."""
+        own = LINES[self.algorithm].rewards or self.ground.rewards
+        return tuple(self.ground.rewards[0] if name == RIGHT else name for name in own)
 
     def fingerprint(self) -> str:
         """Of everything that its result depends on: settings, task, scale, and the weights of the start."""
@@ -288,7 +332,7 @@ class Run:
         parts |= {"canvas": self.ground.canvas, "block": self.ground.block, "speeds": SPEEDS, "threshold": THRESHOLD}
         if self.name != "before":
             parts |= {"trainer": LINES[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
-            parts |= {"seed": self.seed, "rewards": self.ground.rewards}
+            parts |= {"seed": self.seed, "rewards": self.rewards}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(self.checkpoint.glob("*.safetensors")):
             digest.update(file.read_bytes())

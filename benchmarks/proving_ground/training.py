@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import rl4dlm
-from benchmarks.proving_ground.settings import LINES, TRAINED, Run
-from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_rewards, load_task
+from benchmarks.proving_ground.settings import LINES, RANDOM, TRAINED, Run
+from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_reward, load_task
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.tasks import Task
 
@@ -213,12 +213,9 @@ def task_of(run: Run, *, size: int | None = None) -> Task:
 
 def policy_trainer(run: Run, model: Any, tokenizer: Any, common: dict[str, Any], given: dict[str, Any]) -> Any:
     """The trainer of an algorithm, with its rewards."""
-    name, rewards = LINES[run.algorithm].trainer, run.ground.rewards
+    name = LINES[run.algorithm].trainer
     trainer = PositivesTrainer if name == "PositivesTrainer" else getattr(rl4dlm, name)
-    if run.algorithm == "random_reward":
-        functions: list[Any] = [RandomReward(run.seed)]
-    else:
-        functions = load_rewards(list(rewards[:1] if run.algorithm == "positives" else rewards))
+    functions = [RandomReward(run.seed) if name == RANDOM else load_reward(name) for name in run.rewards]
     args = trainer.config_class(**common, **run.settings())
     prompts = args.per_device_train_batch_size // args.num_generations * run.scale.batches
     rows = task_of(run, size=max(min(prompts, 20_000), 64)).dataset("train")

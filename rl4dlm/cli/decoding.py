@@ -1,4 +1,4 @@
-"""What `rl4dlm eval` and `rl4dlm decode` have in common: how to decode, on what device, which tasks, lists."""
+"""What `rl4dlm eval`, `decode` and `filter` have in common: how to decode, on what device, which tasks, lists."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def score_views(
     in_step: int | None = None,
     values: bool = False,
 ) -> ViewScores:
-    """Log-probabilities (and entropies) of the true tokens at the positions that the views score.
+    """Log-probabilities (and entropies) of the true tokens, or the views' own, at the positions that the views score.
 
     Args:
         model: with scoring attached (`attach_scoring`), and wrapped in whatever it is trained in.
@@ -118,9 +118,12 @@ def score_views(
     turns = num_views if one_view and not split else 1  # rows are b * K + k: every K-th is a view of each sequence
     inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, unseen, turns)
     scored = views.scored.flatten(0, 1)  # [B * K, L]
+    targets = ids.repeat_interleave(num_views, dim=0)
+    if views.targets is not None:
+        targets = torch.cat([targets[:, : length - canvas], views.targets.flatten(0, 1)], dim=1)
     ask = {
         "score_positions": torch.cat([scored.new_zeros(len(scored), length - canvas), scored], dim=1),
-        "score_targets": ids.repeat_interleave(num_views, dim=0),
+        "score_targets": targets,
     }
     if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
         following = next_tokens.new_zeros(batch, num_views, length)

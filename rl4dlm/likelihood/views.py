@@ -6,7 +6,8 @@ Owns these records and what is checked about them. Which tokens a view hides is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,18 @@ class StepFacts:
         entropy: float `[B, L]`, of the distribution it was drawn from, in nats and untempered; 0 where none was drawn.
         confidence: float `[B, L]`, its probability there; 0 likewise.
         threshold: float `[B]`, the entropy that a step must reach to be scored; the same for all rows of a batch.
+        shown: long `[B, K, L]`, the canvas before each of K steps, the mask token where it was open.
+        predicted: long `[B, K, L]`, what the step would have made of it at once.
     """
 
     entropy: Tensor | None = None
     confidence: Tensor | None = None
     threshold: Tensor | None = None
+    shown: Tensor | None = None
+    predicted: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> StepFacts:
-        return StepFacts(*(None if v is None else v[rows] for v in (self.entropy, self.confidence, self.threshold)))
+        return StepFacts(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
 
 
 @dataclass
@@ -111,11 +116,13 @@ class Views:
             depends on the model's attention, see `scoring.py`.
         weight: float `[B, K, L]`, what the log-probability of a canvas token in a view counts for; zero: not computed.
         ids: long `[B, K, T]`, what hidden tokens are replaced by where that is not the mask token.
+        targets: long `[B, K, L]`, the canvas tokens whose log-probabilities are wanted, where they are not the row's.
     """
 
     hidden: Tensor
     weight: Tensor
     ids: Tensor | None = None
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.dim() != 3 or self.weight.dim() != 3 or self.hidden.shape[:2] != self.weight.shape[:2]:
@@ -129,25 +136,32 @@ class Views:
             raise ValueError(f"a canvas of {self.weight.shape[2]} tokens does not fit into {self.hidden.shape[2]}")
         if self.ids is not None and self.ids.shape != self.hidden.shape:
             raise ValueError(f"ids must be shaped as hidden, {list(self.hidden.shape)}; got {list(self.ids.shape)}")
+        if self.targets is not None and self.targets.shape != self.weight.shape:
+            raise ValueError(
+                f"targets must be shaped as weight, {list(self.weight.shape)}; got {list(self.targets.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def __getitem__(self, rows: slice | Tensor) -> Views:
-        return Views(self.hidden[rows], self.weight[rows], None if self.ids is None else self.ids[rows])
+        return self._picked(rows)
 
     def without(self, tokens: Tensor) -> Views:
         """The same views, in which some canvas tokens (bool `[B, L]`) count for nothing."""
-        return Views(self.hidden, self.weight.masked_fill(tokens[:, None], 0.0), self.ids)
+        return replace(self, weight=self.weight.masked_fill(tokens[:, None], 0.0))
 
     def only(self, view: int) -> Views:
         """One of the K views of each row, as views with K = 1."""
-        one = slice(view, view + 1)
-        return Views(self.hidden[:, one], self.weight[:, one], None if self.ids is None else self.ids[:, one])
+        return self._picked((slice(None), slice(view, view + 1)))
 
     def first(self, count: int) -> Views:
         """The first so many views of each row."""
-        return Views(self.hidden[:, :count], self.weight[:, :count], None if self.ids is None else self.ids[:, :count])
+        return self._picked((slice(None), slice(count)))
+
+    def _picked(self, index: Any) -> Views:
+        picked: dict[str, Any] = {name: None if v is None else v[index] for name, v in vars(self).items()}
+        return Views(**picked)
 
     @property
     def scored(self) -> Tensor:

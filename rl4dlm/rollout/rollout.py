@@ -347,6 +347,9 @@ class Rollout:
 
     def _replayed(self, events: Events) -> Iterator[Tensor]:
         assert self.mask_token_id is not None
+        if self.trace.length is None:
+            yield from self._rewritten(events)
+            return
         by_step: dict[int, list[tuple[int, int, int, int]]] = {}
         columns = (events.step, events.row, events.kind, events.position, events.token)
         for step, *event in zip(*(column.tolist() for column in columns), strict=True):
@@ -369,6 +372,19 @@ class Rollout:
                     del rows[row][position:]
                 else:
                     rows[row][position] = self.mask_token_id if kind == EventKind.REMASK else token
+
+    def _rewritten(self, events: Events) -> Iterator[Tensor]:
+        """The states where no slot comes or goes; of what happens to a slot in one step the last thing counts."""
+        state = torch.where(self.hinted, self.canvas, self.mask_token_id)  # type: ignore[arg-type]
+        order = events.step.argsort(stable=True)
+        last = int(self.trace.steps.max()) if len(self) else 0
+        counts = torch.bincount(events.step, minlength=last)[:last].tolist()
+        for part in order.split([*counts, len(order) - sum(counts)])[:last]:
+            yield state.clone()
+            for kind in (EventKind.COMMIT, EventKind.REPLACE, EventKind.REMASK):
+                chosen = part[events.kind[part] == kind]
+                value = events.token[chosen] if kind != EventKind.REMASK else self.mask_token_id
+                state[events.row[chosen], events.position[chosen]] = value  # type: ignore[assignment]
 
     def _padded(self, rows: list[list[int]]) -> Tensor:
         # Slots are put in before what exceeds the canvas is cut, but never stay beyond it.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
 from rl4dlm.models import loading, tokens
 from rl4dlm.models.adapters import experts_of
@@ -98,6 +98,8 @@ def adapt_causal_lm(
         if kwargs.pop(name, None):
             raise ValueError(f"{name} is not supported here: adapt, save with `save_denoiser`, then load the result")
     one_file = {"gguf_file": kwargs["gguf_file"]} if kwargs.get("gguf_file") else {}
+    if one_file:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)  # weights that stay packed could not be trained
     folder = loading.local_folder(path, revision, more_files=tuple(one_file.values()))
     config = _causal_config(folder, one_file)
     if tokenizer is None:
@@ -118,6 +120,7 @@ def adapt_causal_lm(
     options = {name: value for name, value in options.items() if value is not None}
     model = loading._load_stock(AutoModelForCausalLM, folder, config, options)
     loading.check_finite(model, path)
+    dequantized(model)
     _make_rows(model, mask if is_new else None, pad_to_multiple_of)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=list(ends)
@@ -128,6 +131,23 @@ def adapt_causal_lm(
     model.config._name_or_path = model.name_or_path = ""  # the folder it came from does not hold this model
     log.info("%s adapted: %s attention, mask token %s (id %d)", path, attention, text, mask)
     return (model if device is None else model.to(device)), tokenizer
+
+
+def dequantized(model: Any) -> Any:
+    """Lets a model whose weights came dequantized out of a GGUF file be saved, which transformers refuses.
+
+    The model, changed in place. Any other one stays as it is.
+
+    Raises:
+        ValueError: the weights are still packed: load with `quantization_config=GgufConfig(dequantize=True)`.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer.quantization_config.quant_method, "value", "") != "gguf":
+        return model
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError("the weights are packed; load with quantization_config=GgufConfig(dequantize=True)")
+    quantizer.remove_quantization_config(model)
+    return model
 
 
 def _causal_config(folder: Path, one_file: dict[str, str]) -> Any:

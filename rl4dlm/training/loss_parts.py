@@ -51,8 +51,8 @@ class LossParts(GuardedTrainer, ResumableGRPOTrainer):
     @property
     def accumulation_steps(self) -> int:
         """How many micro-batches an optimizer step adds up; 1 in evaluation."""
-        steps: int = self.current_gradient_accumulation_steps
-        return steps if self.model.training else 1
+        steps: int = self.current_gradient_accumulation_steps if self.model.training else 1
+        return steps
 
     def of_all_processes(self, values: Tensor) -> Tensor:
         """`[N, G]`, from one number per completion of this process, `[B]`."""

@@ -382,7 +382,13 @@ class ScoringTrainer(RatioTrainer):
 
 def rows_of(batch: dict[str, Any]) -> Rows:
     """The rows of a batch that are to be scored, with what was recorded of them."""
-    facts = StepFacts(batch.get("commit_entropy"), batch.get("commit_confidence"), batch.get("entropy_threshold"))
+    facts = StepFacts(
+        entropy=batch.get("commit_entropy"),
+        confidence=batch.get("commit_confidence"),
+        threshold=batch.get("entropy_threshold"),
+        shown=batch.get("step_states"),
+        predicted=batch.get("step_predictions"),
+    )
     return Rows(
         prompt_ids=batch["prompt_ids"],
         prompt_mask=batch["prompt_mask"],

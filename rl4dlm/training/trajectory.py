@@ -45,6 +45,10 @@ class TrajectoryTrainer(ValuedTrainer):
     args: TrajectoryConfig
     estimator: RecordedSteps
     advantages_read_scores = False
+    needs_masks = (
+        "it scores the steps that wrote tokens for good, and where all tokens are refined until the last step there "
+        "are none; the likelihood of such a trajectory is another one"
+    )
     per_iteration = (*DiffusionPolicyTrainer.per_iteration, "step_advantages")
 
     @property

@@ -383,7 +383,7 @@ def test_advantages_of_steps_are_refused_where_views_hold_several(make_trainer: 
 
 
 def test_random_tokens_are_refused(make_trainer: Any) -> None:
-    with pytest.raises(ValueError, match="estimates likelihoods of models with noise='mask', but this one has"):
+    with pytest.raises(ValueError, match="is not offered for models with noise='uniform'"):
         make_trainer(
             model=tiny_diffusion_gemma(), trainer=CJGRPOTrainer, config=CJGRPOConfig,
             schedule="entropy_bound_canvas", denoising_steps=None, beta=0.0,

@@ -26,6 +26,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "BGPOTrainer": {"num_views": 2, "complement": True, "beta": 0.1},
     "DMPOTrainer": {"temperature": 0.8, "alpha": 0.5, "num_views": 2, "form": "count"},
     "SPGTrainer": {"masking": "random", "negatives": "elbo"},
+    "StableDRLTrainer": {"masking": "random", "negatives": "elbo"},
+    "LightningRLTrainer": {"min_speed_range": 0.0, "speed_reward": "letters", "accuracy_from": 0.5},
     "CoupledGRPOTrainer": {},
     "UniGRPOTrainer": {},
     "EBPOTrainer": {"num_views": 2, "beta": 0.1},
@@ -36,6 +38,10 @@ PROMPTS = ["abc1", "de2", "fghi34", "j"]
 
 def eighths(completions: list[str], **columns: Any) -> list[float]:
     return [sum(map(ord, text)) % 8 / 8 for text in completions]
+
+
+def letters(completions: list[str], **columns: Any) -> list[float]:
+    return [sum(c.islower() for c in text) / 8 for text in completions]
 
 
 def build(name: str, folder: Path, **changes: Any) -> Any:
@@ -56,7 +62,7 @@ def build(name: str, folder: Path, **changes: Any) -> Any:
     }
     return recording(trainer)(
         tiny_diffusion_gemma(initializer_range=0.1, dtype=torch.float64),
-        eighths,
+        [eighths, letters] if name == "LightningRLTrainer" else eighths,
         trainer.config_class(**settings),
         Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tiny_tokenizer(),
@@ -67,7 +73,13 @@ def weights(trainer: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+QUICK = ("ESPOTrainer", "BGPOTrainer", "DMPOTrainer", "SPGTrainer", "UniGRPOTrainer")
+"""One for each kind of loss; the others say the same and take their time."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TRAINERS]
+)
 def test_it_trains_and_splitting_a_batch_changes_nothing(name: str, tmp_path: Path) -> None:
     """Two steps in float64: the same tokens and masks for all policies, whatever the micro-batch."""
     found = []
@@ -100,6 +112,8 @@ def test_it_trains_and_splitting_a_batch_changes_nothing(name: str, tmp_path: Pa
             {"schedule": "left_to_right", "schedule_args": None},
             "JustGRPOTrainer is.*written once",
         ),
+        ("CJGRPOTrainer", {}, "CJGRPOTrainer is not offered.*wrote tokens for good"),
+        ("TraceRLTrainer", {}, "TraceRLTrainer is not offered.*wrote tokens for good"),
         ("IGPOTrainer", {**HINTS}, "IGPOTrainer is not offered.*inpainted"),
         ("DreamCoderRLTrainer", {"substitute_groups": False}, "DreamCoderRLTrainer is not.*cart_p=0.1"),
     ],

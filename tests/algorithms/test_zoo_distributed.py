@@ -41,7 +41,7 @@ def test_two_processes_equal_one(two: dict[str, Any], tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize("name", SPLIT_GROUPS)
-def test_weights_of_groups_that_processes_share(two: dict[Any, Any], tmp_path: Path, name: str) -> None:
+def test_weights_of_a_group_that_is_split(two: dict[Any, Any], tmp_path: Path, name: str) -> None:
     alone = run(name, tmp_path, 1, False, num_generations=16, **SPLIT_GROUPS[name])
     check_same(two["groups", name], alone)
     shares = [run["log"][1]["diffusion/effective_sample_share"] for run in (two["groups", name], alone)]

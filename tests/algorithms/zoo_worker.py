@@ -48,7 +48,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Settings besides the small ones."""
 SPLIT_GROUPS = {"StableDRLTrainer": {}, "CoupledGRPOTrainer": {"clip": "unconditional", "self_normalize": "group"}}
-"""Algorithms whose weights are normalised over groups; they are also run with groups that processes share."""
+"""Algorithms whose weights are normalised over groups; also run with one that is split over processes and steps."""
 ONE_VIEW = {
     "ESPOTrainer": {"num_views": 2},
     "SPGTrainer": {"num_views": 3},
@@ -70,8 +70,9 @@ def letters(completions: list[str], **columns: Any) -> list[float]:
 def run(name: str, folder: Path, world_size: int, adapter: bool, model: Any = None, **changes: Any) -> dict[str, Any]:
     """Rows, log and weights of a run of 16 completions, shared out over processes, used twice."""
     trainer_class = getattr(rl4dlm, name)
-    changes = {"learning_rate": 0.01, **ALGORITHMS[name], **changes}
-    config = trainer_class.config_class(**settings(folder, per_device_train_batch_size=16 // world_size, **changes))
+    size = {"per_device_train_batch_size": 16 // world_size, "learning_rate": 0.01}
+    changes = {**size, **ALGORITHMS[name], **changes}
+    config = trainer_class.config_class(**settings(folder, **changes))
     data = Dataset.from_dict({"prompt": [f"p{i}" for i in range(8)], "solution": ["abcdefgh"] * 8})
     rewards: Any = [right, letters] if name == "LightningRLTrainer" else right
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None
@@ -116,9 +117,12 @@ def main(results: Path, deepspeed: str | None) -> None:
             for adapter in (False, True)
         }
         found |= {
-            ("groups", name): run(name, folder / f"{name}-groups", world_size, False, num_generations=16, **changes)
+            ("groups", name): run(
+                name, folder / f"{name}-groups", world_size, False, num_generations=16,
+                per_device_train_batch_size=8 // world_size, gradient_accumulation_steps=2, **changes,
+            )
             for name, changes in SPLIT_GROUPS.items()
-        }
+        }  # fmt: skip
         found |= {("one view", name): run_one_view(name, folder / name, world_size, adapter=True) for name in ONE_VIEW}
     else:
         # ZeRO-3 shards models while they load, so that they come from a path, where they are before it is switched on.

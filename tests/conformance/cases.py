@@ -21,6 +21,9 @@ COVERED = {
     "spg": "SPG: bounds, losses, gradients",
     "stabledrl": "StableDRL: bounds, weights, losses, gradients",
     "dmpo": "DMPO: evidence lower bounds, losses, gradients",
+    "cj": "CJ-GRPO: scores of recorded steps, losses, gradients, metrics",
+    "egspo": "EGSPO: chosen steps, their advantages and scores, losses, gradients",
+    "tracerl": "TraceRL without a value model: merged steps, slices, scores, losses, gradients",
     "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
     "wd1": "wd1: scores, weights, losses, gradients",
     "justgrpo": "JustGRPO: advantages, scores, losses, gradients",
@@ -29,9 +32,11 @@ COVERED = {
     "bgpo": "BGPO: bounds, losses, gradients, metrics",
     "gdpo": "GDPO (diffusion): coefficients, bounds, losses, gradients, metrics",
     "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
+    "ebpo": "EBPO (a port): bounds of all blocks, losses, gradients, metrics",
+    "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
-    "mdpo": "MDPO's sampler, with and without running confidence remasking, and its table of counts",
+    "mdpo": "MDPO: its sampler, with and without running confidence remasking, its table of counts, losses",
     "daedal": "DAEDAL's variable length",
     "adablock": "AdaBlock-dLLM's adaptive blocks, without cache and with prefix and dual cache",
     "tinydlm": "logits of the model itself",
@@ -66,10 +71,6 @@ COVERED = {
 
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
-    **dict.fromkeys(
-        ("cj", "tracerl", "ebpo", "egspo", "lightningrl"),
-        "losses on recorded trajectories, and of methods without a trainer here",
-    ),
     **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""
@@ -102,13 +103,21 @@ class Case:
     def kind(self) -> str:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
-            return "not covered: MDPO's loss, which needs a trainer of recorded trajectories"
+            return "objective"
+        if self.name.startswith("tracerl_value"):
+            return "not covered: TraceRL's value model"
+        if self.family == "tracerl" and self.settings.get("method", "TraceRL") != "TraceRL":
+            return "not covered: masks that TraceRL is compared with, which are no recorded steps"
         if self.family == "tinydlm":
             return "logits"
         if self.family == "d1" and self.name.startswith("d1_rewards"):
             return "rewards"
         if "table" in self.outputs:
             return "counts"
+        if self.family == "ebpo" and self._prompts_end_in_a_block:
+            return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
+        if self.family == "ebpo" and self.settings.get("kl_loss_type") in ("kl", "k1", "abs"):
+            return "not covered: EBPO's KL terms whose gradient does not hold the policy at the reference"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -127,6 +136,12 @@ class Case:
                 return "not covered: draws whose randomness is torch's own"
             return "sampler"
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
+
+    @property
+    def _prompts_end_in_a_block(self) -> bool:
+        """Whether the blocks of prompts, from their start, are others than those counted back from the response."""
+        length = self.settings["block_length"]
+        return self.settings["block_origin"] == "response" and any(sum(m) % length for m in self.inputs["prompt_mask"])
 
     @property
     def _ends_in_a_batch(self) -> bool:
@@ -158,7 +173,10 @@ class Case:
 
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
-OBJECTIVES = ("bgpo", "coupled", "dmpo", "dreamcoder", "espo", "gdpo", "igpo", "justgrpo", "spg", "stabledrl", "wd1")
+OBJECTIVES = (
+    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo",
+    "lightningrl", "spg", "stabledrl", "tracerl", "wd1",
+)  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
 

@@ -29,7 +29,18 @@ def spec_of(case: Case) -> DiffusionSpec:
     shift = int(str(case.settings.get("shift", "")).lower().startswith("dream") or case.family in ("dream", "coupled"))
     shift = int(case.settings.get("logit_shift", shift))
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    return DiffusionSpec(mask_token_id=mask, eos_token_ids=eos, logit_shift=shift)
+    return DiffusionSpec(mask_token_id=mask, eos_token_ids=eos, logit_shift=shift, **_blocks_of(case))
+
+
+def _blocks_of(case: Case) -> dict[str, Any]:
+    """The block attention of families that score a noisy copy beside a clean one."""
+    if case.family == "ebpo":
+        origin = {"global": "position_zero", "response": "response"}[case.settings["block_origin"]]
+        return {"attention": "block_causal", "block_length": case.settings["block_length"], "grid_origin": origin}
+    if case.family == "lightningrl" and "block_size" in case.settings:
+        blocks = {"block_length": case.settings["block_size"], "grid_origin": "position_zero"}
+        return {"attention": "block_causal", **blocks}
+    return {}
 
 
 def denoiser(case: Case, name: str = "model") -> LlamaForCausalLM:

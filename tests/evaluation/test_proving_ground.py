@@ -158,8 +158,12 @@ def test_the_report_shows_what_is_there_and_what_is_missing(tmp_path: Path) -> N
     page.write_text("a\n<!-- results: overview -->\nold\n<!-- end -->\nb\n")
     report(folder, page, figure)
     text = (tmp_path / "results.md").read_text()
-    assert "| ESPO | +12.0 ± 25.4, +10.0 to +14.0 | 0.900 | 0.800 | 0.520 | 0.100 | 0.700 | 2.00 | 0.500 |" in text
-    assert "| ESPO | 0.625 | 0.750 | 10.0 | 1.000 | 0.000 | +0.25 | 64 | 1.50 | 60 |" in text
+    rates = "0.900 ± 0.000 | 0.800 ± 0.000 | 0.520 ± 0.254 | 0.100 ± 0.000 | 0.700 ± 0.000"
+    assert f"| ESPO | +12.0 ± 25.4, +10.0 to +14.0 | {rates} | 2.00 ± 0.00 | 0.500 ± 0.000 |" in text
+    drawn = "0.625 ± 0.000 | 0.750 ± 0.000 | 10.0 | 1.000 | 0.000 | +0.25 ± 0.00"
+    assert f"| ESPO | {drawn} | 64 | 1.50 | 60 |" in text
+    assert "| start |  | 0.900 [0.826, 0.945] |" in text
+    assert "| start | 0.375 ± 0.406 | 0.500 ± 0.490 | 10.0 |" in text
     assert "1 of 3 seeds of ESPO." in text
     assert "Given up in arithmetic_steps, full, completions: dmpo, seed 0: step 3 was skipped" in text
     assert "| ESPO | +12.0 ± 25.4 |" in page.read_text()

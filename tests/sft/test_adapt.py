@@ -260,6 +260,7 @@ def test_m8_a_gguf_file_reaches_transformers(tmp_path: Path, monkeypatch: pytest
 
         def load(*args: Any, _own: Any = loader.from_pretrained, _name: str = loader.__name__, **options: Any) -> Any:
             asked.append((_name, options.pop("gguf_file", None)))
+            assert options.pop("quantization_config").dequantize if _name == "AutoModelForCausalLM" else True
             return _own(*args, **options)
 
         monkeypatch.setattr(loader, "from_pretrained", load)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.steps import RecordedSteps
+from rl4dlm.training.losses import kl_estimate
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import spec_of
 from tests.conformance.losses import Verdict, tools
@@ -108,13 +109,18 @@ def check_advantages(case: Case) -> None:
 def check_metrics(case: Case, trainer: object, scored: Tensor, scores: Tensor, strength: float, tau: float) -> None:
     """The parts of the loss that the reference logs."""
     recorded, logged = case.outputs["metrics"], trainer._metrics["train"]  # type: ignore[attr-defined]
-    old, settings = torch.tensor(case.inputs["old_logps"], dtype=torch.float64), case.settings
-    ratio = (scores.detach() - old).exp()
-    count = scored.sum(-1).clamp(min=1)
+    settings, scores = case.settings, scores.detach()
+    ratio = (scores - torch.tensor(case.inputs["old_logps"], dtype=torch.float64)).exp()
+    parts = {"local_loss": case.outputs["loss"], "kl_penalty_local": 0.0}
     for name, outside in (("hi", ratio > 1 + settings["epsilon"]), ("lo", ratio < 1 - settings["epsilon"])):
-        share = ((outside & scored).sum(-1) / count).mean()
-        assert float(share) == pytest.approx(recorded[f"local_clip_ratio_{name}"], abs=tools.LOSS_TOLERANCE)
-    if "lambda_t" in recorded:
-        assert (strength, tau) == pytest.approx((recorded["lambda_t"], recorded["tau_t"]))
-        divergence = logged["diffusion/foreseen_divergence"][-1]
-        assert divergence == pytest.approx(recorded["self_distillation_loss"], abs=tools.LOSS_TOLERANCE)
+        parts[f"local_clip_ratio_{name}"] = float((outside & scored).sum() / scored.sum())
+    if settings["beta"]:
+        estimate = kl_estimate(scores - torch.tensor(case.inputs["ref_logps"], dtype=torch.float64), "k3")
+        means = (estimate * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+        parts["kl_penalty_local"] = settings["beta"] * float(means.mean())
+    if strength:
+        parts |= {"lambda_t": strength, "tau_t": tau}
+        parts["self_distillation_loss"] = logged["diffusion/foreseen_divergence"][-1]
+        parts["self_distillation_loss*lambda_t"] = strength * parts["self_distillation_loss"]
+    parts["local_loss"] -= parts["kl_penalty_local"] + parts.get("self_distillation_loss*lambda_t", 0.0)
+    assert parts == pytest.approx(recorded, abs=tools.LOSS_TOLERANCE)

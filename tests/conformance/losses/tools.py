@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.spec import DiffusionSpec
 from tests.conformance.cases import Case
 from tests.conformance.denoisers import build, spec_of
 from tests.conformance.losses import Verdict
@@ -71,10 +72,25 @@ def ratio_settings(case: Case) -> dict[str, float]:
     return {"epsilon": recorded["epsilon_low"], "epsilon_high": recorded["epsilon_high"], "beta": recorded["beta"]}
 
 
-def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type, views: Views, **settings: Any) -> Any:
+def no_reward(completions: list[str], **columns: Any) -> list[float]:
+    """Zeros."""
+    return [0.0] * len(completions)
+
+
+def trainer_for(
+    case: Case,
+    folder: Path,
+    model: LlamaForCausalLM,
+    trainer: type,
+    views: Views,
+    *,
+    rewards: Any = no_reward,
+    **settings: Any,
+) -> Any:
     """A trainer around the recorded model with the recorded number of iterations, at the recorded one.
 
-    Its estimator replays `views`. `settings` are those of its config: the recorded ones, by our names.
+    Its estimator replays `views`. `settings` are those of its config: the recorded ones, by our names. `rewards` are
+    its reward functions, which nothing calls.
     """
     iterations = case.settings.get("num_iterations", 1)
     if "one_view" in settings:
@@ -96,7 +112,7 @@ def trainer_for(case: Case, folder: Path, model: LlamaForCausalLM, trainer: type
     )
     built = trainer(
         model,
-        reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        reward_funcs=rewards,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["t5 t6"], "solution": ["t7 t8"]}),
         processing_class=tokenizer(case, model.config.vocab_size),
@@ -185,12 +201,25 @@ def compare(name: str, found: Any, recorded: Any, tolerance: float = SCORE_TOLER
     torch.testing.assert_close(found, recorded, rtol=1e-6, atol=tolerance, msg=lambda text: f"{name}: {text}")
 
 
-def compare_loss(case: Case, loss: Tensor, model: LlamaForCausalLM) -> None:
+def two_copies(prompt: int, completion: int, spec: DiffusionSpec) -> Tensor:
+    """Who sees whom, bool `[2 T, 2 T]`: a noisy copy of a sequence before a clean one, in the blocks of a spec."""
+    place = torch.arange(prompt + completion)
+    assert spec.block_length is not None
+    origin = prompt if spec.grid_origin == "response" else 0
+    block = (place - origin).div(spec.block_length, rounding_mode="floor").repeat(2)
+    clean = torch.arange(len(block)) >= len(place)
+    query, key = block[:, None], block[None]
+    own = (query == key) & ~clean[:, None] & ~clean[None]
+    earlier = torch.where(clean[:, None], key <= query, key < query)
+    return own | (clean[None] & earlier)
+
+
+def compare_loss(case: Case, loss: Tensor, model: LlamaForCausalLM, tolerance: float = LOSS_TOLERANCE) -> None:
     """A loss with its graph, and its gradients, against what is recorded of them."""
     model.zero_grad()
     loss.backward()
     recorded = case.outputs["loss"]
-    assert loss.item() == pytest.approx(recorded, abs=LOSS_TOLERANCE * max(1.0, abs(recorded)))
+    assert loss.item() == pytest.approx(recorded, abs=tolerance * max(1.0, abs(recorded)))
     if "grad" in case.outputs:
         compare_gradients(case.outputs["grad"], model, spec_of(case).mask_token_id)
 
