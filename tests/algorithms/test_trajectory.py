@@ -418,12 +418,20 @@ def test_published_defaults(tmp_path: Path) -> None:
     assert trace.selector(spec) == BlockSlices(spec)
 
 
-def test_a_killed_run_goes_on_in_the_middle_of_a_batch(build_trainer: Any, losses: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sampled", "entropy_threshold"])
+def test_a_killed_run_goes_on_in_the_middle_of_a_batch(
+    build_trainer: Any, losses: Any, tmp_path: Path, name: str
+) -> None:
     """Steps of a batch are drawn anew in each pass, from a record and a threshold that are in the checkpoint."""
     options: dict[str, Any] = {
-        "trainer": AGRPOTrainer, "config": AGRPOConfig, "num_scored_steps": 2, "beta": 0.04, "max_steps": 4,
-        "num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "denoising_steps": 8, "learning_rate": 1e-2,
+        "max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "denoising_steps": 8,
+        "learning_rate": 1e-2, "num_scored_steps": 2, "beta": 0.04,
     }  # fmt: skip
+    chosen = {
+        "sampled": {"trainer": AGRPOTrainer, "config": AGRPOConfig},
+        "entropy_threshold": {"trainer": EGSPOTrainer, "config": EGSPOConfig, "steps": name, "step_lambda": 0.5},
+    }
+    options |= chosen[name]
     whole = build_trainer(tmp_path / "whole", model=tiny_llada_that_ends(), **options)
     whole.train()
     for step in (1, 3):
