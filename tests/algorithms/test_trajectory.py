@@ -333,6 +333,11 @@ def test_events_are_in_the_batch_where_tokens_can_be_taken_back(make_trainer: An
         (CJGRPOConfig, {"loss_type": "grpo"}, "loss_type='grpo' is not supported: aggregation says"),
         (CJGRPOConfig, {"clip": "soft"}, "clip='soft' is not allowed; choose one of ppo, log, unconditional, none"),
         (CJGRPOConfig, {"aggregation": "mean"}, "aggregation='mean' is not allowed"),
+        (
+            CJGRPOConfig,
+            {"old_policy": "none", "epsilon": 0.3},
+            "epsilon=0.3 is not supported: ratios are 1 with old_pol",
+        ),
         (CJGRPOConfig, {"old_policy": "recorded", "merge": 2}, "old_policy='recorded' is not allowed with merge=2"),
         (D2Config, {"old_policy": "recorded"}, "old_policy='recorded' is not allowed with steps='segments'"),
         (CJGRPOConfig, {"old_policy": "recorded", "score_temperature": 0.5}, "score_temperature=0.5 and temperature=1"),
