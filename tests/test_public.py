@@ -103,7 +103,9 @@ SIGNATURES = {
 """Parameters of functions and classes, in their order."""
 
 _TRAJECTORY = (
-    "steps num_scored_steps merge step_proposal step_scale ratio_unit ratio_norm clip aggregation old_policy kl_unit"
+    "steps num_scored_steps merge step_proposal step_scale ratio_unit ratio_norm clip aggregation old_policy kl_unit "
+    "value_model value_learning_rate value_clip value_loss_weight value_trains_trunk value_target value_rewards "
+    "gae_lambda gae_gamma"
 )
 SETTINGS = {
     "BGPOConfig": "num_views stratify complement",
@@ -166,6 +168,7 @@ METRICS = {
     "diffusion/audit_max_delta",
     "diffusion/audit_ratio",
     "diffusion/early_eos_share",
+    "diffusion/explained_variance",
     "diffusion/effective_sample_share",
     "diffusion/identical_completion_groups",
     "diffusion/masked_nll",
@@ -177,6 +180,7 @@ METRICS = {
     "diffusion/scored_steps",
     "diffusion/scored_token_share",
     "diffusion/tokens_per_forward",
+    "diffusion/value_loss",
 }
 
 

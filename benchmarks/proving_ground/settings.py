@@ -145,6 +145,14 @@ ALGORITHMS = {
     "d2": Line("d2", "D2Trainer", {"num_scored_steps": 4}),
     "dipo": Line("DiPO", "DiPOTrainer", {"schedule_args": {"threshold": THRESHOLD}, "denoising_steps": None}),
     "ebpo": Line("EBPO", "EBPOTrainer", {"num_views": 4, **_ABOVE}),
+    "egspo": Line("EGSPO", "EGSPOTrainer", {"num_scored_steps": 4}),
+    "egspo_sa": Line("EGSPO-SA", "EGSPOTrainer", {"num_scored_steps": 4, "step_lambda": 0.5, "scale_rewards": "none"}),
+    "tree_rpo": Line("d-TreeRPO", "TreeRPOTrainer", {"branches": [4, 2]}),
+    "mdpo": Line(
+        "MDPO",
+        "MDPOTrainer",
+        {"num_trained_steps": 4, "schedule": "low_confidence", "score_temperature": 1.0, "one_view": False},
+    ),
     "lightningrl": Line(
         "LightningRL",
         "LightningRLTrainer",

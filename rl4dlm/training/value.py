@@ -34,6 +34,7 @@ from transformers import Trainer
 from rl4dlm.likelihood.steps import dense
 from rl4dlm.models.value_head import ValueHead, attach_value_head
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 from rl4dlm.training.value_settings import ValueConfig
@@ -169,8 +170,19 @@ class ValuedTrainer(DiffusionPolicyTrainer):
     args: ValueConfig
     value_head: ValueHead | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: ValueConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        intervention: Intervention | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = model, reward_funcs, args, train_dataset, eval_dataset, processing_class, intervention
+        super().__init__(*given, **kwargs)
         if self.args.value_model == "none":
             return
         setting = f"value_model={self.args.value_model!r}"
