@@ -136,6 +136,13 @@ class TrajectoryConfig(ValueConfig):
         check_value(self)
         if self.old_policy == "recorded":
             self._check_recorded()
+        if self.old_policy == "none":
+            idle = dict.fromkeys(
+                ("clip", "delta", "epsilon", "epsilon_high", "self_normalize"), "ratios are 1 with old_policy='none'"
+            )
+            refused = set_but_not_supported(self, idle)
+            if refused:
+                raise ValueError("; ".join(refused))
         if self.steps == "flagged" and self.schedule != "threshold":
             raise ValueError(
                 f"steps='flagged' is not allowed with schedule={self.schedule!r}; allowed: threshold, which says when "

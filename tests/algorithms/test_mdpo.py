@@ -122,6 +122,24 @@ def test_rewards_are_of_predictions(make_trainer: Any):
     assert trainer.state.log_history[0]["diffusion/rollout_gap"] < 0.02  # the mask token's share
 
 
+def test_rows_without_an_advantage_are_not_scored(make_trainer: Any):
+    """And nothing changes: loss and gradients are those of scoring all."""
+    trainer = make_trainer(trainer=MDPOTrainer, config=MDPOConfig, **{**SMALL, "beta": 0.0, "max_steps": 1})
+    trainer.train()
+    (batch,) = trainer._buffered_inputs
+    batch["prediction_advantages"][::2] = 0.0
+    found = []
+    for count in (MDPOTrainer.rows_that_count, lambda trainer, batch: None):
+        trainer.rows_that_count = count.__get__(trainer)
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters())])
+    assert trainer._metrics["train"]["diffusion/rows_scored_share"][-1] == 0.5
+    for some, everything in zip(*found, strict=True):
+        torch.testing.assert_close(some, everything, rtol=1e-5, atol=1e-7)
+
+
 def test_adapters_passes_and_micro_batches(make_trainer: Any):
     trainer = adapter_step(make_trainer, MDPOTrainer, **{**SMALL, "num_iterations": 2})
     logs = trainer.state.log_history[0]

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,12 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return loaded(monkeypatch, "new_algorithm")
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("new_algorithm", EXAMPLES / "new_algorithm.py")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -35,8 +40,34 @@ def test_it_trains_and_measures(example: ModuleType, tmp_path: Path, capsys: pyt
     assert [line.split(":")[0] for line in lines] == ["before", "after"]
 
 
-def test_it_is_short() -> None:
-    assert len((EXAMPLES / "new_algorithm.py").read_text().splitlines()) < 100
+@pytest.mark.parametrize("name", ["new_algorithm", "new_trajectory"])
+def test_it_is_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_trajectory_algorithm_trains_steps_by_their_entropy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = loaded(monkeypatch, "new_trajectory")
+    seen = []
+
+    class Recording(module.DecisionTrainer):
+        def loss(self, scores: Any, batch: dict[str, Any]) -> torch.Tensor:
+            seen.append(
+                {name: batch[name] for name in ("step_advantages", "advantages", "commit_step", "commit_entropy")}
+            )
+            return super().loss(scores, batch)
+
+    monkeypatch.setattr(module, "DecisionTrainer", Recording)
+    module.main(["--steps", "1", "--puzzles", "10", "--output", str(tmp_path)])
+    assert capsys.readouterr().out.count("solved in 4 steps") == 2
+    (batch,) = seen
+    step, entropy = batch["commit_step"], batch["commit_entropy"]
+    each = torch.stack([(entropy * (step == k)).sum(-1) / (step == k).sum(-1) for k in range(4)], dim=1)
+    deviation = batch["step_advantages"] / each
+    assert (deviation - deviation[:, :1]).abs().max() < 1e-5 and batch["step_advantages"].abs().max() > 0.01
+    assert (deviation[:, 0].sign() == batch["advantages"].sign()).all()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])

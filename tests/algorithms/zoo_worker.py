@@ -39,6 +39,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "JustGRPOTrainer": {"denoising_steps": 8},
     "DreamCoderRLTrainer": {"substitute_groups": False},
     "CJGRPOTrainer": {},
+    "MDPOTrainer": {"num_trained_steps": 2, "num_iterations": 2},
+    "TreeRPOTrainer": {"branches": [2, 2], "distillation": 0.1, "distillation_steps": 2},
     "AGRPOTrainer": {"num_scored_steps": 2, "beta": 0.04},
     "EGSPOTrainer": {"num_scored_steps": 2, "step_lambda": 0.5},
     "TraceRLTrainer": {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}},

@@ -36,6 +36,12 @@ def test_every_line_and_variation_has_settings_that_are_allowed(task: str, tmp_p
             assert made.denoising_steps in (None, run.ground.canvas // 4, run.ground.canvas // 2)
 
 
+def test_every_algorithm_has_a_line() -> None:
+    bases = {"DiffusionPolicyTrainer", "TrajectoryTrainer"}
+    trainers = {name for name in rl4dlm.__all__ if name.endswith("Trainer")} - bases
+    assert trainers == {line.trainer for line in LINES.values()} - {"PositivesTrainer"}
+
+
 def test_variations_differ_from_their_algorithm() -> None:
     for name, (algorithm, _) in VARIANTS.items():
         assert Run("arithmetic_steps", "full", name).settings() != Run("arithmetic_steps", "full", algorithm).settings()
