@@ -201,9 +201,17 @@ def test_what_is_scored_is_hidden_and_does_not_depend_on_the_batch(selector: Ste
     assert (views.scored.sum(1) <= 1).all() and not views.hidden[..., :5].any()
     used = views.scored.any(-1).long()
     assert (used[:, 1:] <= used[:, :-1]).all(), "empty views come last"
-    steps = estimator.steps(rows, seed=3, iteration=1)
-    assert torch.equal(steps.last >= steps.first, used.bool())
-    assert torch.equal(steps.weight, views.weight.amax(-1))
+    if isinstance(selector, BlockSlices):
+        with pytest.raises(ValueError, match="puts steps of several blocks into a view"):
+            estimator.steps(rows, seed=3, iteration=1)
+    else:
+        steps = estimator.steps(rows, seed=3, iteration=1)
+        assert torch.equal(steps.last >= steps.first, used.bool())
+        assert torch.equal(steps.weight, views.weight.amax(-1))
+        within = (rows.commit_step[:, None] >= steps.first[..., None]) & (
+            rows.commit_step[:, None] <= steps.last[..., None]
+        )
+        assert torch.equal(within & rows.valid[:, None], views.scored), "numbers of the record"
     if selector in COMPLETE:
         assert torch.equal(views.weight.sum(1), rows.valid.double())
     for part in (torch.randperm(len(rows)), slice(3, 4), slice(7, 20)):
