@@ -10,13 +10,15 @@ in attention:
 
 A model knows its tasks when it writes one token at a time, and less of them when it writes several at once.
 
-    python benchmarks/make_models.py --kind full
-    python benchmarks/make_models.py --kind shifted --start full --steps 2000
-    python benchmarks/make_models.py --kind block --start full --steps 2000
+    python benchmarks/make_models.py --kind full --steps 3000 --output outputs/full-3000
+    python benchmarks/make_models.py --kind full --steps 5000 --start outputs/full-3000 --seed 1 --rows 200000 \
+        --learning-rate 2e-3
+    python benchmarks/make_models.py --kind shifted --steps 2000 --start full --learning-rate 1e-3
+    python benchmarks/make_models.py --kind block --steps 2000 --start full --learning-rate 1e-3
 
 leave checkpoints in `benchmarks/proving_ground/checkpoints/`, weights in bfloat16, and print what they solve on
-validation rows. The first takes most of an hour on one core; the others go on from its weights, with the attention that
-they are to have.
+validation rows. The first two take three quarters of an hour on one core; the others go on from these weights, with the
+attention that they are to have.
 """
 
 from __future__ import annotations
@@ -50,7 +52,6 @@ from rl4dlm import (  # noqa: E402
     tiny_llada,
 )
 from rl4dlm.evaluation import evaluate  # noqa: E402
-from rl4dlm.tasks import Task  # noqa: E402
 
 TAUGHT = ("arithmetic_steps", "countdown_small")
 CANVAS, BLOCK = TASKS[TAUGHT[0]].canvas, TASKS[TAUGHT[0]].block
@@ -90,11 +91,6 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def small_task(name: str, seed: int = 0, size: int | None = None) -> Task:
-    """A task of the proving ground. The seed moves no row from one split to another."""
-    return load_task(name, **TASKS[name].arguments, seed=seed, size=size)
-
-
 def decodings() -> dict[str, DecodingConfig]:
     """Greedy decoding in blocks, by tokens per step."""
     return {
@@ -109,7 +105,9 @@ def folder_of(kind: str) -> Path:
 
 def supervised(size: int) -> Any:
     """Prompts and worked answers of both tasks."""
-    rows = [small_task(name, seed=1, size=size // len(TAUGHT)).dataset("train") for name in TAUGHT]
+    grounds = {name: TASKS[name].taught or TASKS[name].arguments for name in TAUGHT}
+    tasks = [load_task(name, **given, seed=1, size=size // len(TAUGHT)) for name, given in grounds.items()]
+    rows = [task.dataset("train") for task in tasks]
     columns = [task.select_columns(["prompt", "solution"]).rename_column("solution", "completion") for task in rows]
     return concatenate_datasets(columns)
 
@@ -191,7 +189,14 @@ def measured(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int | None =
     """Solve rates on validation rows, by task and tokens per step."""
     found = {}
     for name in TAUGHT:
-        result = evaluate(model, tokenizer, small_task(name), decodings=decodings(), split="validation", limit=limit)
+        result = evaluate(
+            model,
+            tokenizer,
+            load_task(name, **TASKS[name].arguments),
+            decodings=decodings(),
+            split="validation",
+            limit=limit,
+        )
         found[name] = {speed: round(rate, 3) for speed, rate in result.solve_rates.items()}
     return found
 

@@ -26,7 +26,8 @@ class Ground:
     """A task as it is used here.
 
     Args:
-        arguments: of the task; those that the models were taught with.
+        arguments: of the task.
+        taught: those of the rows that the models were taught with, where these were others.
         canvas: completion slots. block: length of the blocks that are written left to right.
         rewards: what is right, and the partial credit beside it.
         checkpoints: models that know the task, by kind.
@@ -41,6 +42,7 @@ class Ground:
     checkpoints: Mapping[str, str]
     ends: bool = True
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    taught: Mapping[str, Any] | None = None
 
 
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
@@ -51,6 +53,7 @@ TASKS = {
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
         checkpoints=SMALL,
+        taught={"max_operations": 3, "max_number": 9, "max_value": 50},
     ),
     "countdown_small": Ground(
         {"max_number": 12, "max_tries": 1, "symbols": "+-*"},

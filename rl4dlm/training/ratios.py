@@ -77,6 +77,10 @@ class RatioTrainer(LossParts):
         share = group_means(found, self.groups_of(batch), None, self.accelerator.gather)
         return batch["completion_mask"].any(-1) & (share > 0)
 
+    def is_on_policy(self, batch: dict[str, Any]) -> bool:
+        """Whether there is no old policy to compare with, so that all ratios are 1."""
+        return batch.get("old_per_token_logps") is None
+
     @property
     def weights_are_split(self) -> bool:
         """Whether completions that share a mean are in several micro-batches."""

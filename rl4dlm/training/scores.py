@@ -163,7 +163,7 @@ class ScoringTrainer(RatioTrainer):
         batch = self._of_iteration(inputs, iteration)
         views, kept = self._draw(rows, iteration), self._kept(batch, log=True)
         self_is_old = "old_is_current" in inputs and iteration < self._passes_of_one_policy()
-        if self.model.training and not self_is_old and self.weights_are_split:
+        if self.model.training and self.weights_are_split and not (self_is_old or self.is_on_policy(batch)):
             self._weigh_all(iteration)
         else:  # where the policy is the old one, all weights are 1
             self._ready_weights = None

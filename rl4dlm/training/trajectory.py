@@ -213,6 +213,10 @@ class TrajectoryTrainer(ValuedTrainer):
             return current - resized(batch["drawn_log_probs"], current.shape[1]).to(current.dtype)
         return super().log_ratio_to(policy, current, batch)
 
+    def is_on_policy(self, batch: dict[str, Any]) -> bool:
+        """As everywhere; recorded log-probabilities are always there to compare with."""
+        return self.args.old_policy != "recorded" and super().is_on_policy(batch)
+
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
         """Those with an advantage, of the completion or of a step, unless there is a KL term or a value model."""
         if self.args.beta or self.needs_values:

@@ -347,7 +347,21 @@ def test_weights_do_not_depend_on_micro_batches(make_trainer: Any, name: str, ki
     assert max(float((w - 1).abs().max()) for *_, w in found) > 0.01
 
 
-@pytest.mark.parametrize("case", FOUR.values(), ids=FOUR)
+def test_on_policy_nothing_is_scored_once_more(make_trainer: Any) -> None:
+    trainer = build(
+        make_trainer, LOSSES["diffu-grpo"], clip="unconditional", self_normalize="group", num_iterations=1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    assert trainer.weights_are_split
+    trainer._weigh_all = None
+    trainer.train()
+    assert trainer.state.log_history[0]["diffusion/effective_sample_share"] == 1
+
+
+SPLIT = FOUR | {"cj-grpo-recorded": ("CJGRPOTrainer", {"old_policy": "recorded"})}
+
+
+@pytest.mark.parametrize("case", SPLIT.values(), ids=SPLIT)
 def test_splitting_a_batch_changes_nothing(make_trainer: Any, case: Any) -> None:
     weights, logged = [], []
     for size, parts in ((8, 1), (2, 4)):
