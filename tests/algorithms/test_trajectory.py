@@ -21,6 +21,7 @@ from rl4dlm import (
     DiPOTrainer,
     EGSPOConfig,
     EGSPOTrainer,
+    Inpainting,
     TraceRLConfig,
     TraceRLTrainer,
 )
@@ -33,6 +34,7 @@ from rl4dlm.rollout.rollout import Rollout, valid_mask
 from rl4dlm.training.advantages import z_scores
 from rl4dlm.training.trainer import rows_of
 from rl4dlm.training.trajectory import THRESHOLD
+from tests.algorithms.test_igpo import Verifier, data
 from tests.training.conftest import reward
 from tests.training.steps import (
     adapter_step,
@@ -40,6 +42,7 @@ from tests.training.steps import (
     check_gradient,
     one_step,
     plain_log_probs,
+    recording,
     tiny_llada_that_ends,
 )
 
@@ -333,13 +336,23 @@ def test_events_are_in_the_batch_where_tokens_can_be_taken_back(make_trainer: An
         (CJGRPOConfig, {"loss_type": "grpo"}, "loss_type='grpo' is not supported: aggregation says"),
         (CJGRPOConfig, {"clip": "soft"}, "clip='soft' is not allowed; choose one of ppo, log, unconditional, none"),
         (CJGRPOConfig, {"aggregation": "mean"}, "aggregation='mean' is not allowed"),
+        (
+            CJGRPOConfig,
+            {"old_policy": "none", "epsilon": 0.3},
+            "epsilon=0.3 is not supported: ratios are 1 with old_pol",
+        ),
         (CJGRPOConfig, {"old_policy": "recorded", "merge": 2}, "old_policy='recorded' is not allowed with merge=2"),
         (D2Config, {"old_policy": "recorded"}, "old_policy='recorded' is not allowed with steps='segments'"),
         (CJGRPOConfig, {"old_policy": "recorded", "score_temperature": 0.5}, "score_temperature=0.5 and temperature=1"),
         (
             CJGRPOConfig,
             {"old_policy": "recorded", "score_temperature": 0.5, "temperature": 0.5, "top_k": 5},
-            "score_temperature=0.5 and top_k=5",
+            "score_temperature=0.5, cfg_scale=0.0 and top_k=5",
+        ),
+        (
+            CJGRPOConfig,
+            {"old_policy": "recorded", "cfg_scale": 1.0, "top_k": 5, "eos_penalty": 2.0},
+            "cfg_scale=1.0 and eos_penalty=2.0: what",
         ),
         (CJGRPOConfig, {"steps": "flagged"}, "steps='flagged' is not allowed with schedule='low_confidence'"),
         (AGRPOConfig, {"steps": "all", "num_scored_steps": None}, "steps='all' is not allowed; AGRPO draws them"),
@@ -440,3 +453,34 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_batch(
         assert losses(again) == losses(whole)
         for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+def test_given_tokens_are_seen_by_every_step_and_scored_by_none(make_trainer: Any) -> None:
+    """Completions that an intervention has put in place are scored as they were drawn, around what they were given."""
+
+    class Guided(CJGRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            guidance = Inpainting(free_tail=0, hint_ratio=(0.5, 1.0), chunk_length=(1, 2), hide_answer=False)
+            super().__init__(*args, intervention=guidance, **kwargs)
+
+    trainer = make_trainer(
+        trainer=recording(Guided), config=CJGRPOConfig, dataset=data(), rewards=Verifier(), max_steps=1, beta=0.0,
+        denoising_steps=8, num_iterations=2,
+    )  # fmt: skip
+    trainer.train()
+    record, log = trainer.seen[0], trainer.state.log_history[0]
+    assert record["replaced"].any() and record["hinted"].any()
+    assert log["diffusion/rollout_gap"] < 1e-6 and log["diffusion/scored_token_share"] == 1.0
+    width = record["completion_mask"].shape[1]
+    assert not (record["scores"] * record["hinted"][:, :width]).any()
+    assert (record["commit_step"] >= 0).logical_xor(record["hinted"])[record["canvas_valid"]].all()
+
+
+def test_steps_have_advantages_in_evaluation_too(make_trainer: Any, prompt_dataset: Any) -> None:
+    trainer = make_trainer(
+        model=tiny_llada_that_ends(), trainer=EGSPOTrainer, config=EGSPOConfig, num_scored_steps=2, step_lambda=0.5,
+        eval_dataset=prompt_dataset(4), per_device_eval_batch_size=8,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert torch.isfinite(torch.tensor(found["eval_loss"])) and found["eval_diffusion/rollout_gap"] < 1e-6
+    assert found["eval_diffusion/scored_steps"] <= 2 < found["eval_diffusion/nfe"]

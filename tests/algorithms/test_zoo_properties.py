@@ -59,14 +59,10 @@ CASES = {
     "dream-coder": Case("DreamCoderRLTrainer", {"beta": 0.02}),
     "dream-coder-all-tokens": Case("DreamCoderRLTrainer", {"cart_p": None, "substitute_groups": False}),
     "igpo": Case("IGPOTrainer", {**HINTS, "beta": 0.04}),
-    "cj-grpo": Case("CJGRPOTrainer", {}),
     "cj-grpo-steps": Case("CJGRPOTrainer", {"ratio_unit": "step", "kl_unit": "step", "aggregation": "step_sums"}),
     "tracerl": Case("TraceRLTrainer", {"merge": 2}),
-    "agrpo": Case("AGRPOTrainer", {"num_scored_steps": 2}),
     "agrpo-recorded": Case("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded", "aggregation": "steps"}),
-    "d2": Case("D2Trainer", {"num_scored_steps": 2}),
     "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
-    "top-entropy": Case("CJGRPOTrainer", {"steps": "top_entropy", "num_scored_steps": 2, "aggregation": "tokens"}),
     "mdpo": Case("MDPOTrainer", {"num_trained_steps": 2, "num_iterations": 2}),
     "tree-rpo": Case("TreeRPOTrainer", {"branches": [2, 2], "distillation": 0.1, "distillation_steps": 2}),
     "ebpo": Case("EBPOTrainer", {"beta": 0.04, "num_views": 2}),
@@ -85,7 +81,6 @@ CASES = {
             "kl_estimator": "k2",
         },
     ),
-    "egspo": Case("EGSPOTrainer", {"num_scored_steps": 2, "aggregation": "tokens"}),
     "egspo-sa": Case("EGSPOTrainer", {"num_scored_steps": 2, "step_lambda": 0.5}),
 }
 WHOLE_GROUPS = {

@@ -99,6 +99,22 @@ def test_scores_are_the_log_probabilities_at_drawing(llada: Any, settings: dict[
     assert (merged - rollout.trace.raw_log_prob)[counted].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "settings", [{"cfg_scale": 0.8}, {"eos_penalty": 2.0, "suppress_token_ids": (5, 6), "top_k": 20}]
+)
+def test_guidance_and_penalties_leave_what_scores_are_compared_with(llada: Any, settings: dict[str, Any]) -> None:
+    """The model's own log-probabilities are recorded beside them; with guidance, guided ones are, too."""
+    rollout, rows = decoded(llada, schedule="low_confidence", steps=6, **settings)
+    found, _ = scores_of(llada, rows, RecordedSteps(AllSteps()))
+    assert (found - rollout.trace.raw_log_prob)[rows.valid].abs().max() < 1e-12
+    guided = settings.get("cfg_scale", 0.0)
+    if guided:
+        scores, _ = scores_of(llada, rows, RecordedSteps(AllSteps()), cfg_scale=guided)
+        assert rollout.trace.confidence is not None
+        assert (scores - rollout.trace.confidence.log())[rows.valid].abs().max() < 1e-12
+        assert (scores - found)[rows.valid].abs().max() > 1e-3
+
+
 def test_scores_of_shifted_logits_are_those_at_drawing() -> None:
     model = block_denoiser("full", shift=1)
     rollout, rows = decoded(model, schedule="low_confidence", steps=6)
