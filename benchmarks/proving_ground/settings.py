@@ -251,7 +251,7 @@ class Scale:
         drifted: drawn completions that the distance to the start is estimated on. bounds: views of each.
     """
 
-    batches: int = 40
+    batches: int = 60
     completions: int = 64
     views: int = 2
     test: int = 256
