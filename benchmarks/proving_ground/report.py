@@ -241,7 +241,7 @@ def _notes(results: Results, groups: Sequence[Group]) -> list[str]:
     """What is missing and what was given up."""
     notes = []
     for group in groups:
-        few = {name: len(results.runs[group].get(name, ())) for name in LINES}
+        few = {name: len(results.runs[group].get(name, ())) for name in LINES if Run(*group[:2], name).exists}
         for count in range(SEEDS):
             names = [LINES[name].title for name in few if few[name] == count]
             if names:

@@ -251,7 +251,7 @@ class Scale:
         drifted: drawn completions that the distance to the start is estimated on. bounds: views of each.
     """
 
-    batches: int = 40
+    batches: int = 60
     completions: int = 64
     views: int = 2
     test: int = 256
@@ -294,9 +294,16 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether the task has the model, and blocks where the variation is about them."""
-        blocks = self.ground.block < self.ground.canvas
-        return self.model in self.ground.checkpoints and (blocks or "block_elbo" not in self.name)
+        """Whether the task has the model, and the model blocks that the algorithm can be run in.
+
+        Maskings of blocks need several. JustGRPO writes single tokens where prompts end inside of blocks, and MDPO
+        predicts all open slots, which models of blocks do not.
+        """
+        if self.ground.block == self.ground.canvas and "block_elbo" in self.name:
+            return False
+        return self.model in self.ground.checkpoints and (
+            self.model != "block" or self.algorithm not in ("justgrpo", "mdpo")
+        )
 
     @property
     def checkpoint(self) -> Path:

@@ -8,7 +8,8 @@ loss of a completion is
 
 L the canvas, KL_i = exp(s_old - s) - (s_old - s) - 1 to the policy that wrote the completions. A model that denoises
 block by block has steps merged within each block, and one view scores the k-th of every block (`steps="all"`); for
-full attention each merged step is a view. The paper's s is 1 for block models and 8 for full attention.
+full attention each merged step is a view. The paper's s is 1 for block models and 8 for full attention. With
+`value_model="steps"` A is that of a token, from values of states (`rl4dlm.training.value` has the equations).
 
 Different from the released code, or chosen where it and the paper differ:
 - Averages: the paper adds up the means of steps (`aggregation="step_sums"`); the code of block models, which its

@@ -21,16 +21,18 @@ VALUE_FILE = "value_head.safetensors"
 class ValueHead(nn.Module):
     """V = w h, of the last hidden state h of a token: linear, without bias, and 0 until it has learnt something.
 
-    It is in float32 whatever the model is in, takes part in whatever the model is wrapped in, and is in no state
+    It is in float32 or wider whatever the model is in, part of whatever the model is wrapped in, and in no state
     dictionary: folders with models stay what stock classes load, and the head has a file of its own.
 
     Args:
         size: D, of hidden states. trains_trunk: whether gradients go on into them.
     """
 
-    def __init__(self, size: int, *, trains_trunk: bool = False, device: Any = None) -> None:
+    def __init__(
+        self, size: int, *, trains_trunk: bool = False, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
+        self.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self.trains_trunk = trains_trunk
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -68,7 +70,8 @@ def attach_value_head(model: Any, *, trains_trunk: bool = False) -> ValueHead:
     replaced.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embeddings = base.get_input_embeddings()
+    like = base.get_input_embeddings().weight
+    dtype = torch.promote_types(like.dtype, torch.float32)
     size = base.config.get_text_config().hidden_size
-    base.value_head = ValueHead(size, trains_trunk=trains_trunk, device=embeddings.weight.device)
+    base.value_head = ValueHead(size, trains_trunk=trains_trunk, dtype=dtype, device=like.device)
     return base.value_head

@@ -210,19 +210,20 @@ class TrajectoryConfig(ValueConfig):
             )
         if not self.disable_dropout:
             raise ValueError("old_policy='recorded' is not allowed with disable_dropout=False, which changes scores")
-        if self.score_temperature == 1:
-            return
-        if self.score_temperature != self.temperature:
+        if self.score_temperature not in (1, self.temperature):
             raise ValueError(
                 f"old_policy='recorded' is not allowed with score_temperature={self.score_temperature} and "
                 f"temperature={self.temperature}; recorded are log-probabilities at temperature 1 and at that of the "
                 "rollout"
             )
-        changed = [name for name, off in _CHANGES_DRAWS.items() if getattr(self, name) and getattr(self, name) != off]
+        # At temperature 1 they are the model's own, and with guidance those that schedules look at.
+        untouched = (*_CHANGES_DRAWS,) if not self.cfg_scale else ("top_p", "top_k")
+        names = [name for name in _CHANGES_DRAWS if self.score_temperature != 1 or name not in untouched]
+        changed = [name for name in names if getattr(self, name) and getattr(self, name) != _CHANGES_DRAWS[name]]
         if changed:
             raise ValueError(
-                f"old_policy='recorded' is not allowed with score_temperature={self.score_temperature} and "
-                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in changed)}: what is recorded at another "
-                "temperature than 1 is of the distribution that they have cut; set score_temperature to 1, or "
+                f"old_policy='recorded' is not allowed with score_temperature={self.score_temperature}, cfg_scale="
+                f"{self.cfg_scale} and {', '.join(f'{name}={getattr(self, name)!r}' for name in changed)}: what is "
+                "recorded then is of a distribution that they have changed, and scores are not; leave them out, or set "
                 "old_policy to rescored"
             )

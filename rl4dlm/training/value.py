@@ -10,7 +10,9 @@ has for step t, and for its tokens j,
     loss = mean over tokens of  max((V_j - R_j)^2, (V_j^old + clip(V_j - V_j^old, -eps, eps) - R_j)^2) / 2.
 
 Every state that has a value is one before the step that its advantage is of, never one after: with lambda = gamma = 1,
-where A_j = R - V_j, the policy gradient is the plain one whatever the head says (enumerated in the tests).
+where A_j = R - V_j, the policy gradient is the plain one whatever the head says (enumerated in the tests). Means over
+the tokens of a step leave out those behind the end, and so know a little of where it will be; with these settings only
+the values of blocks are such means.
 
 `value_model="blocks"` has blocks for steps. The state of a block is that before its first step; the tokens written then
 carry its value and its loss, which counts as much as the block has tokens, and all of its tokens have its advantage.
@@ -43,7 +45,7 @@ check_contract(
     Trainer,
     parameters={
         "_clip_grad_norm": ["model"],
-        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
         "_save": ["output_dir", "state_dict"],
         "create_optimizer": ["model"],
     },
@@ -280,7 +282,8 @@ class ValuedTrainer(DiffusionPolicyTrainer):
         if self.value_head is not None and self.args.should_save:
             self.value_head.save(self.args.output_dir if output_dir is None else output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.value_head is not None:
-            self.value_head.load(resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # After DeepSpeed has read its own files, where each process has a part of the head.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.value_head is not None and checkpoint is not None:
+            self.value_head.load(checkpoint)

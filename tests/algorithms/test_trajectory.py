@@ -347,7 +347,12 @@ def test_events_are_in_the_batch_where_tokens_can_be_taken_back(make_trainer: An
         (
             CJGRPOConfig,
             {"old_policy": "recorded", "score_temperature": 0.5, "temperature": 0.5, "top_k": 5},
-            "score_temperature=0.5 and top_k=5",
+            "score_temperature=0.5, cfg_scale=0.0 and top_k=5",
+        ),
+        (
+            CJGRPOConfig,
+            {"old_policy": "recorded", "cfg_scale": 1.0, "top_k": 5, "eos_penalty": 2.0},
+            "cfg_scale=1.0 and eos_penalty=2.0: what",
         ),
         (CJGRPOConfig, {"steps": "flagged"}, "steps='flagged' is not allowed with schedule='low_confidence'"),
         (AGRPOConfig, {"steps": "all", "num_scored_steps": None}, "steps='all' is not allowed; AGRPO draws them"),

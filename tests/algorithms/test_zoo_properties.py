@@ -61,6 +61,19 @@ CASES = {
     "igpo": Case("IGPOTrainer", {**HINTS, "beta": 0.04}),
     "cj-grpo-steps": Case("CJGRPOTrainer", {"ratio_unit": "step", "kl_unit": "step", "aggregation": "step_sums"}),
     "tracerl": Case("TraceRLTrainer", {"merge": 2}),
+    "tracerl-values": Case(
+        "TraceRLTrainer", {"value_model": "steps", "value_target": "advantage", "value_clip": None, "gae_lambda": 0.9}
+    ),
+    "cj-grpo-block-values": Case(
+        "CJGRPOTrainer",
+        {
+            "value_model": "blocks",
+            "block_length": 4,
+            "value_rewards": "revealed",
+            "value_target": "advantage",
+            "value_trains_trunk": True,
+        },
+    ),
     "agrpo-recorded": Case("AGRPOTrainer", {"num_scored_steps": 2, "old_policy": "recorded", "aggregation": "steps"}),
     "dipo": Case("DiPOTrainer", {"denoising_steps": None, "beta": 0.04, "schedule_args": {"threshold": 0.05}}),
     "mdpo": Case("MDPOTrainer", {"num_trained_steps": 2, "num_iterations": 2}),

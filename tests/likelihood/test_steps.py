@@ -99,6 +99,22 @@ def test_scores_are_the_log_probabilities_at_drawing(llada: Any, settings: dict[
     assert (merged - rollout.trace.raw_log_prob)[counted].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "settings", [{"cfg_scale": 0.8}, {"eos_penalty": 2.0, "suppress_token_ids": (5, 6), "top_k": 20}]
+)
+def test_guidance_and_penalties_leave_what_scores_are_compared_with(llada: Any, settings: dict[str, Any]) -> None:
+    """The model's own log-probabilities are recorded beside them; with guidance, guided ones are, too."""
+    rollout, rows = decoded(llada, schedule="low_confidence", steps=6, **settings)
+    found, _ = scores_of(llada, rows, RecordedSteps(AllSteps()))
+    assert (found - rollout.trace.raw_log_prob)[rows.valid].abs().max() < 1e-12
+    guided = settings.get("cfg_scale", 0.0)
+    if guided:
+        scores, _ = scores_of(llada, rows, RecordedSteps(AllSteps()), cfg_scale=guided)
+        assert rollout.trace.confidence is not None
+        assert (scores - rollout.trace.confidence.log())[rows.valid].abs().max() < 1e-12
+        assert (scores - found)[rows.valid].abs().max() > 1e-3
+
+
 def test_scores_of_shifted_logits_are_those_at_drawing() -> None:
     model = block_denoiser("full", shift=1)
     rollout, rows = decoded(model, schedule="low_confidence", steps=6)
@@ -185,9 +201,17 @@ def test_what_is_scored_is_hidden_and_does_not_depend_on_the_batch(selector: Ste
     assert (views.scored.sum(1) <= 1).all() and not views.hidden[..., :5].any()
     used = views.scored.any(-1).long()
     assert (used[:, 1:] <= used[:, :-1]).all(), "empty views come last"
-    steps = estimator.steps(rows, seed=3, iteration=1)
-    assert torch.equal(steps.last >= steps.first, used.bool())
-    assert torch.equal(steps.weight, views.weight.amax(-1))
+    if isinstance(selector, BlockSlices):
+        with pytest.raises(ValueError, match="puts steps of several blocks into a view"):
+            estimator.steps(rows, seed=3, iteration=1)
+    else:
+        steps = estimator.steps(rows, seed=3, iteration=1)
+        assert torch.equal(steps.last >= steps.first, used.bool())
+        assert torch.equal(steps.weight, views.weight.amax(-1))
+        within = (rows.commit_step[:, None] >= steps.first[..., None]) & (
+            rows.commit_step[:, None] <= steps.last[..., None]
+        )
+        assert torch.equal(within & rows.valid[:, None], views.scored), "numbers of the record"
     if selector in COMPLETE:
         assert torch.equal(views.weight.sum(1), rows.valid.double())
     for part in (torch.randperm(len(rows)), slice(3, 4), slice(7, 20)):

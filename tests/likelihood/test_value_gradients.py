@@ -47,18 +47,20 @@ def test_any_value_of_the_state_before_leaves_the_gradient_and_one_of_the_state_
     assert float((biased - true).norm()) > 0.1 * float(true.norm())
 
 
+def true_values(table: Tabular, rows: Rows) -> Tensor:
+    """V(x) = E[R | x] `[B, 3]`: the mean reward of the trajectories through the state before each token."""
+    at, chance, size = states(rows), probability(table, rows).detach(), (TOKENS + 1) ** LENGTH
+    mass = torch.zeros(size).double().index_add(0, at.flatten(), chance[:, None].expand_as(at).flatten())
+    sums = (chance * rewards(rows.canvas_ids))[:, None].expand_as(at).flatten()
+    return (torch.zeros(size).double().index_add(0, at.flatten(), sums) / mass.clamp(min=1e-300))[at]
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_true_values_leave_it_whatever_lambda_is_and_wrong_ones_do_not(lam: float) -> None:
-    """V(x) = E[R | x]: the mean reward of the trajectories through a state."""
     table = model()
     rows = trajectories(table)
     true, at = exact(table, rows), states(rows)
-    chance = probability(table, rows).detach()
-    size = (TOKENS + 1) ** LENGTH
-    mass = torch.zeros(size).double().index_add(0, at.flatten(), chance[:, None].expand_as(at).flatten())
-    sums = (chance * rewards(rows.canvas_ids))[:, None].expand_as(at).flatten()
-    value = torch.zeros(size).double().index_add(0, at.flatten(), sums) / mass.clamp(min=1e-300)
-    assert float((with_values(table, rows, value[at], lam) - true).abs().max()) < 1e-14
+    assert float((with_values(table, rows, true_values(table, rows), lam) - true).abs().max()) < 1e-14
     wrong = with_values(table, rows, numbers(rows, at[:, :1].expand_as(at)), lam)
     assert lam == 1.0 or float((wrong - true).norm()) > 0.1 * float(true.norm())
 
@@ -71,3 +73,24 @@ def test_the_value_of_a_block_is_that_of_the_state_before_its_first_step() -> No
     assert float((with_values(table, rows, numbers(rows, at), 1.0, lead=first) - true).abs().max()) < 1e-14
     late = rows.commit_step == 1  # knows the first token
     assert float((with_values(table, rows, numbers(rows, at), 1.0, lead=late) - true).norm()) > 0.05 * true.norm()
+
+
+def test_what_true_values_do_to_the_variance() -> None:
+    """Of the gradient of one trajectory, the sum over its entries. Measured, and kept: docs/algorithms.md has them."""
+    table = model()
+    rows = trajectories(table)
+    true, chance, reward = exact(table, rows), probability(table, rows).detach(), rewards(rows.canvas_ids)
+    every = torch.stack([table.log_probs(rows.canvas_ids, rows.commit_step >= k) for k in range(LENGTH)], dim=1)
+    own = every.gather(1, rows.commit_step[:, None])[:, 0]
+    earned = earned_at(reward, torch.ones(len(rows), LENGTH), "end")
+
+    def variance(values: Tensor, lam: float) -> float:
+        advantages = valued_tokens(values, rows.commit_step, earned, gamma=1.0, lam=lam).advantages
+        total = (advantages * own).sum(-1)
+        gradients = (torch.autograd.grad(each, table.logits, retain_graph=True)[0] for each in total)
+        return float(chance @ torch.stack([g.square().sum() for g in gradients]) - true.square().sum())
+
+    values = true_values(table, rows)
+    none, mean = variance(0 * values, 1.0), variance(0 * values + chance @ reward, 1.0)
+    long, half, short = (variance(values, lam) for lam in (1.0, 0.5, 0.0))
+    assert [none, mean, long, half, short] == pytest.approx([1.956, 1.706, 1.837, 1.082, 0.929], abs=1e-3)
