@@ -75,7 +75,6 @@ class DiSPO(Credit):
                 raise ValueError(f"{name}={value} is not allowed; it must be larger than 0, and finite")
         self.states, self.count = states, fillings
         self.weight, self.epsilon = weight, epsilon
-        self._steps: tuple[int, ...] = ()
 
     def recorded(self, decoding: DecodingConfig) -> dict[str, Any]:
         """Fillings at the chosen steps, or at all if the algorithm records all for itself."""
@@ -87,6 +86,33 @@ class DiSPO(Credit):
             raise ValueError(
                 "temperature=0 is not allowed with credit=DiSPO: all fillings of a state would be the same"
             )
+        steps = self._steps(decoding)
+        everything = completes(decoding.record)
+        return {
+            "record": (*decoding.record, FILLINGS),
+            "record_steps": None if everything else steps,
+            "num_fillings": self.count,
+        }
+
+    def fillings(self, rollout: Rollout) -> Fillings:
+        """Those of the chosen states; a row that made no such step has its completion there, with nothing open."""
+        trace, config = rollout.trace, rollout.decoding
+        assert trace.fillings is not None and config is not None
+        canvas, steps = rollout.canvas, self._steps(config)
+        shown = {step: state for step, state in enumerate(rollout.states()) if step in steps}
+        states, tokens = [], []
+        for place, step in enumerate(steps):
+            column = step if config.record_steps is None else place
+            made = (trace.steps > step)[:, None]
+            states.append(torch.where(made, shown[step], canvas) if step in shown else canvas)
+            filled = canvas[:, None].expand(-1, self.count, -1)
+            if step in shown:
+                filled = torch.where(made[:, None], trace.fillings[:, column].long(), filled)
+            tokens.append(filled)
+        return Fillings(torch.stack(states, dim=1), torch.stack(tokens, dim=1))
+
+    def _steps(self, decoding: DecodingConfig) -> tuple[int, ...]:
+        """The chosen steps in their order. ValueError for those that rollouts do not make."""
         known = registry.lookup(decoding.schedule).takes_steps
         total = decoding.steps_per_block * decoding.num_blocks
         if isinstance(self.states, int):
@@ -99,37 +125,14 @@ class DiSPO(Credit):
                         else "which takes as many as it needs; name steps instead"
                     )
                 )
-            self._steps = tuple(k * total // self.states for k in range(self.states))
-        else:
-            self._steps = tuple(sorted(set(self.states)))
-            if known and self._steps[-1] >= total:
-                raise ValueError(
-                    f"states={self.states!r} is not allowed: denoising_steps are {total}, counted from 0; the last is "
-                    f"{total - 1}"
-                )
-        everything = completes(decoding.record)
-        return {
-            "record": (*decoding.record, FILLINGS),
-            "record_steps": None if everything else self._steps,
-            "num_fillings": self.count,
-        }
-
-    def fillings(self, rollout: Rollout) -> Fillings:
-        """Those of the chosen states; a row that made no such step has its completion there, with nothing open."""
-        trace, config = rollout.trace, rollout.decoding
-        assert trace.fillings is not None and config is not None
-        canvas = rollout.canvas
-        shown = {step: state for step, state in enumerate(rollout.states()) if step in self._steps}
-        states, tokens = [], []
-        for place, step in enumerate(self._steps):
-            column = step if config.record_steps is None else place
-            made = (trace.steps > step)[:, None]
-            states.append(torch.where(made, shown[step], canvas) if step in shown else canvas)
-            filled = canvas[:, None].expand(-1, self.count, -1)
-            if step in shown:
-                filled = torch.where(made[:, None], trace.fillings[:, column].long(), filled)
-            tokens.append(filled)
-        return Fillings(torch.stack(states, dim=1), torch.stack(tokens, dim=1))
+            return tuple(k * total // self.states for k in range(self.states))
+        steps = tuple(sorted(set(self.states)))
+        if known and steps[-1] >= total:
+            raise ValueError(
+                f"states={self.states!r} is not allowed: denoising_steps are {total}, counted from 0; the last is "
+                f"{total - 1}"
+            )
+        return steps
 
 
 def filling_losses(
