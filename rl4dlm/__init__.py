@@ -81,6 +81,9 @@ if TYPE_CHECKING:
         DiffusionSFTTrainer as DiffusionSFTTrainer,
     )
     from rl4dlm.tasks import load_task as load_task
+    from rl4dlm.training.credit.credit import Credit as Credit
+    from rl4dlm.training.credit.daca import DACA as DACA
+    from rl4dlm.training.credit.dispo import DiSPO as DiSPO
     from rl4dlm.training.interventions.inpainting import Inpainting as Inpainting
     from rl4dlm.training.interventions.intervention import Intervention as Intervention
     from rl4dlm.training.trainer import (
@@ -136,6 +139,9 @@ _MODULE_OF = {
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
     "IGPOTrainer": "rl4dlm.algorithms.igpo",
+    "Credit": "rl4dlm.training.credit.credit",
+    "DACA": "rl4dlm.training.credit.daca",
+    "DiSPO": "rl4dlm.training.credit.dispo",
     "Inpainting": "rl4dlm.training.interventions.inpainting",
     "Intervention": "rl4dlm.training.interventions.intervention",
     "Rollout": "rl4dlm.rollout.rollout",

@@ -28,6 +28,8 @@ SIGNATURES = {
     "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "Credit": "",
+    "DACA": "kind",
     "DecodingConfig": (
         "canvas_length schedule steps block_length temperature top_p top_k cfg_scale cache stop_at_eos "
         "min_new_tokens eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args "
@@ -36,8 +38,9 @@ SIGNATURES = {
     "DiffuGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DiffusionGDPOTrainer": ("model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"),
     "DiffusionPolicyTrainer": (
-        "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs"
+        "model reward_funcs args train_dataset eval_dataset processing_class intervention credit kwargs"
     ),
+    "DiSPO": "states fillings weight epsilon",
     "DiffusionSFTTrainer": "model args train_dataset eval_dataset processing_class kwargs",
     "DiffusionSpec": "mask_token_id eos_token_ids logit_shift attention block_length grid_origin noise",
     "DreamCoderRLTrainer": "args kwargs",
@@ -170,6 +173,8 @@ METRICS = {
     "diffusion/early_eos_share",
     "diffusion/explained_variance",
     "diffusion/effective_sample_share",
+    "diffusion/filling_advantage_share",
+    "diffusion/filling_reward",
     "diffusion/identical_completion_groups",
     "diffusion/masked_nll",
     "diffusion/next_token_nll",

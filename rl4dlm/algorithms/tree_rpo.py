@@ -294,6 +294,13 @@ class TreeRPOTrainer(TrajectoryTrainer):
             "needed: None"
         )
 
+    def _check_credit(self) -> None:
+        if self.credit is not None:
+            raise ValueError(
+                f"credit={type(self.credit).__name__} is not allowed: branches go on from states, so that their "
+                "records do not have every step; needed: None"
+            )
+
     def _decode(
         self,
         ids: list[list[int]],

@@ -197,6 +197,8 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         if not self.uses_old_policy:
             batch.pop("old_per_token_logps", None)
         self.extend_batch(batch, rollout, rewards)
+        if training:
+            self._add_credit(batch, rollout)
         del self._asked
         first = self._scores_come_first()
         if not first:

@@ -336,8 +336,10 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
         """What rollouts keep besides what all have, for an algorithm that learns from it; see `DecodingConfig`."""
         return ("entropy",)
 
-    def decoding(self, spec: DiffusionSpec | None = None) -> DecodingConfig:
+    def decoding(self, spec: DiffusionSpec | None = None, **recorded: Any) -> DecodingConfig:
         """How rollouts are decoded, by a model with this spec if given: then in the blocks of its attention.
+
+        `recorded` are settings of `DecodingConfig` in the place of what the algorithm records.
 
         Raises ValueError for settings that do not fit together or do not fit the model, by their names here.
         """
@@ -363,7 +365,7 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
                 suppress_token_ids=tuple(self.suppress_token_ids or ()),
                 defer_token_ids=tuple(self.defer_token_ids or ()),
                 schedule_args=self.schedule_args or {},
-                record=self.recorded(),
+                **{"record": self.recorded(), **recorded},
             )
             return settings if spec is None else settings.for_model(spec)
         except ValueError as error:

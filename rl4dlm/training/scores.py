@@ -24,10 +24,10 @@ from rl4dlm.likelihood.views import Rows, StepFacts, Views
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.backward_per_view import loss_per_view
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.credit.trainer import CreditTrainer
 from rl4dlm.training.interventions.trainer import groups
 from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.metrics import rollout_gap
-from rl4dlm.training.ratios import RatioTrainer
 from rl4dlm.training.setup import swapped
 
 check_contract(
@@ -51,7 +51,7 @@ check_contract(
 )  # fmt: skip
 
 
-class ScoringTrainer(RatioTrainer):
+class ScoringTrainer(CreditTrainer):
     """Scores rows in an estimator's views; the loss of those scores is an algorithm's."""
 
     spec: DiffusionSpec
@@ -135,6 +135,9 @@ class ScoringTrainer(RatioTrainer):
             if "ref_per_token_logps" in batch:
                 with self._reference() as reference:
                     batch["ref_per_token_logps"] = scores(reference)[0]
+            if "filling_tokens" in batch and self._passes_of_one_policy() < iterations:
+                shown = self._filling_views(rows, batch)
+                batch["filling_log_probs"] = self._view_scores(self.model, rows, shown, size, len(rows)).log_probs
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
@@ -162,6 +165,7 @@ class ScoringTrainer(RatioTrainer):
         rows, width = rows_of(inputs), inputs["completion_ids"].shape[1]
         batch = self._of_iteration(inputs, iteration)
         views, kept = self._draw(rows, iteration), self._kept(batch, log=True)
+        every = self._with_fillings(views, rows, batch)
         self_is_old = "old_is_current" in inputs and iteration < self._passes_of_one_policy()
         if self.model.training and self.weights_are_split and not (self_is_old or self.is_on_policy(batch)):
             self._weigh_all(iteration)
@@ -169,6 +173,7 @@ class ScoringTrainer(RatioTrainer):
             self._ready_weights = None
 
         def loss(found: ViewScores) -> Tensor:
+            found, of_fillings = self._credited(found, every, views.hidden.shape[1], batch, kept)
             scores = self._reduced(found, views, width, kept)
             if self_is_old:
                 batch["old_per_token_logps"] = self.compared(scores).detach()
@@ -181,10 +186,10 @@ class ScoringTrainer(RatioTrainer):
             if iteration == 0 and self.spec.noise == "mask":  # other tokens are drawn until the last step, not once
                 self._log_rollout_gap(*self.as_drawn(scores, width), inputs, kept)
             self._note(scores, batch)
-            return self.loss(scores, batch)
+            return self.loss(scores, batch) + of_fillings
 
-        scored, shown = (rows, views) if kept is None else (rows[kept], views[kept])
-        if not (self._backward_per_view and torch.is_grad_enabled() and views.hidden.shape[1] > 1):
+        scored, shown = (rows, every) if kept is None else (rows[kept], every[kept])
+        if not (self._backward_per_view and torch.is_grad_enabled() and every.hidden.shape[1] > 1):
             return loss(self._view_scores(model, scored, shown))
         with grpo.disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
             found = self._view_scores(model, scored, shown)
@@ -233,6 +238,7 @@ class ScoringTrainer(RatioTrainer):
         counted = self.rows_that_count(batch)
         if counted is None:
             return None
+        counted = self._with_filled(counted, batch)
         if log:
             self.log_mean("diffusion/rows_scored_share", counted, torch.ones_like(counted, dtype=torch.float32))
         kept = counted.nonzero().squeeze(-1)

@@ -43,6 +43,7 @@ from rl4dlm.training.checks import (
 )
 from rl4dlm.training.config import DiffusionPolicyConfig, check_view_key
 from rl4dlm.training.contract import check_contract
+from rl4dlm.training.credit.credit import Credit
 from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.loss_parts import PolicyScores
@@ -92,6 +93,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         processing_class: the tokenizer; None loads the one saved with the model.
         intervention: changes groups of completions before they are learnt from, such as `Inpainting`; None: the
             algorithm's own, if it has one.
+        credit: says which tokens a reward is due to, such as `DiSPO` or `DACA`; None: all of a completion's.
         kwargs: TRL's further arguments: `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`,
             `peft_config`.
 
@@ -112,6 +114,7 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         intervention: Intervention | None = None,
+        credit: Credit | None = None,
         **kwargs: Any,
     ) -> None:
         args = self.config_class() if args is None else args
@@ -162,9 +165,10 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             raise ValueError(
                 f"{type(self).__name__} is not offered for models with noise={self.spec.noise!r}: {self.needs_masks}"
             )
-        self.decoding = args.decoding(self.spec)
+        self.decoding = self._decoding_for(credit)
         warn_of_canvas(base, self.decoding.canvas_length)
         self.estimator = self.build_estimator()
+        self._check_credit()
         if self.estimator.noise != self.spec.noise:
             raise ValueError(
                 f"{type(self).__name__} estimates likelihoods of models with noise={self.estimator.noise!r}, but this "

@@ -88,6 +88,7 @@ def build_trainer() -> Callable[..., Any]:
         tokenizer: Any = None,
         peft_config: Any = None,
         callbacks: Any = None,
+        credit: Any = None,
         **changes: Any,
     ) -> Any:
         return trainer(
@@ -99,6 +100,7 @@ def build_trainer() -> Callable[..., Any]:
             tiny_tokenizer() if tokenizer is None else tokenizer,
             peft_config=peft_config,
             callbacks=callbacks,
+            **({} if credit is None else {"credit": credit}),
         )
 
     return build
