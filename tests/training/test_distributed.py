@@ -131,7 +131,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_equals_one_process(one: dict[str, Any], tmp_path: Path, stage: int) -> None:
     found = train(tmp_path, stage)
     for name in ("full", "adapter", "audited"):

@@ -179,7 +179,7 @@ def test_r1_the_filter_of_the_log_is_off(make_trainer: Callable[..., Any]) -> No
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [None, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [None, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_r1_nan_on_one_of_two_processes_skips_the_step_on_both(tmp_path: Path, stage: int | None) -> None:
     arguments: list[Any] = [tmp_path / "results.pt"]
     if stage is not None:
