@@ -44,7 +44,7 @@ class DecisionTrainer(TrajectoryTrainer):
         return (written * entropy).sum(-1) / written.sum(-1).clamp(min=1)
 
     def step_advantages(self, rewards: Tensor, step_rewards: Tensor, batch: dict[str, Any]) -> Tensor:  # [N, G, K]
-        return (rewards - rewards.mean(-1, keepdim=True))[..., None] * step_rewards
+        return (rewards - rewards.nanmean(-1, keepdim=True))[..., None] * step_rewards
 
 
 # --- what it is worth -------------------------------------------------------------------------------------------------

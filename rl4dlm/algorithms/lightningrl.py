@@ -213,7 +213,8 @@ class LightningRLTrainer(DiffusionPolicyTrainer):
         logged = self._metrics["train" if self.model.training else "eval"]
         logged["lightningrl/correct_share"].append(right.double().mean().item())
         logged["lightningrl/kept_group_share"].append(kept.double().mean().item())
-        return group_advantages(total, args.advantage_norm, kept).masked_fill(accuracy.isnan(), torch.nan)
+        known = ~accuracy.isnan()
+        return group_advantages(total, args.advantage_norm, kept, known).masked_fill(~known, torch.nan)
 
     def _normalised(self, name: str, rewards: Tensor, right: Tensor) -> Tensor:
         args = self.args

@@ -220,7 +220,7 @@ class MDPOTrainer(DiffusionPolicyTrainer):
         """Those with an advantage at some step, unless there is a KL term."""
         if self.args.beta:
             return None
-        return (batch["prediction_advantages"] != 0).any(-1) & batch["completion_mask"].any(-1)
+        return self.with_mates((batch["prediction_advantages"] != 0).any(-1) & batch["completion_mask"].any(-1), batch)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """The loss of the module's docstring."""

@@ -347,7 +347,9 @@ class TreeRPOTrainer(TrajectoryTrainer):
     def _add_foreseen(self, batch: dict[str, Any], rows: Rows, advantages: Tensor, first: int) -> None:
         tau = rising(self.state.global_step, self.args.distillation_steps, self.args.distillation)[1]
         trail = self.estimator.selector.trail(rows, self.args.scope)
-        parts = (rows.canvas_ids, trail.group, trail.counted.long())
+        # Completions that are left out, since they were cut off, foresee nothing, and nobody foresees them.
+        counted = trail.counted & batch["completion_mask"].any(-1, keepdim=True)
+        parts = (rows.canvas_ids, trail.group, counted.long())
         tokens, edge, counted = (self.accelerator.gather(part.contiguous()) for part in parts)
         weights, log_q = torch.zeros_like(tokens, dtype=torch.float64), torch.zeros_like(tokens, dtype=torch.float64)
         cells, behind = 0, self._group_size

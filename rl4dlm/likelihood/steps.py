@@ -205,7 +205,9 @@ class RecordedSteps(Estimator):
             raise ValueError(f"{self.selector} puts steps of several blocks into a view: they have no one number")
         assert rows.commit_step is not None
         trail, steps = self._chosen(rows, seed, iteration)
-        number = torch.zeros_like(trail.step).scatter_reduce(-1, trail.step.clamp(min=0), rows.commit_step, "amax")
+        width = max(int(trail.step.max()) + 1 if trail.step.numel() else 0, 1)  # a selector may count idle steps
+        number = trail.step.new_zeros(len(trail.step), width)
+        number = number.scatter_reduce(-1, trail.step.clamp(min=0), rows.commit_step, "amax")
         there = steps.last >= steps.first
         first, last = (number.gather(-1, each.clamp(min=0)) for each in (steps.first, steps.last))
         return Steps(torch.where(there, first, 0), torch.where(there, last, -1), steps.weight)

@@ -57,24 +57,22 @@ def kept_groups(right: Tensor, speed: Tensor, least_range: float) -> Tensor:
     return right.any(-1) & (high - low >= least_range)
 
 
-def group_advantages(rewards: Tensor, kind: str, kept: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, kind: str, kept: Tensor, known: Tensor | None = None) -> Tensor:
     """Advantages, float64 `[N, G]`, from rewards of prompts that are `kept` (bool `[N]`); 0 for the others.
 
     Args:
         rewards: `[N, G]`, without NaN.
+        known: bool `[N, G]`, the completions that could be scored: the others have 0 and are in no mean; None: all.
         kind: `"batch"`, less the mean of all and over their standard deviation; `"group"`, the same for each prompt;
             `"center"`, less each prompt's mean. The deviation is the unbiased one, and at least 1e-8.
     """
     check_choice("advantage_norm", kind, ADVANTAGE_NORMS)
-    advantages = torch.zeros_like(rewards, dtype=torch.float64)
-    values = rewards.double()[kept]
-    if not len(values):
-        return advantages
-    if kind == "batch":
-        found = (values - values.mean()) / (values.std() if values.numel() > 1 else values.sum() * 0).clamp(min=1e-8)
-    else:
-        found = values - values.mean(-1, keepdim=True)
-        if kind == "group" and values.shape[1] > 1:
-            found = found / values.std(-1, keepdim=True).clamp(min=1e-8)
-    advantages[kept] = found
-    return advantages
+    there = kept[:, None].expand_as(rewards) if known is None else kept[:, None] & known
+    over = (0, 1) if kind == "batch" else (1,)
+    count = there.sum(over, keepdim=True)
+    values = torch.where(there, rewards.double(), 0.0)
+    around = torch.where(there, values - values.sum(over, keepdim=True) / count.clamp(min=1), 0.0)
+    if kind == "center":
+        return around
+    deviation = (around.square().sum(over, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(count > 1, around / deviation.clamp(min=1e-8), around)

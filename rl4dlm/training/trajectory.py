@@ -213,6 +213,15 @@ class TrajectoryTrainer(ValuedTrainer):
             return current - resized(batch["drawn_log_probs"], current.shape[1]).to(current.dtype)
         return super().log_ratio_to(policy, current, batch)
 
+    def _completed(self, scores: PolicyScores, batch: dict[str, Any], kept: Tensor) -> PolicyScores:
+        """As everywhere: a ratio of 1 for rows that are not scored, to what was recorded as well."""
+        if self.args.old_policy == "recorded":
+            drawn = batch["drawn_log_probs"]
+            absent = torch.ones(len(drawn), dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+            current = resized(self.compared(scores).detach(), drawn.shape[1]).to(drawn.dtype)
+            batch["drawn_log_probs"] = torch.where(absent[:, None], current, drawn)
+        return super()._completed(scores, batch, kept)
+
     def is_on_policy(self, batch: dict[str, Any]) -> bool:
         """As everywhere; recorded log-probabilities are always there to compare with."""
         return self.args.old_policy != "recorded" and super().is_on_policy(batch)

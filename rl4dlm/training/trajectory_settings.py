@@ -64,7 +64,8 @@ class TrajectoryConfig(ValueConfig):
             `"block_slices"`, there within each block.
         step_proposal: what steps are sampled by, `"uniform"` or in proportion to their `"entropy"`.
         step_scale: whether sampled steps estimate the `"sum"` over a row's steps, or their `"mean"`.
-        ratio_unit: what has a ratio of its own: a `"token"`, a `"step"`, or all scored tokens of a `"sequence"`.
+        ratio_unit: what has a ratio of its own: a `"token"`, a `"step"`, or all scored tokens of a `"sequence"`, which
+            must have equal weights: not with averages over steps, nor with sampled ones.
         ratio_norm: whether the ratio of a step or sequence is that of the `"sum"` of its tokens' log-probabilities, or
             of their `"mean"`. With either, and any unit, the gradient is the same as long as all ratios are 1.
         aggregation: how losses of tokens, times the weights of their steps, become one number. `"tokens"`: over the
@@ -192,6 +193,17 @@ class TrajectoryConfig(ValueConfig):
                 f"ratio_norm={self.ratio_norm!r} has no effect with ratio_unit='token'; set it to sum, or ratio_unit "
                 "to step or sequence"
             )
+        uneven = {
+            f"aggregation={self.aggregation!r}": self.aggregation in ("steps", "step_sums"),
+            f"steps={self.steps!r}": self.steps == "sampled",
+        }
+        for setting, is_uneven in uneven.items():
+            if self.ratio_unit == "sequence" and is_uneven:
+                raise ValueError(
+                    f"ratio_unit='sequence' is not allowed with {setting}, by which tokens of a completion differ in "
+                    "weight, while one ratio gives all of them the same; choose ratio_unit token or step, or "
+                    "another of these"
+                )
         if self.kl_unit == "step" and (not self.beta or self.use_bias_correction_kl):
             raise ValueError(
                 f"kl_unit='step' is not allowed with beta={self.beta} and use_bias_correction_kl="

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rl4dlm.algorithms.mdpo import MDPOConfig, MDPOTrainer, chosen_steps, step_advantages, step_values
-from tests.training.steps import adapter_step, check_splits, one_step
+from tests.training.steps import adapter_step, check_splits, one_step, tiny_llada_that_ends
 
 SMALL = {
     "max_completion_length": 8,
@@ -145,6 +145,26 @@ def test_adapters_passes_and_micro_batches(make_trainer: Any):
     logs = trainer.state.log_history[0]
     assert logs["kl"] == pytest.approx(0, abs=1e-9) and logs["clip_ratio/region_mean"] == 0
     check_splits(make_trainer, MDPOTrainer, **{**SMALL, "num_iterations": 2})
+
+
+def test_rows_without_an_advantage_have_their_weight_in_a_group(make_trainer: Any):
+    def fixed(completions: list[str], **columns: Any) -> list[float]:
+        return [(0.0, 0.5, 1.0, 0.5)[place % 4] for place in range(len(completions))]
+
+    class Scored(MDPOTrainer):
+        def rows_that_count(self, batch: dict[str, Any]) -> None:
+            return None
+
+    weighed = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 1e9, "self_normalize": "group"}
+    losses = []
+    for trainer in (MDPOTrainer, Scored):
+        changes = {**SMALL, **weighed, "num_iterations": 2, "max_steps": 2, "beta": 0.0, "learning_rate": 0.01}
+        made = make_trainer(
+            tiny_llada_that_ends().double(), trainer=trainer, config=MDPOConfig, rewards=fixed, **changes
+        )
+        made.train()
+        losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
 
 
 def test_evaluation_has_predictions_too(make_trainer: Any, prompt_dataset: Any):

@@ -134,6 +134,38 @@ def test_recorded_log_probabilities_stand_for_rescored_ones(make_trainer: Any, l
     assert max(map(abs, found[0])) > 1e-3
 
 
+@pytest.mark.parametrize("unit", ["sequence", "step"])
+def test_a_group_without_advantages_has_ratios_of_one_to_the_record_too(make_trainer: Any, unit: str) -> None:
+    """Its rows are not scored, and what was recorded of them must not be compared with zeros."""
+
+    def half(completions: list[str], **columns: Any) -> list[float]:
+        return [0.5] * 4 + [sum(map(ord, text)) % 7 / 7 for text in completions[4:]]
+
+    class Scored(CJGRPOTrainer):
+        def rows_that_count(self, batch: dict[str, Any]) -> None:
+            return None
+
+    changes = {
+        "ratio_unit": unit,
+        "aggregation": "row_sums",
+        "old_policy": "recorded",
+        "num_iterations": 1,
+        "beta": 0.0,
+        "clip": "unconditional",  # whose ends are reached by completions without an advantage, too
+    }
+    logs = []
+    for trainer in (CJGRPOTrainer, Scored):
+        made = make_trainer(
+            tiny_llada_that_ends().double(), trainer=trainer, config=CJGRPOConfig, rewards=half, **changes,
+            max_completion_length=32, denoising_steps=2 if unit == "step" else 8, stop_at_eos=False, scope="canvas",
+        )  # fmt: skip
+        made.train()
+        logs.append(made.state.log_history[0])
+    for name in ("loss", "grad_norm", "diffusion/skipped_steps", "clip_ratio/high_mean"):
+        assert logs[0][name] == pytest.approx(logs[1][name], abs=1e-9)
+    assert logs[0]["diffusion/rows_scored_share"] < 1 and logs[0]["diffusion/skipped_steps"] == 0
+
+
 def test_without_an_old_policy_every_pass_is_the_plain_gradient(make_trainer: Any) -> None:
     trainer = make_trainer(
         model=tiny_llada_that_ends(),
@@ -331,6 +363,8 @@ def test_events_are_in_the_batch_where_tokens_can_be_taken_back(make_trainer: An
         (AGRPOConfig, {"merge": 2}, "merge=2 is not allowed with steps='sampled'; allowed: 1"),
         (CJGRPOConfig, {"step_scale": "mean"}, "step_scale='mean' has no effect with steps='all'"),
         (CJGRPOConfig, {"ratio_unit": "word"}, "ratio_unit='word'"),
+        (CJGRPOConfig, {"ratio_unit": "sequence"}, "ratio_unit='sequence' is not allowed with aggregation='steps'"),
+        (AGRPOConfig, {"ratio_unit": "sequence"}, "ratio_unit='sequence' is not allowed with steps='sampled'"),
         (CJGRPOConfig, {"ratio_norm": "mean"}, "ratio_norm='mean' has no effect with ratio_unit='token'"),
         (CJGRPOConfig, {"kl_unit": "step", "beta": 0.0}, "kl_unit='step' is not allowed with beta=0.0"),
         (CJGRPOConfig, {"loss_type": "grpo"}, "loss_type='grpo' is not supported: aggregation says"),

@@ -171,6 +171,30 @@ def check_foreseen(trainer: Any, record: dict[str, Tensor]) -> None:
     assert float(found) == pytest.approx(total / cells, abs=1e-6)
 
 
+def test_completions_that_are_left_out_foresee_nothing(make_trainer: Any):
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        return [float(place % 4 == 0) for place in range(len(completions))]
+
+    trainer, _ = one_step(
+        make_trainer, TreeRPOTrainer, rewards=reward, branches=[2, 2], num_iterations=1, distillation=0.5,
+        distillation_steps=1, mask_truncated_completions=True, max_completion_length=4, denoising_steps=4, beta=0.0,
+        max_steps=2,
+    )  # fmt: skip
+    record = trainer.seen[1]
+    out = ~record["completion_mask"].any(-1)
+    assert out.any() and not out.all()
+    assert not record["foreseen"][out].any()
+
+
+def test_steps_may_be_more_than_the_canvas_has_tokens(make_trainer: Any):
+    """Schedules may write nothing in a step, and edges are stretches of all steps."""
+    trainer, _ = one_step(
+        make_trainer, TreeRPOTrainer, branches=[2, 2], schedule="dream_entropy", schedule_args={"counts": "floor"},
+        denoising_steps=16, max_completion_length=8, num_iterations=1, beta=0.0,
+    )  # fmt: skip
+    assert int(trainer.seen[0]["commit_step"].max()) >= 8
+
+
 def test_an_adapter_and_several_passes(make_trainer: Any):
     trainer = adapter_step(make_trainer, TreeRPOTrainer, **SMALL, beta=0.04, num_iterations=2, distillation=0.1)
     logs = trainer.state.log_history[0]

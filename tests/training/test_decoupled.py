@@ -64,3 +64,13 @@ def test_advantages_are_of_the_groups_that_are_kept() -> None:
     assert not group[1:].any()
     assert group_advantages(rewards, "center", kept)[0].tolist() == [-1.0, 1.0]
     assert not group_advantages(rewards, "batch", torch.zeros(3).bool()).any()
+
+
+def test_completions_that_could_not_be_scored_are_in_no_mean():
+    rewards, known = torch.tensor([[1.0, -1.0, 0.0, -1.0]] * 2), torch.tensor([[True, True, False, True]] * 2)
+    kept = torch.ones(2).bool()
+    center = group_advantages(rewards, "center", kept, known)
+    torch.testing.assert_close(center[0], torch.tensor([4 / 3, -2 / 3, 0.0, -2 / 3], dtype=torch.float64))
+    for kind in ("group", "batch"):
+        alone = group_advantages(rewards[:, [0, 1, 3]], kind, kept)
+        torch.testing.assert_close(group_advantages(rewards, kind, kept, known)[:, [0, 1, 3]], alone)
