@@ -46,6 +46,7 @@ class Ground:
 
 
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
+_TAUGHT = {"sft": {"loss_weight": "none"}}  # as `benchmarks/make_models.py` teaches
 TASKS = {
     "arithmetic_steps": Ground(
         {"min_operations": 3, "max_operations": 4, "max_number": 9, "max_value": 50},
@@ -53,6 +54,7 @@ TASKS = {
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
         checkpoints=SMALL,
+        own=_TAUGHT,
         taught={"max_operations": 3, "max_number": 9, "max_value": 50},
     ),
     "countdown_small": Ground(
@@ -61,6 +63,7 @@ TASKS = {
         block=8,
         rewards=("countdown_small", "countdown_small:tries"),
         checkpoints=SMALL,
+        own=_TAUGHT,
     ),
     "few_clue_sudoku": Ground(
         {"max_clues": 3},
@@ -318,7 +321,7 @@ class Run:
         """The trainer's settings, but for those of where and how it runs."""
         line, ground = LINES[self.algorithm], self.ground
         if self.algorithm == "sft":
-            return dict(line.settings)
+            return {**line.settings, **ground.own.get("sft", {})}
         own = {**line.settings, **ground.own.get(self.algorithm, {}), **VARIANTS.get(self.name, ("", {}))[1]}
         tokens = own.pop("tokens_per_step", TRAINED)
         given: dict[str, Any] = {
