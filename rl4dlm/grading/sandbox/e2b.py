@@ -1,8 +1,8 @@
 """Programs run in the cloud of E2B, whose package `e2b-code-interpreter` is an extra.
 
-Owns the calls of that package. Each script is a command in a sandbox of its own, which is made for it and ended with it,
-so that no program meets what another has left behind. The account's key is in the environment variable `E2B_API_KEY`,
-which the package reads.
+Owns the calls of that package. Each script is a command in a sandbox of its own, which is made for it and ended with
+it, so that no program meets what another has left behind. The account's key is in the environment variable
+`E2B_API_KEY`, which the package reads.
 """
 
 from __future__ import annotations
