@@ -31,15 +31,15 @@ from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer, load_task, save_deno
 CHECKPOINT = ROOT / "benchmarks" / "proving_ground" / "checkpoints" / "code"
 CANVAS, BLOCK = 40, 8
 SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "initializer_range": 0.05,
     "rope_theta": 100.0,
 }
 TAUGHT: dict[str, Any] = {"seed": 1, "size": 20_000}
 TOKEN = r"\n    |\d|'[abc]?'| ?[A-Za-z]+| ?[^\sA-Za-z0-9']|[\s\S]"
-"""A token of descriptions and programs: a word or a sign with the space before it, a digit, a quoted letter, a line break."""
+"""A token of descriptions and programs: a word or a sign with its space before it, a digit, a quoted letter, a new line."""
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rl4dlm.grading.code.verdicts import judge
 from rl4dlm.tasks.base import Task, share
 
 
@@ -41,4 +42,5 @@ class CodeTask(Task):
 
     def passed(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         """The share of tests that each completion's program passes; `None` where it cannot be judged."""
-        raise NotImplementedError
+        verdicts = judge(completions, [row.get("problem") for row in rows])
+        return [None if verdict is None else verdict.passed for verdict in verdicts]

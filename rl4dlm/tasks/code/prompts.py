@@ -26,10 +26,10 @@ EVALUATION_STYLES = ("evalplus", "d1", "complete")
 _HELPFUL = "You are a helpful assistant."
 
 _ESPO = (
-    "You are a helpful assistant. When you output code, it must be in a single fenced code block using triple backticks "
-    "(```) and the language specifier (e.g., ```python). The code block must appear as the last part of your response "
-    "and end with a newline after the closing backticks (```). Do not include any text after the code block. Do not "
-    "include extra code blocks or explanations outside the final code block."
+    "You are a helpful assistant. When you output code, it must be in a single fenced code block using triple "
+    "backticks (```) and the language specifier (e.g., ```python). The code block must appear as the last part of your "
+    "response and end with a newline after the closing backticks (```). Do not include any text after the code block. "
+    "Do not include extra code blocks or explanations outside the final code block."
 )
 
 _D1 = """You are a professional Python coding assistant.

@@ -11,6 +11,8 @@ import builtins
 from collections.abc import Sequence
 from typing import Any
 
+from rl4dlm.grading.code.rewrite import rewritten
+
 Test = dict[str, str]
 
 PYTEST = '''
@@ -34,7 +36,7 @@ class pytest:
                     pytest.approx(w, self.rel, self.abs) == f for w, f in zip(self.wanted, found))
             return math.isclose(found, self.wanted, rel_tol=self.rel, abs_tol=self.abs)
 '''
-"""Stands in the place of `import pytest`, which the sandbox may not have."""
+"""Stands in the place of `import pytest`, which the sandbox may not have, in tests that are run as a whole."""
 
 
 def asserts(sources: Sequence[str]) -> list[Test]:
@@ -89,11 +91,7 @@ def pytest_functions(source: str) -> list[Test]:
         elif isinstance(node, ast.ImportFrom) and node.module == "solution":
             continue
         elif isinstance(node, ast.Import) and any(alias.name in ("pytest", "solution") for alias in node.names):
-            others = [alias for alias in node.names if alias.name not in ("pytest", "solution")]
-            if len(others) < len(node.names) and any(alias.name == "pytest" for alias in node.names):
-                shared.append(PYTEST)
-            if others:
-                shared.append(ast.unparse(ast.Import(others)))
+            shared += [f"import {a.name}" for a in node.names if a.name != "solution" and not a.asname]
         elif not _is_main(node):
             shared.append(ast.unparse(node))
     before = "\n".join(shared)
@@ -145,12 +143,19 @@ def _of_function(node: ast.FunctionDef, before: str) -> list[Test]:
     body = [statement for statement in node.body if not _is_text(statement)]
     if calls == [f"{node.name}()"] and body and all(isinstance(statement, ast.Assert) for statement in body):
         head = f"{before}\n" if before else ""
-        return [{"source": f"{head}{ast.unparse(statement)}"} for statement in body]
+        return [_whole(f"{head}{ast.unparse(statement)}") for statement in body]
     bare = ast.FunctionDef(
         node.name, node.args, node.body, [], node.returns, node.type_comment, lineno=node.lineno, col_offset=0
     )
     source = "\n".join(part for part in (before, ast.unparse(bare)) if part)
-    return [{"source": f"{source}\n{call}"} for call in calls]
+    return [_whole(f"{source}\n{call}") for call in calls]
+
+
+def _whole(source: str) -> Test:
+    """A test as it is where values can be compared outside; else it must not need pytest itself."""
+    if "import pytest\n" in source and rewritten(source) is None:
+        source = source.replace("import pytest\n", PYTEST.lstrip("\n"), 1)
+    return {"source": source}
 
 
 def _calls(node: ast.FunctionDef) -> list[str] | None:
@@ -170,7 +175,8 @@ def _calls(node: ast.FunctionDef) -> list[str] | None:
     needed = {argument.arg for argument in node.args.args}
     if any(set(row) != needed for row in rows):
         return None
-    return [f"{node.name}({', '.join(f'{name}={value!r}' for name, value in row.items())})" for row in rows]
+    names = [argument.arg for argument in node.args.args]
+    return [f"{node.name}({', '.join(repr(row[name]) for name in names)})" for row in rows]
 
 
 def _pairs(body: Sequence[ast.stmt], entry_point: str) -> list[Test]:
@@ -186,9 +192,15 @@ def _pairs(body: Sequence[ast.stmt], entry_point: str) -> list[Test]:
     if not isinstance(inputs, list) or not isinstance(results, list) or len(inputs) != len(results) or not inputs:
         return []
     return [
-        {"call": f"{entry_point}({', '.join(map(repr, given))})", "expected": repr(wanted)}
+        {"call": f"{entry_point}({', '.join(map(repr, given))})", "expected": repr(wanted), **_tolerance(wanted)}
         for given, wanted in zip(inputs, results, strict=True)
     ]
+
+
+def _tolerance(wanted: Any) -> Test:
+    """What EvalPlus allows where a float is expected, or a list or tuple of them."""
+    floats = wanted if isinstance(wanted, list | tuple) else [wanted]
+    return {"tolerance": "1e-6"} if floats and all(isinstance(value, float) for value in floats) else {}
 
 
 def _parsed(source: str) -> ast.Module | None:

@@ -65,9 +65,9 @@ def test_humaneval_plus_has_calls_with_expected_values(tmp_path: Path) -> None:
     test = "def check(candidate):\n    inputs = [[0], [2]]\n    results = [0.0, 12.566]\n    pass\n"
     path = written(tmp_path / "h.jsonl", [{**HUMANEVAL, "test": test}])
     (row,) = load_task("humaneval_plus", path=path).rows("test")
-    assert [(test["call"], test["expected"]) for test in problem(row)["tests"]] == [
-        ("area(0)", "0.0"),
-        ("area(2)", "12.566"),
+    assert problem(row)["tests"] == [
+        {"call": "area(0)", "expected": "0.0", "tolerance": "1e-6"},
+        {"call": "area(2)", "expected": "12.566", "tolerance": "1e-6"},
     ]
 
 

@@ -105,11 +105,20 @@ if __name__ == "__main__":
         "assert f(1) == 1",
         "assert f(LIMIT) == 9",
         "test_more()",
-        "test_rows(n=1, wanted=1)",
-        "test_rows(n=2, wanted=4)",
+        "test_rows(1, 1)",
+        "test_rows(2, 4)",
         "test_raises()",
     ]
     assert sources.pytest_functions("def test(") == []
+
+
+def test_pytest_is_replaced_where_a_test_is_run_as_a_whole() -> None:
+    head = "import pytest\nfrom solution import f\n\n"
+    (test,) = sources.pytest_functions(f"{head}def test_a():\n    with pytest.raises(ValueError):\n        f(-1)\n")
+    assert test["source"].startswith("import pytest\n")  # which the grader reads, and does not run
+    body = "    while True:\n        with pytest.raises(ValueError):\n            f(-1)\n        break\n"
+    (test,) = sources.pytest_functions(f"{head}def test_b():\n{body}")
+    assert "import pytest" not in test["source"] and "class pytest:" in test["source"]
 
 
 def test_names_and_signatures_are_read_from_source() -> None:
