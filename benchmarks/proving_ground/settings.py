@@ -204,6 +204,7 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_half", {"negative_advantage_weight": 0.5}),
         **_each("diffu_grpo coupled_grpo unigrpo diffusion_gdpo espo bgpo justgrpo ebpo", "negatives_0", _ABOVE),
+        **_each("coupled_grpo espo bgpo", "negatives_0_slow", {**_ABOVE, "learning_rate": 0.67e-4}),
         **_each("spg", "negatives_mix", {"negatives": "mix"}),
         **_each("spg", "block_elbo", _BLOCKS),
         **_each("spg", "block_elbo_negatives", {**_BLOCKS, "negatives": "elbo"}),
