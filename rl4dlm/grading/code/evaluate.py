@@ -62,10 +62,10 @@ _TYPES: dict[str, type] = {
 
 
 def _bounded(make: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*values: Any) -> Any:
+    def run(*values: Any, **options: Any) -> Any:
         if sum(len(value) for value in values if hasattr(value, "__len__")) > _LONGEST:
             raise CannotEvaluateError("too long")
-        return make(*values)
+        return make(*values, **options)
 
     return run
 
