@@ -56,11 +56,6 @@ def backend() -> Backend:
     return _Local()
 
 
-def checks_run_apart() -> bool:
-    """Whether tests given as source run in a process beside the program's. A service has one process for both."""
-    return current_settings().sandbox_backend == "local"
-
-
 def require_backend() -> None:
     """Makes sure before anything is trained that programs can be run.
 
