@@ -164,7 +164,7 @@ def test_a_service_that_does_not_answer_in_time_or_at_all(service: Service, monk
 
 def test_a_batch_whose_time_is_over_asks_no_more(service: Service) -> None:
     service.delay = 0.3
-    pool.configure(workers=1)
+    pool.configure(sandbox_workers=1)
     programs = [Program(f"x = {n}", (Call("x"),)) for n in range(5)]
     found = [result.status for (result,) in run_programs(programs, limits=LIMITS, budget=0.2)]
     assert found == ["value"] + ["budget"] * 4
@@ -196,7 +196,7 @@ _EARN_NOTHING = ("exits_with_0", "equal_to_everything", "prints_passed", "patche
 
 
 def test_honest_and_dishonest_programs_at_a_service(service: Service) -> None:
-    pool.configure(workers=4)
+    pool.configure(sandbox_workers=4)
     problem = Problem(({"call": "f(3)", "expected": "10"}, {"source": "assert f(7) == 50"}), entry_point="f")
     problems = [problem] * len(_EARN_NOTHING)
     programs = [DISHONEST[name] for name in _EARN_NOTHING]
