@@ -20,7 +20,7 @@ from rl4dlm.grading.code.parse import defined_names, parse, parse_expression
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.code.rewrite import Raises, Rewritten, rewritten
 from rl4dlm.grading.code.source import free_names, runnable
-from rl4dlm.grading.sandbox.backends import checks_run_apart, run_programs
+from rl4dlm.grading.sandbox.backends import run_programs
 from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Result
 
 PASSED, FAILED, NOT_SCORABLE = "passed", "failed", "not_scorable"
@@ -78,7 +78,6 @@ class _Test(NamedTuple):
     expected: Any = None
     stdout: str | None = None
     tolerance: float | None = None
-    objects: bool = False  # whether a check needs objects of the program's, and may run in its process for that
 
 
 def judge(
@@ -181,7 +180,7 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
     if source is None:
         return _Test((), OUTSIDE)
     names = free_names(source) - trusted
-    return _Test((Check(source, tuple(sorted(names))),), APART, objects=_needs_objects(source, names))
+    return _Test((Check(source, tuple(sorted(names))),), APART)
 
 
 def _tolerance(test: dict[str, str]) -> float | None:
@@ -189,12 +188,6 @@ def _tolerance(test: dict[str, str]) -> float | None:
         return float(test["tolerance"]) if test.get("tolerance") else None
     except ValueError:
         return None
-
-
-def _needs_objects(source: str, names: set[str]) -> bool:
-    """Whether a test uses a class of the program, which by custom has a capital letter. Else it uses functions alone,
-    and nothing that a program returns may bring the test into the program's process."""
-    return any(name[:1].isupper() and not name.isupper() for name in names)
 
 
 def _verdict(problem: Problem, source: str | None, reason: str, results: Sequence[Result] | None) -> Verdict:
@@ -215,11 +208,7 @@ def _verdict(problem: Problem, source: str | None, reason: str, results: Sequenc
 
 def _judged(test: _Test, results: Sequence[Result], late: bool) -> TestVerdict:
     """Time that a program has used up by hanging is its own loss; where the batch's was over, it cannot be scored."""
-    where = test.where
-    if any(result.inside for result in results):
-        where = INSIDE
-        if not test.objects and checks_run_apart():
-            return TestVerdict(FAILED, where, "data")
+    where = INSIDE if any(result.inside for result in results) else test.where
     for result in results:
         if result.status == "lost" or (result.status == "budget" and not late):
             return TestVerdict(NOT_SCORABLE, where, result.status)

@@ -13,7 +13,6 @@ import json
 import os
 import select
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +20,19 @@ from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rl4dlm.grading.sandbox import isolation, part as parts
+from rl4dlm.grading.sandbox.frames import read_frame, write_frame
 
 if TYPE_CHECKING:
     from rl4dlm.grading.sandbox.limits import Limits
 
-STATUSES = frozenset(("value", "error", "wrong", "timeout", "memory", "output", "data", "ended", "syntax"))
+# What a part's process may say of itself, by what it was asked.
+_STATUSES = {
+    "call": ("value", "error", "memory", "data"),
+    "feed": ("value", "error", "memory"),
+    "serve": ("error", "memory", "gone"),
+    "test": ("value", "wrong", "error", "memory", "data", "gone", "inside"),
+    "inside": ("value", "wrong", "error", "memory"),
+}
 
 
 def serve(job: int, channel: int, tasks: int) -> None:
@@ -33,7 +40,7 @@ def serve(job: int, channel: int, tasks: int) -> None:
 
     Args:
         job: a stream on which `rl4dlm.grading.sandbox.frames` come and go: the request, then a frame for each part.
-        channel: a stream to the process that tests this program, or to the program that this one tests; -1 without.
+        channel: a stream between the process that holds tests and the one that holds the program; -1 without.
         tasks: of `isolation.Prepared`.
     """
     request = json.loads(read_frame(job))
@@ -138,7 +145,7 @@ class _Part:
             status, message = json.loads(header)
         except (ValueError, TypeError, RecursionError):
             return None
-        if status not in STATUSES or not isinstance(message, str):
+        if status not in _STATUSES[self.asked["kind"]] or not isinstance(message, str):
             return None
         return status, message[:1000], value
 
@@ -182,30 +189,3 @@ def send(job: int, number: int, status: str, message: str = "", value: bytes = b
     """A part's result."""
     header = json.dumps({"part": number, "status": status, "message": message}).encode()
     write_frame(job, header + b"\n" + value)
-
-
-def read_frame(handle: int) -> bytes:
-    """A message: four bytes of length, and so many bytes.
-
-    Raises:
-        EOFError: the other side has closed.
-    """
-    (length,) = struct.unpack("!I", _read(handle, 4))
-    return _read(handle, length)
-
-
-def write_frame(handle: int, text: bytes) -> None:
-    """The counterpart of `read_frame`."""
-    left = memoryview(struct.pack("!I", len(text)) + text)
-    while left:
-        left = left[os.write(handle, left) :]
-
-
-def _read(handle: int, count: int) -> bytes:
-    found = bytearray()
-    while len(found) < count:
-        more = os.read(handle, min(count - len(found), 1 << 20))
-        if not more:
-            raise EOFError("the other side has closed")
-        found += more
-    return bytes(found)

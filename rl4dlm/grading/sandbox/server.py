@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from rl4dlm.grading.sandbox import isolation, job
+from rl4dlm.grading.sandbox.frames import write_frame
 
 # What programs most often import is there when they are forked. Each module makes every fork dearer, so that what few
 # import is left to them.
@@ -131,7 +132,7 @@ class _Server:
             job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared.tasks)
             status = 0
         except BaseException as error:
-            job.write_frame(handles[0], json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+            write_frame(handles[0], json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         finally:
             os._exit(status)
 

@@ -17,7 +17,7 @@ _WORKERS = 4
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pool, "_configured", {"workers": _WORKERS})
+    monkeypatch.setattr(pool, "_configured", {"sandbox_workers": _WORKERS})
     yield
 
 
