@@ -76,9 +76,9 @@ def inputs_and_results(source: str, entry_point: str) -> list[Test]:
 def pytest_functions(source: str) -> list[Test]:
     """The tests of KodCode: functions `test_…`, with everything else in the file before each of them.
 
-    A function of assertions alone gives a test for each; so do methods of test classes. `pytest.mark.parametrize` with literals gives one for each of
-    its rows. Functions that need fixtures cannot be run without pytest and are left out, as is a file that does not
-    parse.
+    A function of assertions alone gives a test for each; so do methods of test classes. `pytest.mark.parametrize` with
+    literals gives one for each of its rows. Functions that need fixtures cannot be run without pytest and are left out,
+    as is a file that does not parse.
     """
     tree = _parsed(source)
     if tree is None:
