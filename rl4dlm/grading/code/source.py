@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rl4dlm.grading.code.parse import parse
@@ -164,6 +164,33 @@ def runnable(source: str, entry_point: str | None) -> str | None:
             for name in (name for name in names if name.startswith("test")):
                 calls.append(f"{node.name}({name!r}).debug()" if node.bases else f"{node.name}().{name}()")
     return "\n".join([*(ast.unparse(node) for node in body), *calls]) + "\n"
+
+
+def expected_first(node: ast.Compare, calls_program: Callable[[ast.expr], bool]) -> None:
+    """Has an expected value worked out before the program is called: `sorted(xs) == f(xs)`.
+
+    Then it is that of the numbers that are handed over, whatever the program makes of them.
+    """
+    left, right = node.left, node.comparators[0]
+    symmetric = len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.NotEq)
+    if symmetric and calls_program(left) and not calls_program(right):
+        node.left, node.comparators = right, [left]
+
+
+def with_expected_first(source: str, names: set[str]) -> str:
+    """The statements of a test with `expected_first` done to its comparisons.
+
+    Args:
+        source: the statements.
+        names: what of the program they use.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            expected_first(
+                node, lambda side: any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(side))
+            )
+    return ast.unparse(tree) + "\n"
 
 
 def _may_fail(node: ast.AST) -> bool:

@@ -19,7 +19,7 @@ from rl4dlm.grading.code.extract import Found, extract_program
 from rl4dlm.grading.code.parse import defined_names, parse, parse_expression
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.code.rewrite import Raises, Rewritten, rewritten
-from rl4dlm.grading.code.source import free_names, runnable
+from rl4dlm.grading.code.source import free_names, runnable, with_expected_first
 from rl4dlm.grading.sandbox.backends import run_programs
 from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Result
 
@@ -180,7 +180,7 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
     if source is None:
         return _Test((), OUTSIDE)
     names = free_names(source) - trusted
-    return _Test((Check(source, tuple(sorted(names))),), APART)
+    return _Test((Check(with_expected_first(source, names), tuple(sorted(names))),), APART)
 
 
 def _tolerance(test: dict[str, str]) -> float | None:
