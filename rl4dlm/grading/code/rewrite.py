@@ -25,6 +25,7 @@ from rl4dlm.grading.code.source import (
     bound_within,
     expected_error,
     expected_first,
+    implied_modules,
     is_immutable,
     is_print,
     straight_line,
@@ -87,6 +88,7 @@ def rewritten(source: str, entry_point: str | None = None, trusted: frozenset[st
     try:
         body = straight_line(tree, entry_point)
         test = _Test(trusted)
+        test.modules.update({name: f"__import__({name!r})" for name in implied_modules(tree)})
         test.run(body)
         return test.finished()
     except (CannotRewriteError, RecursionError):

@@ -143,6 +143,7 @@ HONEST_APART: dict[str, tuple[str, Tests]] = {
     "unittest": ("def f(x):\n    return x + 1",
                  ["import unittest\nclass TestF(unittest.TestCase):\n    def test_f(self):\n"
                   "        self.assertEqual(f(1), 2)"]),
+    "module_of_the_test": ("def f(s):\n    return s * 2", ["assert re.fullmatch('(ab)+', f('ab'))"]),
     "class_of_tests": ("def f(x):\n    return x + 1",
                        ["class TestF:\n    def test_f(self):\n        assert f(1) == 2"]),
     "objects": ("class Node:\n    def __init__(self, v, rest=None):\n        self.v, self.rest = v, rest\n"
