@@ -18,7 +18,7 @@ PROBLEM = Problem(
     entry_point="sum_list",
 ).to_json()
 
-# The cases of DiffuCoder's own tests (apple/ml-diffucoder, tests/test_code_reward.py): its rewards for program and form.
+# The cases of DiffuCoder's own tests (apple/ml-diffucoder, tests/test_code_reward.py): rewards for program and form.
 RECORDED = {
     f"Let me implement a function.\n```python\n{SUM}\n```\n": (1.0, 1.0),
     "Below is the implementation.\n```python\ndef sum_list(numbers)\n    return sum(numbers)\n```\n": (0.0, 0.5),
