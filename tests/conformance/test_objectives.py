@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,24 @@ def test_a_wrong_record_is_noticed(case: Case, tmp_path: Path):
         with pytest.raises(AssertionError):
             losses.run(altered, tmp_path)
             pytest.fail(f"{changed} was changed, and nothing noticed", pytrace=False)
+
+
+@pytest.mark.parametrize("kind", ["k1", "abs"])
+def test_divergences_that_are_refused_are_computed_as_recorded(kind: str, tmp_path: Path):
+    """Of EBPO's port; no case here has one, so that a recorded one gets a reference and the loss that follows."""
+    case = next((case for case in CASES if case.name == "ebpo_loss_b8_global"), None)
+    if case is None:
+        pytest.skip("no conformance cases")
+    bounds = case.outputs["elbo"]
+    reference = [bound - (-1) ** i * 0.25 * (i + 1) for i, bound in enumerate(bounds)]
+    apart = [a - b for a, b in zip(bounds, reference, strict=True)]
+    term = sum(abs(d) if kind == "abs" else d for d in apart) / len(apart)
+    made = replace(
+        case,
+        settings={**case.settings, "kl_loss_coef": 0.5, "kl_loss_type": kind},
+        inputs={**case.inputs, "ref_elbo": reference},
+        outputs={"elbo": bounds, "loss": case.outputs["loss"] + 0.5 * term},
+    )
+    assert losses.run(made, tmp_path).rules
+    with pytest.raises(AssertionError):
+        losses.run(replace(made, outputs={**made.outputs, "loss": case.outputs["loss"]}), tmp_path)

@@ -190,3 +190,20 @@ def test_the_page_shows_the_results_that_are_there() -> None:
 
 def test_results_are_small() -> None:
     assert all(path.stat().st_size < 6000 for path in settings.RESULTS.glob("*/*/*.json"))
+
+
+def test_every_trainer_has_its_cost_on_the_page() -> None:
+    """In positions of the files, beside diffu-GRPO's."""
+    from benchmarks.proving_ground.report import Results, cost
+
+    results = Results()
+    runs = results.runs["few_clue_sudoku", "full", "completions"]
+    lines = dict(line.split(" | ", 1) for line in cost(results).replace("| ", "", 1).split("\n| ") if "---" not in line)
+    assert set(lines) - {"positions for a completion"} == {line.title for line in settings.ALGORITHMS.values()}
+    first, other = runs["diffu_grpo"], runs["cj_grpo"]
+
+    def each(found: Any) -> float:
+        return sum(r["positions"]["with_gradient"] / r["steps"] / 64 for r in found) / len(found)
+
+    assert lines["CJ-GRPO"].split(" | ")[1:3] == [f"{each(other):.1f}", f"{each(other) / each(first):.1f}"]
+    assert lines["diffu-GRPO"].split(" | ")[2] == "1.0"
