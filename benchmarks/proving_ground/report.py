@@ -25,6 +25,8 @@ PAGE = ROOT / "docs" / "evidence.md"
 FIGURE = ROOT / "docs" / "images" / "evidence.png"
 CHEAPEST = "diffu_grpo"
 """What costs are compared with."""
+UNPAID = "lightningrl+no_speed"
+"""What a reward of speed is compared with, seed by seed."""
 SEEDS = 3
 """Fewest that a line of a table is complete with."""
 MISSING = "–"
@@ -202,18 +204,24 @@ def accuracy_over_speed(results: Results, group: Group = ("few_clue_sudoku", "fu
     names = [name for name in ("lightningrl", *QUESTIONS["speed"], "ebpo", CHEAPEST) if results.runs[group].get(name)]
     if start is None or not names:
         return NOTHING
-    rows = [["start", "", "", *(f"{found['tokens_per_forward']:.2f}" for found in [_quick(start)])]]
-    rows[0] += [_rate(start, "threshold"), _rate(start, str(TRAINED))]
+    unpaid = {found["seed"]: _quick(found) for found in results.runs[group].get(UNPAID, ())}
+    first = f"{_quick(start)['tokens_per_forward']:.2f}"
+    rows = [["start", "", first, "", _rate(start, "threshold"), "", _rate(start, str(TRAINED))]]
     for name in names:
         found = results.runs[group][name]
         given = {**LINES["lightningrl"].settings, **QUESTIONS["speed"].get(name, ("", {}))[1]}
-        paid = "yes" if given["reward_weights"][-1] and name.startswith("lightningrl") else "no"
-        gate = given.get("speed_gate", "correct") if paid == "yes" else ""
-        solved_at = (_mean(found, at("measured", "solved", s, "solved"), spread=True) for s in ("threshold", "4"))
+        paid = name.startswith("lightningrl") and bool(given["reward_weights"][-1])
+        pays = ("right answers" if given.get("speed_gate", "correct") == "correct" else "all") if paid else "no"
+        pairs = [(_quick(f), unpaid[f["seed"]]) for f in found if f["seed"] in unpaid] if paid else []
+        faster, worse = (
+            interval([scale * (mine[key] - theirs[key]) for mine, theirs in pairs], form) if pairs else ""
+            for key, scale, form in (("tokens_per_forward", 1, ".2f"), ("solved", 100, ".1f"))
+        )
         quick = _mean(found, at("measured", "solved", "threshold", "tokens_per_forward"), ".2f", spread=True)
-        rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", paid, gate, quick, *solved_at])
-    heads = ["", "paid for speed", "gate", "tokens per forward where 0.9 sure", "solved so", "solved at 4 per step"]
-    return markdown(heads, rows)
+        so, four = (_mean(found, at("measured", "solved", s, "solved"), spread=True) for s in ("threshold", "4"))
+        rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", pays, quick, faster, so, worse, four])
+    heads = ["", "paid for speed", "tokens per forward", "more than unpaid", "solved so", "points more than unpaid"]
+    return markdown([*heads, "solved at 4 per step"], rows)
 
 
 def _quick(found: Result) -> Mapping[str, Any]:
@@ -228,13 +236,13 @@ def solved(speed: str) -> Callable[[Result], float]:
     return lambda measured: measured["solved"][speed]["solved"]
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], form: str = ".1f") -> str:
     """The mean and Student's interval; of a single value no interval, of none the sign for it."""
     if not values:
         return MISSING
     if len(values) == 1:
-        return f"{values[0]:+.1f} (one seed)"
-    return f"{mean(values):+.1f} ± {student_half(values):.1f}"
+        return f"{values[0]:+{form}} (one seed)"
+    return f"{mean(values):+{form}} ± {student_half(values):{form}}"
 
 
 def _rate(found: Result, speed: str) -> str:

@@ -207,3 +207,24 @@ def test_every_trainer_has_its_cost_on_the_page() -> None:
 
     assert lines["CJ-GRPO"].split(" | ")[1:3] == [f"{each(other):.1f}", f"{each(other) / each(first):.1f}"]
     assert lines["diffu-GRPO"].split(" | ")[2] == "1.0"
+
+
+def test_what_the_page_says_of_speed_and_of_values() -> None:
+    """Runs that are paid for speed are faster and less often right than the unpaid one of their seed."""
+    from benchmarks.proving_ground.report import UNPAID, Results
+
+    results, group = Results(), ("few_clue_sudoku", "full", "completions")
+    runs = results.runs[group]
+    quick = {
+        name: {found["seed"]: found["measured"]["solved"]["threshold"] for found in runs[name]}
+        for name in ("lightningrl", "lightningrl+published_sum", UNPAID)
+    }
+    for name in ("lightningrl", "lightningrl+published_sum"):
+        assert set(quick[name]) >= {0, 1, 2}
+        for seed in (0, 1, 2):
+            mine, theirs = quick[name][seed], quick[UNPAID][seed]
+            assert mine["tokens_per_forward"] > theirs["tokens_per_forward"] and mine["solved"] < theirs["solved"]
+    gains = {n: results.gains(group, n) for n in ("tracerl", *settings.QUESTIONS["values"])}
+    assert all(len(each) >= 3 for each in gains.values())
+    low = min(gains["tracerl"])
+    assert all(min(each) < max(gains["tracerl"]) and max(each) > low for each in gains.values()), "they overlap"
