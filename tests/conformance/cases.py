@@ -114,8 +114,6 @@ class Case:
             return "rewards"
         if "table" in self.outputs:
             return "counts"
-        if self.family == "ebpo" and self._prompts_end_in_a_block:
-            return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -136,7 +134,7 @@ class Case:
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
 
     @property
-    def _prompts_end_in_a_block(self) -> bool:
+    def prompts_end_in_a_block(self) -> bool:
         """Whether the blocks of prompts, from their start, are others than those counted back from the response."""
         length = self.settings["block_length"]
         return self.settings["block_origin"] == "response" and any(sum(m) % length for m in self.inputs["prompt_mask"])

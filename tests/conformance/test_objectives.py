@@ -9,6 +9,7 @@ import pytest
 
 from tests.conformance import losses, report
 from tests.conformance.cases import Case, load_cases
+from tests.conformance.losses.ebpo import GRID, by_its_grid
 from tests.conformance.losses.tools import disturbed
 
 CASES = [case for case in load_cases() if not case.not_covered and case.kind == "objective"]
@@ -56,3 +57,14 @@ def test_divergences_that_are_refused_are_computed_as_recorded(kind: str, tmp_pa
     assert losses.run(made, tmp_path).rules
     with pytest.raises(AssertionError):
         losses.run(replace(made, outputs={**made.outputs, "loss": case.outputs["loss"]}), tmp_path)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.family == "ebpo"])
+def test_the_ports_own_blocks_give_what_is_recorded_on_any_grid(case: Case):
+    """The rule for prompts that end in a block holds where they end on the grid as well, and so is no rule there."""
+    assert by_its_grid(case).rules == {GRID}
+    wrong = [(name, altered) for name, altered in disturbed(case) if "first8" not in name]  # less than norms allow
+    for changed, altered in wrong[:: max(1, len(wrong) // 4)]:
+        with pytest.raises(AssertionError):
+            by_its_grid(altered)
+            pytest.fail(f"{changed} was changed, and nothing noticed", pytrace=False)
