@@ -77,8 +77,10 @@ SIGNATURES = {
     "available_schedules": "",
     "branch_row_ids": "parents steps branches",
     "check_adapter": "model peft_config",
+    "completion_texts": "tokenizer rollout spec",
     "convert": "source target form revision mask_token_id block_length",
     "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress",
+    "encode_prompt": "tokenizer prompt chat_template_kwargs options",
     "load_denoiser": (
         "path dtype device attn_implementation quantization_config revision mask_token_id block_length kwargs"
     ),
@@ -86,6 +88,9 @@ SIGNATURES = {
     "load_rewards": "names",
     "load_task": "name options",
     "load_tokenizer": "path revision mask_token_id",
+    "log_likelihood": (
+        "model prompts continuations tokenizer estimator num_views block_length seed batch_rows chat_template_kwargs"
+    ),
     "save_denoiser": "model path tokenizer form",
     "tiny_a2d_llama": "sizes",
     "tiny_a2d_qwen2": "sizes",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from rl4dlm.evaluation.intervals import wilson_interval
+from rl4dlm.evaluation.likelihood import LogLikelihoods, log_likelihood
 from rl4dlm.evaluation.machine import machine, versions
-from rl4dlm.evaluation.measure import evaluate
+from rl4dlm.evaluation.measure import completion_texts, evaluate
 from rl4dlm.evaluation.results import EvaluationResult, Measurement, write_results
 from rl4dlm.tasks.prompts import encode_prompt
 
 __all__ = [
     "EvaluationResult",
+    "LogLikelihoods",
     "Measurement",
+    "completion_texts",
     "encode_prompt",
     "evaluate",
+    "log_likelihood",
     "machine",
     "versions",
     "wilson_interval",
