@@ -126,19 +126,13 @@ def log_likelihood(
             found |= zip(part, _scores(model, spec, chosen, part, seed, batch_rows), strict=True)
     finally:
         model.train(was_training)
-    inner = chosen.inner if isinstance(chosen, UniformNoise) else chosen
-    kind = OTHER
-    if isinstance(inner, LeftToRight) and inner.tokens_per_view == 1:
-        kind = EXACT
-    elif isinstance(inner, ELBO | BlockELBO) and not inner.reweighted:
-        kind = BOUND
     return LogLikelihoods(
         values=[found[pair][0] for pair in pairs],
         standard_errors=[found[pair][1] for pair in pairs],
         tokens=[len(pair[1]) for pair in pairs],
         estimator=name,
         settings=asdict(chosen),  # type: ignore[call-overload]
-        kind=kind,
+        kind=kind_of(chosen),
     )
 
 
@@ -186,6 +180,14 @@ def named_estimator(
     if spec.noise == "uniform":
         found = UniformNoise(found, int(model.config.get_text_config().vocab_size))
     return found, name
+
+
+def kind_of(estimator: Estimator) -> str:
+    """What its values are; see `LogLikelihoods`."""
+    inner = estimator.inner if isinstance(estimator, UniformNoise) else estimator
+    if isinstance(inner, LeftToRight) and inner.tokens_per_view == 1:
+        return EXACT
+    return BOUND if isinstance(inner, ELBO | BlockELBO) and not inner.reweighted else OTHER
 
 
 def request_key(*parts: Sequence[int] | str | int) -> int:
