@@ -39,7 +39,10 @@ def add_lm_eval_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the tasks, prints lm-eval's table and writes its results."""
-    harness = require("lm_eval", extra="lm-eval", purpose="rl4dlm lm-eval")
+    require("lm_eval", extra="lm-eval", purpose="rl4dlm lm-eval")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable, make_table
     from rich.console import Console
 
     from rl4dlm.cli.arguments import mapping
@@ -63,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not Path(folder).is_dir():
             raise ValueError(f"include-path={folder!r} is no folder")
     names = listed("tasks", arguments.tasks)
-    manager = harness.tasks.TaskManager(include_path=arguments.include_path)
+    manager = TaskManager(include_path=arguments.include_path)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ValueError(f"tasks={arguments.tasks!r}: lm-eval has no task {unknown[0]!r}; name a folder of your own "
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_rows=arguments.batch_rows or BATCH_ROWS,
         chat_template_kwargs=template,
     )
-    results = harness.simple_evaluate(
+    results = simple_evaluate(
         model=denoiser,
         tasks=names,
         num_fewshot=arguments.num_fewshot,
@@ -99,9 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         numpy_random_seed=None,
         torch_random_seed=None,
     )
-    Console().print(harness.utils.make_table(results), markup=False, soft_wrap=True)
+    Console().print(make_table(results), markup=False, soft_wrap=True)
     if arguments.output is not None:
-        written = json.dumps(results, indent=2, default=harness.utils.handle_non_serializable, ensure_ascii=False)
+        written = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         write_text(arguments.output, written + "\n")
         console.print(f"written to {arguments.output}")
     return 0

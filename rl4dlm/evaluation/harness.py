@@ -204,8 +204,7 @@ class DiffusionLM(TemplateLM):
 
     def _completions(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
         config, most, until = self._settings(settings)
-        strings = StopStrings(self.tokenizer.decode, tuple(until)) if until else None
-        stop = None if strings is None and most is None else _Ends(strings, most)
+        stop, strings = self._stop(until, most)
         limit = self._positions
         prompts, keys, seen = [], [], Counter[tuple[str, tuple[int, ...]]]()
         for request in requests:
@@ -220,6 +219,22 @@ class DiffusionLM(TemplateLM):
             text = self.tokenizer.decode([token for token in row if token not in ends], skip_special_tokens=True)
             texts.append(text if strings is None else strings.cut(text))
         return texts
+
+    def _stop(self, until: Sequence[str], most: int | None) -> tuple[Stop | None, StopStrings | None]:
+        """Where rows end, and the texts that what is shown is cut at.
+
+        A text that spells out a special token is looked for with these, all others without: the letters of a special
+        token's name are no text.
+        """
+        named = [text for text in until if any(token in text for token in self.tokenizer.all_special_tokens)]
+        plain = [text for text in until if text not in named]
+        shown, stops = None, list[Stop]()
+        if plain:
+            shown = StopStrings(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True), tuple(plain))
+            stops.append(shown)
+        if named:
+            stops.append(StopStrings(self.tokenizer.decode, tuple(named)))
+        return _Ends(tuple(stops), most) if stops or most is not None else None, shown
 
     def _settings(self, given: dict[str, Any]) -> tuple[DecodingConfig, int | None, list[str]]:
         """What a task's generation settings make of the decoding: the settings, the most tokens, where to stop."""
@@ -263,13 +278,13 @@ class DiffusionLM(TemplateLM):
 
 @dataclass(frozen=True)
 class _Ends:
-    """A row ends with one of some texts, or with so many tokens."""
+    """A row ends at the first of some ends, or with so many tokens."""
 
-    strings: Stop | None
+    stops: tuple[Stop, ...]
     most: int | None
 
     def __call__(self, ids: Sequence[int]) -> int | None:
-        place = None if self.strings is None else self.strings(ids)
+        places = [place for place in (stop(ids) for stop in self.stops) if place is not None]
         if self.most is not None and len(ids) >= self.most:
-            return self.most if place is None else min(place, self.most)
-        return place
+            places.append(self.most)
+        return min(places, default=None)

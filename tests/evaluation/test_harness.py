@@ -16,6 +16,7 @@ from rl4dlm.models.loading import save_denoiser
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from rl4dlm.evaluation.harness import DiffusionLM  # noqa: E402
 
@@ -78,8 +79,8 @@ def completions(model, prompts, **settings):
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rollout.completion_ids]
 
 
-def test_a_task_gives_the_engines_own_numbers(denoiser, local_tasks, model, global_rng_untouched):
-    manager = lm_eval.tasks.TaskManager(include_path=str(local_tasks), include_defaults=False)
+def test_a_task_gives_the_engines_own_numbers(denoiser, local_tasks, model):
+    manager = TaskManager(include_path=str(local_tasks), include_defaults=False)
     results = lm_eval.simple_evaluate(
         model=denoiser,
         tasks=["local_generation", "local_choice"],
@@ -112,7 +113,7 @@ def requests(kind, arguments):
     return [Instance(kind, {}, pair, i, ("t", i, 1)) for i, pair in enumerate(arguments)]
 
 
-def test_other_requests_and_their_order_change_nothing(denoiser, model):
+def test_other_requests_and_their_order_change_nothing(denoiser, model, global_rng_untouched):
     sampled = {"until": ["\n"], "do_sample": True, "temperature": 1.0}
     asked = [*((q, sampled) for q in QUESTIONS), (QUESTIONS[0], sampled), ("x", {"until": ["a"], "max_gen_toks": 3})]
     whole = denoiser.generate_until(requests("generate_until", asked))
@@ -134,6 +135,16 @@ def test_other_requests_and_their_order_change_nothing(denoiser, model):
     again = denoiser.loglikelihood(requests("loglikelihood", [pairs[i] for i in chosen]), disable_tqdm=True)
     assert [value for value, _ in again] == pytest.approx([values[i][0] for i in chosen], abs=1e-9)
     assert [greedy for _, greedy in again] == [values[i][1] for i in chosen]
+
+
+def test_special_tokens_end_rows_where_they_are_named_and_their_letters_do_not(denoiser):
+    tokenizer = tiny_tokenizer()
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    stop, strings = denoiser._stop(["s", "<|user|>"], 5)
+    ids = tokenizer.encode
+    assert stop([*ids("ab"), user, *ids("c")]) == 3  # named as a whole
+    assert stop([*ids("ab"), tokenizer.convert_tokens_to_ids("<|system|>")]) is None  # spelled with an s
+    assert stop(ids("abs")) == 3 and stop(ids("abcdefg")) == 5 and strings.cut("abs") == "ab"
 
 
 @pytest.mark.parametrize("make", [tiny_llada, tiny_sdar])
