@@ -6,6 +6,7 @@ from rl4dlm.evaluation.intervals import wilson_interval
 from rl4dlm.evaluation.likelihood import LogLikelihoods, log_likelihood
 from rl4dlm.evaluation.machine import machine, versions
 from rl4dlm.evaluation.measure import completion_texts, evaluate
+from rl4dlm.evaluation.pass_at import PassAt
 from rl4dlm.evaluation.results import EvaluationResult, Measurement, write_results
 from rl4dlm.tasks.prompts import encode_prompt
 
@@ -13,6 +14,7 @@ __all__ = [
     "EvaluationResult",
     "LogLikelihoods",
     "Measurement",
+    "PassAt",
     "completion_texts",
     "encode_prompt",
     "evaluate",
