@@ -1,4 +1,5 @@
-"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `lm-eval` runs tasks of that
+"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `compare` sets two
+measurements against each other, `lm-eval` runs tasks of that
 harness, `decode` shows it at work, `filter` keeps prompts that it can learn from, `convert` changes its form, `merge`
 puts an adapter into its base, `env` says what is installed.
 
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import rl4dlm
+from rl4dlm.cli.compare import add_compare_parser
 from rl4dlm.cli.convert import add_convert_parser
 from rl4dlm.cli.decode import add_decode_parser
 from rl4dlm.cli.env import add_env_parser
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         add_train_parser,
         add_eval_parser,
+        add_compare_parser,
         add_lm_eval_parser,
         add_decode_parser,
         add_filter_parser,
