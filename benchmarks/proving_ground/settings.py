@@ -46,7 +46,14 @@ class Ground:
 
 
 SMALL = {kind: f"benchmarks/proving_ground/checkpoints/{kind}" for kind in ("full", "shifted", "block")}
-_TAUGHT = {"sft": {"loss_weight": "none"}}  # as `benchmarks/make_models.py` teaches
+_LANGUAGE = {
+    "sft": {"loss_weight": "none"},  # as `benchmarks/make_models.py` teaches
+    # What is below the baseline teaches here too: without it validation rows are lost, see `--variants negatives`.
+    **{
+        name: {"negative_advantage_weight": 1.0}
+        for name in ["coupled_grpo", "unigrpo", "diffusion_gdpo", "espo", "bgpo", "justgrpo", "dream_coder_rl", "ebpo"]
+    },
+}
 TASKS = {
     "arithmetic_steps": Ground(
         {"min_operations": 3, "max_operations": 4, "max_number": 9, "max_value": 50},
@@ -54,7 +61,7 @@ TASKS = {
         block=8,
         rewards=("arithmetic_steps", "arithmetic_steps:steps"),
         checkpoints=SMALL,
-        own=_TAUGHT,
+        own=_LANGUAGE,
         taught={"max_operations": 3, "max_number": 9, "max_value": 50},
     ),
     "countdown_small": Ground(
@@ -63,7 +70,7 @@ TASKS = {
         block=8,
         rewards=("countdown_small", "countdown_small:tries"),
         checkpoints=SMALL,
-        own=_TAUGHT,
+        own=_LANGUAGE,
     ),
     "few_clue_sudoku": Ground(
         {"max_clues": 3},
@@ -196,7 +203,8 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_half", {"negative_advantage_weight": 0.5}),
-        **_each("diffu_grpo", "negatives_0", {"negative_advantage_weight": 0.0}),
+        **_each("diffu_grpo coupled_grpo unigrpo diffusion_gdpo espo bgpo justgrpo ebpo", "negatives_0", _ABOVE),
+        **_each("coupled_grpo espo bgpo", "negatives_0_slow", {**_ABOVE, "learning_rate": 0.67e-4}),
         **_each("spg", "negatives_mix", {"negatives": "mix"}),
         **_each("spg", "block_elbo", _BLOCKS),
         **_each("spg", "block_elbo_negatives", {**_BLOCKS, "negatives": "elbo"}),

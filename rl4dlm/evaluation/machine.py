@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +38,30 @@ def versions() -> dict[str, str]:
         "rl4dlm": rl4dlm.__version__,
         **{name: metadata.version(name) for name in PACKAGES},
     }
+
+
+def commit() -> str | None:
+    """The commit that this library is of: that of an installation from a repository, or of a checkout; None: unknown.
+
+    A checkout with changes that are not committed has `+` behind it.
+    """
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        origin = json.loads(metadata.distribution("rl4dlm").read_text("direct_url.json") or "{}")
+        if found := origin.get("vcs_info", {}).get("commit_id"):
+            return str(found)
+    checkout = Path(rl4dlm.__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_model() -> str:

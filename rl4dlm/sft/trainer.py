@@ -54,6 +54,7 @@ from rl4dlm.sft.data import (
     until_end,
 )
 from rl4dlm.sft.settings import AdaptationSettings
+from rl4dlm.tracking.trackers import TrackerSettings
 from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
@@ -90,7 +91,7 @@ _NOT_SUPPORTED = {
 
 
 @dataclass
-class DiffusionSFTConfig(AdaptationSettings, SFTConfig):
+class DiffusionSFTConfig(AdaptationSettings, TrackerSettings, SFTConfig):
     """Settings of masked SFT: those of `trl.SFTConfig` and of `AdaptationSettings`, with these added.
 
     Args:

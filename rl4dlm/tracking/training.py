@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tracking.page import write_page
-from rl4dlm.tracking.replay import make_replay
+from rl4dlm.tracking.replay import Replay, make_replay
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class TrainingReplays:
 
     def __init__(self, output_dir: str | os.PathLike[str], rows: int, keep: int | None = None) -> None:
         self.output_dir, self.rows, self.keep = Path(output_dir), rows, keep
+        self.shown: Callable[[Path, Replay, int], None] | None = None
+        """Is given each page that was written, its replay, and the step."""
         self._warned = False
         self._held: tuple[Rollout, Any, Mapping[int, Mapping[str, str]], int] | None = None
 
@@ -52,7 +54,10 @@ class TrainingReplays:
         self._held = None
         rows = range(min(self.rows, len(rollout)))
         with self.going_on():
-            write_page(self.output_dir / _page(step), make_replay(rollout, tokenizer, rows=rows, notes=notes))
+            replay = make_replay(rollout, tokenizer, rows=rows, notes=notes)
+            write_page(self.output_dir / _page(step), replay)
+            if self.shown is not None:
+                self.shown(self.output_dir / _page(step), replay, step)
 
     @contextmanager
     def going_on(self) -> Iterator[None]:

@@ -23,7 +23,9 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import has_length
 from trl import GRPOConfig, GRPOTrainer
 
+from rl4dlm.evaluation.machine import commit, machine, versions
 from rl4dlm.files import writing
+from rl4dlm.tracking.trackers import Trackers
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.manifest import (
     CheckpointError,
@@ -68,7 +70,8 @@ _OF_THE_BATCH = (
     "reward_weights", "mask_truncated_completions", "disable_dropout", "model_init_kwargs",
 )  # fmt: skip
 _NO_MATTER = (
-    "one_view", "log_replays", "rollout_batch_size", "max_prompt_length", "overlong_prompts", "audit_share",
+    "one_view", "log_replays", "run_group", "run_tags",
+    "rollout_batch_size", "max_prompt_length", "overlong_prompts", "audit_share",
     "audit_bound", "audit_action", "rollout_correction", "rollout_correction_clip_max",
     "rollout_compile", "clip",
 )  # fmt: skip
@@ -102,11 +105,23 @@ class CheckpointingTrainer(Trainer):
         if self._stop_on_signal is None:
             self._stop_on_signal = StopOnSignal()
             self.add_callback(self._stop_on_signal)
+            self._follow_in_trackers()
         folder = self._folder_to_resume(resume_from_checkpoint)
         try:
             return super().train(folder, *args, **kwargs)
         finally:
             self._stop_on_signal.release()
+
+    def tracked_facts(self) -> dict[str, Any]:
+        """What trackers are told of the run beside its settings, as entries `rl4dlm/...` of its configuration."""
+        return {"trainer": type(self).__name__, "machine": machine(), "versions": versions(), "commit": commit()}
+
+    def _follow_in_trackers(self) -> None:
+        trackers = Trackers(self, self.tracked_facts)
+        self.callback_handler.callbacks.insert(0, trackers)  # before those that begin runs in trackers
+        replays = getattr(self, "_replays", None)
+        if replays is not None:
+            replays.shown = trackers.show
 
     def _folder_to_resume(self, wanted: Any) -> str | None:
         found: list[Any] = [None, None]

@@ -17,6 +17,7 @@ from rl4dlm.likelihood.masks import check_choice, check_scope
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.compiling import check_backend
 from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.tracking.trackers import TrackerSettings
 from rl4dlm.training.audit_settings import AuditSettings, check_audit
 from rl4dlm.training.clip_settings import ClipSettings, check_clip
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
@@ -71,7 +72,7 @@ OWN_LOSS = {
 
 
 @dataclass
-class DiffusionPolicyConfig(AuditSettings, ClipSettings, GRPOConfig):
+class DiffusionPolicyConfig(AuditSettings, ClipSettings, TrackerSettings, GRPOConfig):
     """Settings of a `DiffusionPolicyTrainer`: those of `trl.GRPOConfig`, with these added or changed.
 
     `temperature`, `top_p`, `top_k`, `seed` and `max_completion_length` (the canvas) keep TRL's names. TRL's settings

@@ -18,7 +18,6 @@ from typing import Any
 import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
-from trl.trainer.utils import print_prompt_completions_sample
 
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.models.attention import BLOCK_KINDS
@@ -29,7 +28,6 @@ from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.state import State
 from rl4dlm.tasks.prompts import encode_prompt
-from rl4dlm.tracking.printable import printable_entries
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.auditing import AuditingTrainer
 from rl4dlm.training.batch import BatchTrainer
@@ -46,6 +44,7 @@ from rl4dlm.training.contract import check_contract
 from rl4dlm.training.credit.credit import Credit
 from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
+from rl4dlm.training.logs import LoggingTrainer
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.metrics import rollout_metrics
 from rl4dlm.training.model_card import base_name, model_card
@@ -65,20 +64,19 @@ check_contract(
         "create_model_card": ["model_name", "dataset_name", "tags"],
         "_log_metric": ["name", "value"],
         "_log_completion_extra": ["column", "values"],
-        "log": ["logs", "start_time"],
     },
-    attributes=["_entropy_bonus_enabled", "_logs", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
+    attributes=["_entropy_bonus_enabled", "_step", "_tokenizer", "aux_loss_enabled", "beta", "chat_template",
         "chat_template_kwargs", "eos_token_ids", "num_iterations", "top_entropy_quantile",
     ],
     module=grpo,
-    names=["create_model_from_path", "print_prompt_completions_sample"],
+    names=["create_model_from_path"],
 )  # fmt: skip
 
 _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation batches never meet
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
 
 
-class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
+class DiffusionPolicyTrainer(LoggingTrainer, AuditingTrainer, BatchTrainer):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
@@ -142,7 +140,6 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         self._rewards_per_func: Tensor | None = None
         self._replaced_rows: list[int] = []
         self._eval_rows = 0
-        self._eval_prefix = "eval"
         self._replays = TrainingReplays(args.output_dir, args.log_replays, args.log_total_limit)
         # TRL's beta is that of a reference model, which a KL term to the old policy does without.
         beta = args.beta if args.kl_target == "reference" else 0.0
@@ -393,35 +390,6 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
         )
         Path(self.args.output_dir, "README.md").write_text(text, encoding="utf-8")
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' evaluation loop; numbers its rows from zero."""
-        self._eval_rows = 0
-        return super().evaluation_loop(*args, **kwargs)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Transformers', where each of several evaluation sets logs metrics of its own, e.g. `eval_easy_reward`."""
-        with swapped(self, "_eval_prefix", metric_key_prefix):
-            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, which also writes the table of completions; the replays that it links to are written before.
-
-        What a model wrote is printed with its control characters escaped, and a full disk does not end training.
-        """
-        if not self.model.training and self._eval_prefix.startswith("eval_"):  # TRL prefixes "eval_" whatever the set
-            of_set, collected = self._eval_prefix.removeprefix("eval_"), self._metrics["eval"]
-            for name in list(collected):
-                collected[f"{of_set}_{name}"] = collected.pop(name)
-        self._replays.write()
-        with self._replays.going_on(), swapped(grpo, "print_prompt_completions_sample", _print_table):
-            super().log(logs, start_time)
-        self._metrics["train" if self.model.training else "eval"].clear()  # also where the table was not written
-        if self.accelerator.is_main_process:
-            self._replays.prune()
-
     def _check_sharded(self) -> None:
         if self._sharded and self.spec.noise == "uniform":
             raise ValueError(
@@ -431,14 +399,9 @@ class DiffusionPolicyTrainer(AuditingTrainer, BatchTrainer):
             )
 
 
-def _print_table(prompts: Any, completions: Any, rewards: Any, advantages: Any, *args: Any, **kwargs: Any) -> None:
-    extra = printable_entries(kwargs.pop("extra", None))
-    shown = (printable_entries(value) for value in (prompts, completions, rewards))
-    print_prompt_completions_sample(*shown, advantages, *args, extra=extra, **kwargs)
-
-
 def _roll_out(prompts: list[Any], trainer: DiffusionPolicyTrainer) -> dict[str, Any]:
     """TRL's rollout hook. A function, since a bound method would tie the trainer to itself."""
     rollout = trainer.rollout(prompts)
     trainer._current_rollout = rollout
+    trainer._table_is_new = True
     return {"prompt_ids": rollout.prompt_ids, "completion_ids": rollout.completion_ids, "logprobs": None}

@@ -47,11 +47,13 @@ def test_logged_completions_lead_to_their_replays(make_trainer: Any, tmp_path: P
     ]
 
 
-def test_a_batch_that_is_used_for_several_steps_has_one_replay(make_trainer: Any, tmp_path: Path) -> None:
+def test_a_batch_that_is_used_for_several_steps_has_one_replay_and_one_table(make_trainer: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     make_trainer(**BASE, max_steps=4, num_iterations=2).train()
-    assert logged(folder, 1)["replay"].tolist() == logged(folder, 2)["replay"].tolist()
-    assert logged(folder, 4)["replay"][1] == "replays/step_00003.html#row-1"
+    assert [logged(folder, step)["replay"][1] for step in (1, 3)] == [
+        f"replays/step_{step:05d}.html#row-1" for step in (1, 3)
+    ]
+    assert len(list((folder / "completions").iterdir())) == 2
     assert sorted(path.name for path in (folder / "replays").iterdir()) == ["step_00001.html", "step_00003.html"]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import rl4dlm
+
 wandb = pytest.importorskip("wandb")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -71,31 +73,81 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def test_an_offline_run_holds_settings_metrics_and_completions(
-    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer = make_trainer(report_to="wandb", log_completions=True, max_steps=2, schedule_args={})
-    try:
-        trainer.train()
-    finally:
-        wandb.finish()
-        wandb.teardown()  # which waits for the process that writes the file
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    yield
+    ended()
+
+
+def ended() -> None:
+    """No run is left, and the process that writes the files is done."""
+    wandb.finish()
+    wandb.teardown()
+
+
+def runs(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*"))
+
+
+def contents(run: Path) -> tuple[set[str], dict[str, Any], Any]:
+    """Names of what was logged, the configuration, and the last record of the run itself."""
     (file,) = run.glob("run-*.wandb")
     names: set[str] = set()
     settings: dict[str, Any] = {}
+    itself = None
     for record in records(file):
         for item in record.history.item:
             names.add(item.key or ".".join(item.nested_key))
         for update in (record.config.update, record.run.config.update):
             settings.update({item.key: json.loads(item.value_json) for item in update if item.key})
+        itself = record.run if record.run.run_id else itself
+    return names, settings, itself
+
+
+def test_an_offline_run_holds_settings_metrics_and_completions(make_trainer: Any, tmp_path: Path) -> None:
+    given = {"log_replays": 2, "run_group": "seeds", "run_tags": ["tried"]}
+    trainer = make_trainer(report_to="wandb", log_completions=True, max_steps=2, schedule_args={}, **given)
+    trainer.train()
+    ended()
+    (run,) = runs(tmp_path)
+    names, settings, itself = contents(run)
     assert {name for name in names if name.startswith("train/")} == METRICS
     assert settings["p_mask_prompt"] == 0.15 and settings["schedule"] == "low_confidence"
     assert settings["num_iterations"] == 2 and settings["max_completion_length"] == 8
     tables = sorted((run / "files" / "media" / "table").glob("completions_*.table.json"))
+    assert len(tables) == 1  # two steps on one batch
     table = json.loads(tables[0].read_text())
-    assert table["columns"] == ["step", "prompt", "completion", "reward", "nfe", "stop_reason", "advantage"]
+    assert table["columns"] == ["step", "prompt", "completion", "reward", "nfe", "replay", "stop_reason", "advantage"]
     assert len(table["data"]) == 8
+
+    assert settings["rl4dlm/trainer"] == "RecordingTrainer" and settings["rl4dlm/estimator"] == "MeanField"
+    assert settings["rl4dlm/rewards"] == {"reward": 1.0}
+    assert settings["rl4dlm/versions"]["rl4dlm"] == rl4dlm.__version__ and "cpu" in settings["rl4dlm/machine"]
+    assert "rl4dlm/commit" in settings
+    assert itself.run_group == "seeds" and list(itself.tags) == ["tried"]
+    (page,) = (run / "files" / "media" / "html").glob("replay_*.html")
+    (written,) = (Path(trainer.args.output_dir) / "replays").glob("step_*.html")
+    assert page.read_text() == written.read_text()
+
+
+def test_a_resumed_run_goes_on_as_the_one_it_was(make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer(report_to="wandb", max_steps=2, save_steps=2, save_strategy="steps").train()
+    ended()
+    make_trainer(report_to="wandb", max_steps=4, save_strategy="no").train(resume_from_checkpoint=True)
+    ended()
+    make_trainer(report_to="wandb", max_steps=1, save_strategy="no").train()
+    ended()
+    first, second, other = (contents(run)[2].run_id for run in runs(tmp_path))
+    assert first == second != other
+
+
+def test_a_run_of_the_users_own_is_used(make_trainer: Any, tmp_path: Path) -> None:
+    wandb.init(project="mine", id="mine")
+    make_trainer(report_to="wandb", max_steps=1).train()
+    ended()
+    (run,) = runs(tmp_path)
+    _, settings, itself = contents(run)
+    assert itself.run_id == "mine" and settings["rl4dlm/trainer"] == "RecordingTrainer"
