@@ -1,4 +1,4 @@
-"""Datasets measured by reward functions, one token per step beside parallel decoding, and prompt styles side by side."""
+"""Datasets measured by reward functions, one token per step beside parallel decoding, prompt styles side by side."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_the_command_measures_a_dataset(model_folder, tmp_path, capsys):
     output = tmp_path / "results.json"
     assert main([*own, "--baseline", "--output", str(output)]) == 0
     shown = capsys.readouterr().out
-    assert "to baseline" in shown and "area" in shown
+    assert "baseline" in shown and "area" in shown
     (result,) = read_results(output)
     assert list(result.measurements) == ["2", "4", "1 token/step"] and result.task == "own.jsonl"
     assert result.measurements["2"].baseline == "1 token/step"
