@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rl4dlm import (
     DecodingConfig,
@@ -121,6 +122,20 @@ def test_left_to_right_is_what_the_engine_draws_with(make):
     assert found.values == pytest.approx(rollout.trace.raw_log_prob.sum(-1).tolist(), abs=1e-9)
     texts = completion_texts(tokenizer, rollout, engine.spec)
     assert [tokenizer.decode(row, skip_special_tokens=True) for row in rollout.completion_ids] == texts
+
+
+def test_an_adapter_scores_as_the_model_that_it_makes():
+    model = tiny_llada().double()
+    settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, settings).train()
+    prompts, answers = [[7, 8], [9]], [[10, 11, 12], [13]]
+    found = log_likelihood(adapted, prompts, answers, num_views=4).values
+    assert adapted.training
+    with adapted.disable_adapter():
+        bare = log_likelihood(adapted, prompts, answers, num_views=4).values
+    merged = adapted.merge_and_unload()
+    assert found == pytest.approx(log_likelihood(merged, prompts, answers, num_views=4).values, abs=1e-9)
+    assert found != pytest.approx(bare, abs=1e-6)
 
 
 def test_texts_are_encoded_together():
