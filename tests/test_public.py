@@ -81,7 +81,8 @@ SIGNATURES = {
     "convert": "source target form revision mask_token_id block_length",
     "encode_prompt": "tokenizer prompt chat_template_kwargs options",
     "evaluate": (
-        "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress pass_at baseline rewards"
+        "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress pass_at baseline "
+        "rewards"
     ),
     "load_denoiser": (
         "path dtype device attn_implementation quantization_config revision mask_token_id block_length kwargs"
