@@ -45,12 +45,16 @@ class Settings(NamedTuple):
     budget: float = 60.0  # seconds for a batch
     memory_gib: float = 4.0  # address space of a worker
     startup_seconds: float = 120.0  # for a worker to import what it runs
+    sandbox_backend: str = "local"  # who runs programs: this machine, `fusion` or `e2b`
+    sandbox_url: str = ""  # of a service that runs programs
 
 
-_configured: dict[str, float] = {}
+_PREFIX = "RL4DLM_REWARD_"
+_CHOICES = {"sandbox_backend": ("local", "fusion", "e2b")}
+_configured: dict[str, float | str] = {}
 
 
-def configure(**settings: float) -> None:
+def configure(**settings: float | str) -> None:
     """Sets fields of `Settings`; they win over the environment.
 
     `workers`, `memory_gib` and `startup_seconds` hold for pools that are made later: call this before anything is
@@ -74,7 +78,7 @@ def current_settings() -> Settings:
     """
     values: dict[str, Any] = {}
     for name, default in Settings()._asdict().items():
-        variable = f"RL4DLM_REWARD_{name.upper()}"
+        variable = f"{_PREFIX}{name.upper()}"
         text = os.environ.get(variable)
         values[name] = default
         if name in _configured:
@@ -88,9 +92,18 @@ def current_settings() -> Settings:
     return Settings(**values)
 
 
-def _check_setting(name: str, value: float) -> None:
-    whole = name.lower().endswith("workers")
-    if not (isinstance(value, int) and value >= 1 if whole else 0 < value < math.inf):
+def _check_setting(name: str, value: Any) -> None:
+    field = name.lower().removeprefix(_PREFIX.lower())
+    if isinstance(getattr(Settings(), field), str):
+        choices = _CHOICES.get(field, ())
+        if not isinstance(value, str) or (choices and value not in choices):
+            allowed = f"one of {', '.join(choices)}" if choices else "text"
+            raise ValueError(f"{name}={value!r}; it must be {allowed}")
+        return
+    whole = field == "workers"
+    if not (
+        isinstance(value, int) and value >= 1 if whole else isinstance(value, int | float) and 0 < value < math.inf
+    ):
         raise ValueError(f"{name}={value!r}; it must be {'a whole number from 1' if whole else 'positive and finite'}")
 
 

@@ -41,6 +41,11 @@ class Task(ABC):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
 
+    @property
+    def protocol(self) -> str:
+        """What a number of this task is a number of, where there are several ways to ask: for results. Else ""."""
+        return ""
+
     def dataset(self, split: str) -> Dataset:
         """`rows` as a dataset."""
         from datasets import Dataset
@@ -76,6 +81,12 @@ class Task(ABC):
         """
         verdicts = [verdict for verdict in self.check_many(completions, rows) if verdict is not None]
         return {"solved": share(sum(verdicts), len(verdicts))}
+
+    def measured(
+        self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[bool | None], dict[str, float]]:
+        """`check_many` and `metrics`; a task whose checks are costly makes both of one pass."""
+        return self.check_many(completions, rows), self.metrics(completions, rows)
 
 
 def share(part: float, whole: float) -> float:

@@ -1,0 +1,137 @@
+"""Values as text and back: how answers leave a program's process.
+
+Owns the encoding, which both sides import. Only plain data passes, and what comes out of `decode` is of the builtin
+types themselves, whatever the text says: it was written by a program that may lie.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MAX_DEPTH = 100
+_SMALL = 1 << 53  # beyond it an integer goes as hexadecimal text, which has no limit of digits
+
+
+class NotData(ValueError):
+    """A value that is not plain data, or too large or too deep."""
+
+
+def encode(value: Any, max_bytes: int) -> bytes:
+    """A value as text in JSON.
+
+    None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict keep their types; an instance of
+    a subclass becomes what it is made of, whatever its methods say; numpy's scalars become numbers.
+
+    Raises:
+        NotData: something else, deeper than `MAX_DEPTH`, or longer than `max_bytes`.
+    """
+    text = json.dumps(_pack(value, 0, [max_bytes])).encode()
+    if len(text) > max_bytes:
+        raise NotData(f"the value takes more than {max_bytes} bytes")
+    return text
+
+
+def decode(text: bytes) -> Any:
+    """The value that `encode` wrote.
+
+    Raises:
+        NotData: text that `encode` does not write.
+    """
+    try:
+        return _unpack(json.loads(text), 0)
+    except (ValueError, TypeError, RecursionError, KeyError, IndexError, OverflowError) as error:
+        raise NotData(f"no encoded value: {type(error).__name__}") from None
+
+
+def _pack(value: Any, depth: int, room: list[int]) -> Any:
+    kind = type(value)
+    room[0] -= 2  # what each costs at least: stops long before a huge value is text
+    if room[0] < 0:
+        raise NotData("the value is too large")
+    if value is None or kind is bool:
+        return value
+    if kind is float:
+        return value
+    if kind is int:
+        return value if -_SMALL < value < _SMALL else {"i": _hexadecimal(value, room)}
+    if kind is str:
+        room[0] -= len(value)
+        return value
+    if depth > MAX_DEPTH:
+        raise NotData(f"the value is nested deeper than {MAX_DEPTH}")
+    if kind is list:
+        return [_pack(item, depth + 1, room) for item in value]
+    if kind is tuple:
+        return {"t": [_pack(item, depth + 1, room) for item in value]}
+    if kind is dict:
+        return {"d": [[_pack(k, depth + 1, room), _pack(v, depth + 1, room)] for k, v in value.items()]}
+    if kind is set or kind is frozenset:
+        return {"s" if kind is set else "f": [_pack(item, depth + 1, room) for item in value]}
+    if kind is complex:
+        return {"c": [value.real, value.imag]}
+    if kind is bytes or kind is bytearray:
+        room[0] -= 2 * len(value)
+        if room[0] < 0:
+            raise NotData("the value is too large")
+        return {"b": value.hex()}
+    return _pack(_base(value), depth + 1, room)
+
+
+def _hexadecimal(value: int, room: list[int]) -> str:
+    room[0] -= value.bit_length() // 4
+    if room[0] < 0:
+        raise NotData("the value is too large")
+    return hex(value)
+
+
+def _base(value: Any) -> Any:
+    """What an instance of a subclass is made of. Its own methods are not asked, since they may say anything."""
+    if isinstance(value, int):
+        return int.__pos__(value)
+    if isinstance(value, float):
+        return float.__pos__(value)
+    if isinstance(value, complex):
+        return complex.__pos__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bytes):
+        return bytes.__add__(b"", value)
+    if isinstance(value, bytearray):
+        return bytes(bytearray.copy(value))
+    if isinstance(value, list):
+        return list.__getitem__(value, slice(None))
+    if isinstance(value, tuple):
+        return tuple(tuple.__iter__(value))
+    if isinstance(value, dict):
+        return dict(zip(dict.keys(value), dict.values(value), strict=True))
+    if isinstance(value, frozenset):
+        return frozenset(frozenset.__iter__(value))
+    if isinstance(value, set):
+        return set(set.__iter__(value))
+    if type(value).__module__ == "numpy" and callable(getattr(value, "item", None)) and not getattr(value, "shape", 1):
+        return value.item()
+    raise NotData(f"a value of type {type(value).__name__} is no plain data")
+
+
+def _unpack(packed: Any, depth: int) -> Any:
+    if packed is None or isinstance(packed, bool | int | float | str):
+        return packed
+    if depth > 2 * MAX_DEPTH:
+        raise ValueError
+    if isinstance(packed, list):
+        return [_unpack(item, depth + 1) for item in packed]
+    ((tag, content),) = packed.items()
+    if tag == "i":
+        return int(content, 16)
+    if tag == "b":
+        return bytes.fromhex(content)
+    if tag == "c":
+        real, imag = content
+        return complex(float(real), float(imag))
+    if not isinstance(content, list):
+        raise ValueError
+    if tag == "d":
+        return {_unpack(key, depth + 1): _unpack(item, depth + 1) for key, item in content}
+    makers: dict[str, Any] = {"t": tuple, "s": set, "f": frozenset}
+    return makers[tag](_unpack(item, depth + 1) for item in content)

@@ -1,0 +1,230 @@
+"""What separates a program's processes from the machine, level by level.
+
+Owns the order in which the kernel's means are put together: a private root and namespaces, Landlock, an identity
+without rights, limits, seccomp. Each step raises where the kernel refuses it; nothing goes on with less.
+
+Three processes are concerned. The *server* is prepared once (`prepare_server`). For each program it forks a *keeper*
+into namespaces of its own (`fork_keeper`, `prepare_keeper`), which never runs what a program says. The keeper forks a
+*part*'s process, which does, after `seal`: no new process, no signal to others, no more than its limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import sysconfig
+from dataclasses import dataclass
+
+from rl4dlm.grading.sandbox import kernel, landlock, seccomp
+from rl4dlm.grading.sandbox.limits import Limits
+
+NAMESPACES, LANDLOCK = "namespaces", "landlock"
+LEVELS = (NAMESPACES, LANDLOCK)
+FOLDER = "/tmp"  # the writable one, within the private root
+_NOBODY = 65534
+_PACKAGES = ("site-packages", "dist-packages")  # within the standard library's folder; not for programs
+_PER_PROGRAM = (
+    kernel.CLONE_NEWUSER | kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the server found and made, for the keepers.
+
+    Attributes:
+        level: of `LEVELS`.
+        landlock: version of Landlock's interface.
+        owner: user and group, as which keepers run in their user namespaces.
+        proc: an open `/proc`, which its own view of files has not; -1 at the level `landlock`.
+        rules: Landlock's rules at the level `landlock`, else -1.
+        tasks: processes and threads that the user has elsewhere, which count towards a program's; 0 where they do not.
+    """
+
+    level: str
+    landlock: int
+    owner: tuple[int, int]
+    proc: int = -1
+    rules: int = -1
+    tasks: int = 0
+
+
+def prepare_server(level: str) -> Prepared:
+    """Prepares the process that forks keepers.
+
+    Raises:
+        OSError: the kernel does not offer what the level needs.
+    """
+    if not kernel.supported():
+        raise OSError(f"the sandbox needs Linux on x86_64 or aarch64, this is {sys.platform} on {kernel.MACHINE}")
+    version = landlock.abi()
+    if version == 0:
+        raise OSError("the kernel has no Landlock, or it is switched off")
+    readable = _python_paths()
+    os.umask(0o077)
+    if level == LANDLOCK:
+        entries = [f"{path}/{name}" for path in readable for name in os.listdir(path) if name not in _PACKAGES]
+        rules = landlock.ruleset(version, entries)
+        _become_nobody(readable)
+        os.chdir("/")
+        return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=_tasks())
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    _private_root(proc, readable)
+    _become_nobody(("/", *readable))
+    return Prepared(level, version, (os.getuid(), os.getgid()), proc)
+
+
+def fork_keeper(prepared: Prepared) -> int:
+    """Forks into namespaces of the process's own, where the level has them; the child gets 0."""
+    if prepared.level == LANDLOCK:
+        return os.fork()
+    return kernel.clone(_PER_PROGRAM)
+
+
+def prepare_keeper(prepared: Prepared, limits: Limits) -> None:
+    """What the keeper does first: its identity, an empty folder of bounded size, and no way to another path."""
+    rules = prepared.rules
+    if prepared.level == NAMESPACES:
+        _write_maps(prepared.proc, *prepared.owner)
+        os.close(prepared.proc)
+        options = f"size={limits.folder_bytes},nr_inodes=1024,mode=0700"
+        kernel.mount("tmpfs", FOLDER, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        os.chdir(FOLDER)
+        rules = landlock.ruleset(prepared.landlock, ("/",), (FOLDER,))
+    kernel.drop_capabilities()
+    landlock.restrict(rules)
+    os.close(rules)
+    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent is gone, and ends it if that has happened.
+
+    Args:
+        parent: id that `os.getppid` must give: 0 for a parent outside the pid namespace.
+    """
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def seal(limits: Limits, tasks: int) -> None:
+    """The last step before what a program says is run. Open files must be closed before.
+
+    Args:
+        tasks: of `Prepared`.
+    """
+    soft_cpu = max(1, int(limits.cpu_seconds + 0.999))
+    wanted = {
+        resource.RLIMIT_CPU: (soft_cpu, soft_cpu + 1),
+        resource.RLIMIT_AS: (limits.memory_bytes,) * 2,
+        resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
+        resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
+        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_MEMLOCK: (0, 0),
+        resource.RLIMIT_MSGQUEUE: (0, 0),
+        resource.RLIMIT_NPROC: (limits.threads + 2 + tasks,) * 2,
+    }
+    for kind, (soft, hard) in wanted.items():
+        highest = resource.getrlimit(kind)[1]
+        if highest != resource.RLIM_INFINITY:
+            soft, hard = min(soft, highest), min(hard, highest)
+        resource.setrlimit(kind, (soft, hard))
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    seccomp.install(seccomp.program(os.getpid()))
+
+
+def _python_paths() -> tuple[str, ...]:
+    """Folders of the standard library. Shared libraries are loaded before, and found by their names."""
+    names = ("stdlib", "platstdlib")
+    paths = {os.path.realpath(sysconfig.get_path(name)) for name in names}
+    paths |= {os.path.realpath(path) for path in sys.path if path.endswith("lib-dynload")}
+    paths = {path for path in paths if os.path.isdir(path)}
+    return tuple(sorted(path for path in paths if not any(path.startswith(other + "/") for other in paths)))
+
+
+def _private_root(proc: int, readable: tuple[str, ...]) -> None:
+    """A root of this process's own that holds `readable`, read-only, and an empty folder, and nothing else."""
+    user, group = os.getuid(), os.getgid()
+    try:
+        if user != 0:
+            raise PermissionError
+        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET)
+    except PermissionError:  # an ordinary user, or a superuser without rights, as in many containers
+        kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET)
+        _write_maps(proc, user, group)
+    kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    root = "/proc"  # a folder that is always there and hides nothing that is needed; no one else sees the mount
+    kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=1024,mode=0755")
+    os.umask(0o022)
+    for path in readable:
+        os.makedirs(root + path)
+        kernel.mount(path, root + path, None, kernel.MS_BIND)
+        _read_only(root + path)
+        for name in _PACKAGES:
+            if os.path.isdir(f"{root}{path}/{name}"):
+                kernel.mount("tmpfs", f"{root}{path}/{name}", "tmpfs", kernel.MS_RDONLY, "size=4k,mode=0755")
+    os.makedirs(root + FOLDER, exist_ok=True)
+    os.chdir(root)
+    kernel.call("pivot_root", b".", b".")
+    kernel.unmount(".")
+    os.chdir("/")
+    _read_only("/")
+    os.umask(0o077)
+
+
+def _read_only(target: str) -> None:
+    """Remounts a bind mount. What the original forbids must stay forbidden, or the kernel refuses."""
+    kept = os.statvfs(target).f_flag
+    flags = kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
+    for flag, bit in ((os.ST_NOEXEC, kernel.MS_NOEXEC), (os.ST_NOATIME, 1024), (os.ST_NODIRATIME, 2048)):
+        flags |= bit if kept & flag else 0
+    if kept & os.ST_RELATIME:
+        flags |= 1 << 21
+    kernel.mount(None, target, None, flags)
+
+
+def _become_nobody(readable: tuple[str, ...]) -> None:
+    """Gives up the superuser's identity, or where its files can be read by no one else, all its rights."""
+    if os.getuid() != 0:
+        return
+    if all(_readable_by_all(path) for path in readable):
+        with contextlib.suppress(PermissionError):  # a container may have only this one user
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # an identity that changed hides /proc/self, which maps are written to
+
+
+def _readable_by_all(path: str) -> bool:
+    """Whether every folder on the way may be passed by everyone, and the last be read."""
+    while True:
+        if not os.stat(path).st_mode & 0o001 and os.path.isdir(path):
+            return False
+        parent = os.path.dirname(path)
+        if parent == path:
+            return True
+        path = parent
+
+
+def _write_maps(proc: int, user: int, group: int) -> None:
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        handle = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            os.write(handle, text.encode())
+        finally:
+            os.close(handle)
+
+
+def _tasks() -> int:
+    """Processes and threads of this user."""
+    count = 0
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{name}/task"))
+    return count

@@ -1,0 +1,156 @@
+"""The process behind the sandbox: forks a keeper for each program, and never sees a program itself.
+
+Owns the server's loop. It is a fresh interpreter with the standard library alone and no environment. What a program
+says, and what it is asked, goes from the trainer to the keeper over a stream that the server hands on unread: a later
+program finds nothing of an earlier one in the memory that it was forked from.
+
+Messages on the control socket are JSON. To the server: `{"start": id, "seconds": s}` with one or two streams, `{"kill":
+id}`. From it: `{"ready": level}` or `{"failed": reason}` once, then `{"ended": id, "status": s, "cpu": seconds}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import random
+import resource
+import selectors
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rl4dlm.grading.sandbox import isolation, job
+from rl4dlm.grading.sandbox.limits import Limits
+
+# What programs often import is there when they are forked.
+PRELOADED = (
+    "abc", "array", "bisect", "calendar", "cmath", "collections", "contextlib", "copy", "csv", "dataclasses",
+    "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "inspect", "io", "itertools", "json", "math",
+    "numbers", "operator", "queue", "random", "re", "statistics", "string", "struct", "textwrap", "threading", "time",
+    "traceback", "types", "typing", "unicodedata", "unittest", "warnings", "zlib",
+)  # fmt: skip
+_ALONE = 1.0  # seconds between two looks at whether the parent lives
+
+
+def main() -> None:
+    """Serves until the control socket closes, or the parent is gone."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    level, parent = sys.argv[2], os.getppid()
+    os.environ.clear()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))
+    for name in PRELOADED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        prepared = isolation.prepare_server(level)
+    except OSError as error:
+        control.send(json.dumps({"failed": str(error)}).encode())
+        return
+    sys.path[:] = [path for path in sys.path if os.path.isdir(path)]
+    gc.collect()
+    gc.freeze()
+    control.send(json.dumps({"ready": level}).encode())
+    _Server(control, prepared, parent).run()
+
+
+class _Server:
+    """Which keepers run, and until when."""
+
+    def __init__(self, control: socket.socket, prepared: isolation.Prepared, parent: int) -> None:
+        self.control, self.prepared, self.parent = control, prepared, parent
+        self.keepers: dict[int, _Keeper] = {}  # by the handle of the process
+        self.selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        """Serves."""
+        with self.selector:
+            self.selector.register(self.control, selectors.EVENT_READ)
+            while os.getppid() == self.parent:
+                nearest = min([_ALONE, *(keeper.due - time.monotonic() for keeper in self.keepers.values())])
+                ready = {key.fd for key, _ in self.selector.select(max(0.0, nearest))}
+                for handle in ready & self.keepers.keys():
+                    self._reap(handle)
+                if self.control.fileno() in ready and not self._obey():
+                    break
+                now = time.monotonic()
+                for keeper in self.keepers.values():
+                    if now >= keeper.due:
+                        os.kill(keeper.pid, signal.SIGKILL)
+                        keeper.due = math.inf
+        for keeper in self.keepers.values():
+            os.kill(keeper.pid, signal.SIGKILL)
+
+    def _obey(self) -> bool:
+        """One message; False when there will be no more."""
+        text, handles, _, _ = socket.recv_fds(self.control, 4096, 2)
+        if not text:
+            return False
+        message: dict[str, Any] = json.loads(text)
+        if "start" in message:
+            self._start(message, handles)
+            for handle in handles:
+                os.close(handle)
+        else:
+            for keeper in self.keepers.values():
+                if keeper.number == message["kill"]:
+                    os.kill(keeper.pid, signal.SIGKILL)
+        return True
+
+    def _start(self, message: dict[str, Any], handles: list[int]) -> None:
+        number = message["start"]
+        try:
+            pid = isolation.fork_keeper(self.prepared)
+        except OSError as error:
+            self._say(ended=number, status=-1, cpu=0.0, why=str(error))
+            return
+        if pid == 0:
+            self._keep(message, handles)
+        handle = os.pidfd_open(pid)
+        self.selector.register(handle, selectors.EVENT_READ)
+        self.keepers[handle] = _Keeper(pid, number, time.monotonic() + message["seconds"])
+
+    def _keep(self, message: dict[str, Any], handles: list[int]) -> None:
+        """The keeper, which ends here."""
+        status = 71
+        try:
+            parent = 0 if self.prepared.level == isolation.NAMESPACES else os.getppid()
+            self.control.close()
+            self.selector.close()
+            for handle in self.keepers:
+                os.close(handle)
+            isolation.prepare_keeper(self.prepared, Limits(**message["limits"]))
+            isolation.die_with_parent(parent)
+            random.seed(0)
+            job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared.tasks)
+            status = 0
+        except BaseException as error:
+            job.write_frame(handles[0], json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+        finally:
+            os._exit(status)
+
+    def _reap(self, handle: int) -> None:
+        keeper = self.keepers.pop(handle)
+        self.selector.unregister(handle)
+        os.close(handle)
+        _, status, used = os.wait4(keeper.pid, 0)
+        self._say(ended=keeper.number, status=status, cpu=used.ru_utime + used.ru_stime)
+
+    def _say(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # no one listens any more: the next look at the parent ends this
+            self.control.send(json.dumps(message).encode())
+
+
+@dataclass
+class _Keeper:
+    pid: int
+    number: int
+    due: float
