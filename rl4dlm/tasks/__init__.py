@@ -24,11 +24,15 @@ __all__ = ["Task", "available_tasks", "load_task"]
 ENTRY_POINT_GROUP = "rl4dlm.tasks"
 
 _CLASSES = {
+    "aime": "rl4dlm.tasks.aime:AIME",
+    "arc": "rl4dlm.tasks.choices:ARC",
     "arithmetic_steps": "rl4dlm.tasks.arithmetic_steps:ArithmeticSteps",
     "countdown": "rl4dlm.tasks.countdown:Countdown",
     "countdown_small": "rl4dlm.tasks.countdown_small:CountdownSmall",
     "few_clue_sudoku": "rl4dlm.tasks.few_clue_sudoku:FewClueSudoku",
+    "gpqa": "rl4dlm.tasks.choices:GPQA",
     "gsm8k": "rl4dlm.tasks.gsm8k:GSM8K",
+    "knights_and_knaves": "rl4dlm.tasks.knights_and_knaves:KnightsAndKnaves",
     "math": "rl4dlm.tasks.math:Math",
     "sudoku": "rl4dlm.tasks.sudoku:Sudoku",
 }
