@@ -79,7 +79,7 @@ SIGNATURES = {
     "branch_row_ids": "parents steps branches",
     "check_adapter": "model peft_config",
     "convert": "source target form revision mask_token_id block_length",
-    "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress",
+    "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress pass_at",
     "load_denoiser": (
         "path dtype device attn_implementation quantization_config revision mask_token_id block_length kwargs"
     ),
@@ -157,11 +157,19 @@ SETTINGS = {
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
 
 TASKS = {
+    "acecode": "style size path validation_size evaluation_sets overlap hub_id subset",
     "arithmetic_steps": "size seed min_operations max_operations max_number max_value symbols",
+    "code_mini": "size seed kinds min_level max_level tests",
     "countdown": "style size seed path numbers max_number max_target",
     "countdown_small": "size seed max_number max_target max_tries symbols",
     "few_clue_sudoku": "size seed min_clues max_clues",
     "gsm8k": "style size path hub_id hub_config validation_size",
+    "humaneval": "style size path hub_id",
+    "humaneval_plus": "style size path hub_id",
+    "kodcode": "style size path validation_size evaluation_sets overlap hub_id",
+    "livecodebench": "release since until difficulty private_tests size path hub_id",
+    "mbpp": "style size path hub_id hub_config",
+    "mbpp_plus": "style size path hub_id hub_config",
 }
 """Options of tasks."""
 

@@ -11,6 +11,7 @@ from rl4dlm.cli.decoding import add_decoding_flags, count, decoding_settings, de
 
 if TYPE_CHECKING:
     from rl4dlm.evaluation import EvaluationResult
+    from rl4dlm.evaluation.pass_at import PassAt
     from rl4dlm.rollout.decoding import DecodingConfig
 
 
@@ -27,6 +28,7 @@ def add_eval_parser(commands: Any) -> None:
     add("--limit", type=count, metavar="N", help="use the first N prompts at most")
     add("--steps", help="numbers of denoising steps to measure, with commas between them (default: half the canvas)")
     add_decoding_flags(add)
+    add("--pass-at", metavar="LIST", help="k for pass@k, with commas between them, at most --num-samples")
     add("--chosen-by", default="not stated", metavar="TEXT", help="how this checkpoint was chosen, for the record")
     add("--output", metavar="FILE", help="JSON file to write")
 
@@ -42,6 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     # Everything that can be wrong is looked at before weights are read.
     device = device_of(arguments.device)
     decodings = _decodings(arguments)
+    ks = _pass_at(arguments)
     template = mapping("chat-template-kwargs", arguments.chat_template_kwargs)
     tasks = named_tasks(listed("task", arguments.task), arguments.task_args)
     for task in tasks:
@@ -69,6 +72,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             chosen_by=arguments.chosen_by,
             progress=True,
             chat_template_kwargs=template,
+            pass_at=ks,
         )
         results.append(result)
         _show(result)
@@ -88,13 +92,35 @@ def _decodings(arguments: argparse.Namespace) -> dict[str | int, DecodingConfig]
     return {step: DecodingConfig(steps=step, **shared) for step in steps}
 
 
+def _pass_at(arguments: argparse.Namespace) -> list[int]:
+    """The k of pass@k. Raises ValueError for samples that are too few, or that are all the same."""
+    ks = [] if arguments.pass_at is None else numbers("pass-at", arguments.pass_at)
+    for k in ks:
+        if not 1 <= k <= arguments.num_samples:
+            raise ValueError(f"pass-at={k} is not allowed with num-samples={arguments.num_samples}; it is 1 to that")
+    if max(ks, default=1) > 1 and arguments.temperature == 0:
+        raise ValueError("pass-at of more than 1 with temperature=0 draws the same completion again and again")
+    return ks
+
+
 def _show(result: EvaluationResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{result.task}, {result.split} split, {result.model} (chosen by: {result.chosen_by})")
     further = sorted({name for measured in result.measurements.values() for name in measured.metrics})
-    for heading in ("decoding", "solved", "95 % interval", *further, "NFE", "tokens/forward", "length", "n"):
+    ks = list(next(iter(result.measurements.values())).pass_at)
+    for heading in (
+        "decoding",
+        "solved",
+        "95 % interval",
+        *(f"pass@{k}" for k in ks),
+        *further,
+        "NFE",
+        "tokens/forward",
+        "length",
+        "n",
+    ):
         table.add_column(heading, justify="right")
     for label, measured in result.measurements.items():
         low, high = measured.interval
@@ -102,6 +128,7 @@ def _show(result: EvaluationResult) -> None:
             label,
             f"{measured.solve_rate:.3f}",
             f"{low:.3f} to {high:.3f}",
+            *(_with_interval(measured.pass_at[k]) for k in ks),
             *("" if value is None else f"{value:.3f}" for value in map(measured.metrics.get, further)),
             f"{measured.nfe:.1f}",
             f"{measured.tokens_per_forward:.2f}",
@@ -109,3 +136,7 @@ def _show(result: EvaluationResult) -> None:
             str(measured.prompts) + (f" x {measured.samples}" if measured.samples > 1 else ""),
         )
     Console().print(table)
+
+
+def _with_interval(found: PassAt | None) -> str:
+    return "" if found is None else f"{found.rate:.3f} ({found.interval[0]:.3f} to {found.interval[1]:.3f})"

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
+from rl4dlm.evaluation import pass_at as estimates
 from rl4dlm.evaluation.intervals import wilson_interval
 from rl4dlm.evaluation.results import EvaluationResult, Measurement
 from rl4dlm.models.loading import check_tokenizer
@@ -42,6 +43,7 @@ def evaluate(
     chosen_by: str = "not stated",
     progress: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    pass_at: Sequence[int] = (),
 ) -> EvaluationResult:
     """Measures how often a denoiser solves a task under each decoding setting.
 
@@ -61,6 +63,8 @@ def evaluate(
         chosen_by: how this checkpoint was chosen, recorded as it is: "last", "best on validation", ….
         progress: shows a progress bar when decoding takes longer than a few seconds.
         chat_template_kwargs: for the chat template, as a trainer's setting of that name.
+        pass_at: k for which pass@k is estimated, each at most `num_samples`; see `rl4dlm.evaluation.pass_at`. Samples
+            are alike where `temperature` is 0.
 
     Raises:
         ValueError: names a setting that is not allowed, a tokenizer that does not fit, or a task without prompts.
@@ -70,6 +74,9 @@ def evaluate(
     for name, value in (("limit", limit), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is not allowed; it must be 1 or larger")
+    for k in pass_at:
+        if not 1 <= k <= num_samples:
+            raise ValueError(f"pass_at={k} is not allowed; it must be between 1 and num_samples={num_samples}")
     spec = DiffusionSpec.of(model)
     check_tokenizer(tokenizer, spec)
     dataset = task.dataset(split)
@@ -89,7 +96,7 @@ def evaluate(
         rollout = engine.generate(prompts, config, num_generations=num_samples, seed=seed)
         seconds = time.perf_counter() - start
         texts = completion_texts(tokenizer, rollout, spec)
-        measurements[str(label)] = _measure(task, rows, texts, rollout, config, spec, seconds)
+        measurements[str(label)] = _measure(task, rows, texts, rollout, config, spec, seconds, pass_at)
     return EvaluationResult(
         task=task.name,
         split=split,
@@ -115,10 +122,11 @@ def _measure(
     config: DecodingConfig,
     spec: DiffusionSpec,
     seconds: float,
+    ks: Sequence[int],
 ) -> Measurement:
     samples = len(texts) // len(rows)
     asked = [rows[i // samples] for i in range(len(texts))]
-    verdicts = task.check_many(texts, asked)
+    verdicts, found = task.measured(texts, asked)
     judged = [verdict for verdict in verdicts if verdict is not None]
     if not judged:
         raise ValueError(f"task {task.name!r} cannot judge any of its {len(rows)} prompts by {sorted(rows[0])}")
@@ -126,7 +134,7 @@ def _measure(
     trials = len({i // samples for i, verdict in enumerate(verdicts) if verdict is not None})
     valid, nfe = int(rollout.valid.sum()), int(rollout.nfe.sum())
     ends = set(spec.eos_token_ids)
-    further = {name: value for name, value in task.metrics(texts, asked).items() if name != "solved"}
+    further = {name: value for name, value in found.items() if name != "solved"}
     return Measurement(
         decoding=asdict(config),
         solve_rate=rate,
@@ -141,4 +149,5 @@ def _measure(
         seconds=round(seconds, 3),
         metrics={name: None if isnan(value) else value for name, value in further.items()},
         exact=rollout.exact,
+        pass_at={str(k): estimates.pass_at(verdicts, samples, k) for k in ks},
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rl4dlm.evaluation.machine import machine, versions
+from rl4dlm.evaluation.pass_at import PassAt
 from rl4dlm.files import write_text
 
 
@@ -30,6 +31,7 @@ class Measurement:
         seconds: wall time of decoding.
         metrics: what else the task measures, for example `cell_accuracy`; None where it has no value.
         exact: False if the cache policy approximates.
+        pass_at: k to pass@k, for the k asked for; None where no prompt has k completions that could be judged.
     """
 
     decoding: dict[str, Any]
@@ -45,6 +47,7 @@ class Measurement:
     seconds: float
     metrics: dict[str, float | None]
     exact: bool
+    pass_at: dict[str, PassAt | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ class Task(ABC):
         verdicts = [verdict for verdict in self.check_many(completions, rows) if verdict is not None]
         return {"solved": share(sum(verdicts), len(verdicts))}
 
+    def measured(
+        self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[bool | None], dict[str, float]]:
+        """`check_many` and `metrics`; a task whose checks are costly makes both of one pass."""
+        return self.check_many(completions, rows), self.metrics(completions, rows)
+
 
 def share(part: float, whole: float) -> float:
     """`part / whole`, and `nan` of nothing."""
