@@ -19,12 +19,9 @@ from rl4dlm.training.checks import RESERVED_COLUMNS
 from tests.tasks.code.test_readers import HUMANEVAL, MBPP_FULL, acecode_row, kodcode_row
 from tests.training.steps import SMALL_RUN
 
-TEXT_TASKS = (
-    "arithmetic_steps",
-    "code_mini",
-    "countdown_small",
-    "few_clue_sudoku",
-)  # their prompts are text, in no paper's style
+# Their prompts are text, in no paper's style.
+TEXT_TASKS = ("arithmetic_steps", "code_mini", "countdown_small", "few_clue_sudoku")
+ELSEWHERE = ("aime", "arc", "gpqa", "knights_and_knaves", "livecodebench")  # have tests of their own for their prompts
 CODE: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "humaneval": (EVALUATION_STYLES, HUMANEVAL, {}),
     "humaneval_plus": (EVALUATION_STYLES, HUMANEVAL, {}),
@@ -46,7 +43,7 @@ def every_row(folder: Path) -> list[tuple[str, Any]]:
     (folder / "gsm8k.json").write_text(json.dumps([{"question": "1+2?", "answer": "it is 3 #### 3"}]))
     (folder / "math.json").write_text(json.dumps([{"problem": "1+2?", "solution": r"\boxed{3}", "answer": "3"}]))
     found: list[tuple[str, Any]] = []
-    for name in sorted({*available_tasks()} - {*CODE, "livecodebench"}):
+    for name in sorted({*available_tasks()} - {*CODE, *ELSEWHERE}):
         for style in MATH_STYLES:
             options: dict[str, Any] = {} if name in TEXT_TASKS else {"style": style}
             if name in ("gsm8k", "math"):
