@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import rl4dlm
+from rl4dlm.grading import available_rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -180,6 +181,17 @@ TASKS = {
 }
 """Options of tasks."""
 
+REWARDS = {
+    "code",
+    "code:all_passed",
+    "code:answer_tags",
+    "code:code_compat",
+    "code:format",
+    "code:format_compat",
+    "code:kodcode_compat",
+}
+"""Names of rewards; those of other files are guarded by the tests that use them."""
+
 METRICS = {
     "diffusion/audit_agreement",
     "diffusion/audit_delta",
@@ -228,6 +240,10 @@ def test_settings_stay(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_options_of_tasks_stay(name: str) -> None:
     assert not set(TASKS[name].split()) - {field.name for field in fields(rl4dlm.load_task(name)) if field.init}
+
+
+def test_names_of_rewards_stay() -> None:
+    assert set(available_rewards()) >= REWARDS
 
 
 def test_metrics_stay_and_are_explained() -> None:

@@ -24,7 +24,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +45,15 @@ class Settings(NamedTuple):
     budget: float = 60.0  # seconds for a batch
     memory_gib: float = 4.0  # address space of a worker
     startup_seconds: float = 120.0  # for a worker to import what it runs
-    sandbox_backend: str = "local"  # who runs programs: this machine, `fusion` or `e2b`
+    sandbox_level: str = "strongest"  # that programs run at: see rl4dlm.grading.sandbox
+    sandbox_workers: int = 0  # programs that run at once; 0 for this process's share of the cores
+    sandbox_backend: str = "local"  # who runs programs: this machine, or a service of the kind `fusion` or `e2b`
     sandbox_url: str = ""  # of a service that runs programs
 
 
-_PREFIX = "RL4DLM_REWARD_"
-_CHOICES = {"sandbox_backend": ("local", "fusion", "e2b")}
+SANDBOX_LEVELS = ("strongest", "namespaces", "landlock")
+SANDBOX_BACKENDS = ("local", "fusion", "e2b")
+
 _configured: dict[str, float | str] = {}
 
 
@@ -74,11 +77,11 @@ def current_settings() -> Settings:
     """The settings as they are now: those of `configure`, else of the environment, else the defaults.
 
     Raises:
-        ValueError: an environment variable that is not a number, or out of range.
+        ValueError: an environment variable that is not a number where it must be, or out of range.
     """
     values: dict[str, Any] = {}
     for name, default in Settings()._asdict().items():
-        variable = f"{_PREFIX}{name.upper()}"
+        variable = f"RL4DLM_REWARD_{name.upper()}"
         text = os.environ.get(variable)
         values[name] = default
         if name in _configured:
@@ -92,23 +95,25 @@ def current_settings() -> Settings:
     return Settings(**values)
 
 
-def _check_setting(name: str, value: Any) -> None:
-    field = name.lower().removeprefix(_PREFIX.lower())
-    if isinstance(getattr(Settings(), field), str):
-        choices = _CHOICES.get(field, ())
-        if not isinstance(value, str) or (choices and value not in choices):
-            allowed = f"one of {', '.join(choices)}" if choices else "text"
-            raise ValueError(f"{name}={value!r}; it must be {allowed}")
-        return
-    whole = field == "workers"
-    if not (
-        isinstance(value, int) and value >= 1 if whole else isinstance(value, int | float) and 0 < value < math.inf
-    ):
-        raise ValueError(f"{name}={value!r}; it must be {'a whole number from 1' if whole else 'positive and finite'}")
+def _check_setting(name: str, value: float | str) -> None:
+    field = name.lower().removeprefix("rl4dlm_reward_")
+    choices = {"sandbox_level": SANDBOX_LEVELS, "sandbox_backend": SANDBOX_BACKENDS}.get(field)
+    if choices is not None:
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}; it must be one of {', '.join(choices)}")
+    elif field == "sandbox_url":
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={value!r}; it must be text")
+    elif field.endswith("workers"):
+        least = 0 if field == "sandbox_workers" else 1
+        if not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name}={value!r}; it must be a whole number from {least}")
+    elif isinstance(value, str) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}; it must be positive and finite")
 
 
 class Usage(NamedTuple):
-    """What all pools of this process have done so far."""
+    """What all pools of this process, and the sandbox, have done so far."""
 
     items: int = 0
     late: int = 0  # over their deadline or their batch's budget, now or when they were first seen
@@ -116,11 +121,26 @@ class Usage(NamedTuple):
 
 
 _usage = Usage()
+_counting = threading.Lock()
 
 
 def usage() -> Usage:
     """Counters for metrics: take the difference of two calls."""
     return _usage
+
+
+class Work:
+    """What a batch has done, for the counters."""
+
+    items = late = 0
+
+
+@contextlib.contextmanager
+def count_work() -> Iterator[Work]:
+    """Adds to the counters of `usage` what is written on the result while the block runs, and the time it takes."""
+    work, started = Work(), time.monotonic()
+    yield work
+    _add(work.items, work.late, time.monotonic() - started)
 
 
 class Outcome(NamedTuple):
@@ -191,10 +211,11 @@ class WorkerPool:
             self._adopt_process()
         requests = [json.dumps({"item": item, "alarm": deadline + _GRACE}).encode() + b"\n" for item in items]
         with self._lock:
-            started = time.monotonic()
             try:
-                outcomes = _Batch(self, requests, deadline, budget).run()
-                _count(outcomes, time.monotonic() - started)
+                with count_work() as work:
+                    outcomes = _Batch(self, requests, deadline, budget).run()
+                    work.items = len(outcomes)
+                    work.late = sum(outcome.error in ("deadline", "budget") for outcome in outcomes)
                 return outcomes
             except BaseException:  # also an interrupt: no worker may answer the next batch with this one's results
                 self._stop_all()
@@ -407,10 +428,10 @@ class _Batch:
             self._start_failed(reason or f"ended with status {status} before it could start", is_import=is_import)
 
 
-def _count(outcomes: Sequence[Outcome], seconds: float) -> None:
+def _add(items: int, late: int, seconds: float) -> None:
     global _usage
-    late = sum(outcome.error in ("deadline", "budget") for outcome in outcomes)
-    _usage = Usage(_usage.items + len(outcomes), _usage.late + late, _usage.seconds + seconds)
+    with _counting:
+        _usage = Usage(_usage.items + items, _usage.late + late, _usage.seconds + seconds)
 
 
 def _stop_in(pid: int, workers: list[_Worker]) -> None:

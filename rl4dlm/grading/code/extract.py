@@ -107,28 +107,23 @@ def _assembled(code: str, prefix: str, wanted: str | None) -> Found:
         if code_at_left != code and (tree := parse(code_at_left)) is not None:
             whole = wanted is None or wanted in defined_names(tree)
             code = code_at_left if whole or not prefix.strip() else code
-    if tree is not None and (not prefix.strip() or wanted is None or wanted in defined_names(tree)):
-        return Found(code)
+    if tree is not None and (wanted is None or wanted in defined_names(tree)):
+        return Found(code if wanted is not None or not prefix.strip() else f"{prefix.rstrip()}\n{code}")
+    if tree is not None and not prefix.strip():
+        return Found(code)  # it may come by the name in another way
     if prefix.strip():
         for candidate in _continuations(code):
-            source = prefix.rstrip(" \t") + candidate
+            source = prefix.rstrip() + "\n" + candidate
             if (tree := parse(source)) is not None and (wanted is None or wanted in defined_names(tree)):
                 return Found(source)
     return Found(None, "syntax")
 
 
 def _continuations(code: str) -> list[str]:
-    """Ways in which code may go on from a signature: as it stands, cut where its indent ends, or indented."""
-    as_it_stands = "\n" + code
-    dedented = textwrap.dedent(code)
+    """Ways in which code may be a function's body: as it stands, cut where its indent ends, or indented."""
     first, _, rest = code.partition("\n")
-    ways = [as_it_stands]
-    if code[0] in " \t":
-        end = _DEDENTED.search(code)
-        ways.append("\n" + code[: end.start()] if end else as_it_stands)
-    ways.append("\n" + textwrap.indent(dedented, "    "))
-    # The first line has lost its indent, which a tokenizer or a strip() takes away; the others have kept theirs.
-    lost = "    " + first + "\n" + rest
-    end = _DEDENTED.search(lost)
-    ways += ["\n" + lost, "\n" + lost[: end.start()] if end else "\n" + lost]
-    return list(dict.fromkeys(ways))
+    ways = [code] if code[0] in " \t" else [textwrap.indent(code, "    ")]
+    # The first line may have lost its indent, which a strip() takes away, and the others have kept theirs.
+    ways.append(code if code[0] in " \t" else f"    {first}\n{rest}")
+    end = _DEDENTED.search(ways[1])
+    return list(dict.fromkeys([*ways, ways[1][: end.start()] if end else ways[1]]))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rl4dlm.grading.code.parse import parse
@@ -143,6 +144,20 @@ def free_names(source: str) -> set[str]:
     return used - bound - BUILTINS
 
 
+def implied_modules(tree: ast.Module) -> list[str]:
+    """Modules of the standard library that a test uses without an import, as in `re.match`.
+
+    The program is expected to have imported them. Here they are the test's: what they do is not the program's to say.
+    """
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    owners = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    used = {node.id for node in owners if isinstance(node, ast.Name)}
+    return sorted((used & sys.stdlib_module_names) - bound)
+
+
 def runnable(source: str, entry_point: str | None) -> str | None:
     """The statements of a test as they are run as a whole: with calls of its functions, without imports of the program.
 
@@ -163,7 +178,35 @@ def runnable(source: str, entry_point: str | None) -> str | None:
             names = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
             for name in (name for name in names if name.startswith("test")):
                 calls.append(f"{node.name}({name!r}).debug()" if node.bases else f"{node.name}().{name}()")
-    return "\n".join([*(ast.unparse(node) for node in body), *calls]) + "\n"
+    imports = [f"import {name}" for name in implied_modules(tree)]
+    return "\n".join([*imports, *(ast.unparse(node) for node in body), *calls]) + "\n"
+
+
+def expected_first(node: ast.Compare, calls_program: Callable[[ast.expr], bool]) -> None:
+    """Has an expected value worked out before the program is called: `sorted(xs) == f(xs)`.
+
+    Then it is that of the numbers that are handed over, whatever the program makes of them.
+    """
+    left, right = node.left, node.comparators[0]
+    symmetric = len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.NotEq)
+    if symmetric and calls_program(left) and not calls_program(right):
+        node.left, node.comparators = right, [left]
+
+
+def with_expected_first(source: str, names: set[str]) -> str:
+    """The statements of a test with `expected_first` done to its comparisons.
+
+    Args:
+        source: the statements.
+        names: what of the program they use.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            expected_first(
+                node, lambda side: any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(side))
+            )
+    return ast.unparse(tree) + "\n"
 
 
 def _may_fail(node: ast.AST) -> bool:

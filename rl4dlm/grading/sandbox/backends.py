@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rl4dlm.grading.pool import current_settings
-from rl4dlm.grading.sandbox import pool
+from rl4dlm.grading.sandbox import levels
 from rl4dlm.grading.sandbox.limits import Limits
-from rl4dlm.grading.sandbox.programs import Call, Program, Result
+from rl4dlm.grading.sandbox.programs import Program, Result
+
+_REQUESTS = 16  # of a service at once, where the settings do not say how many programs run at once
 
 
 class Backend(Protocol):
@@ -31,10 +33,10 @@ class Backend(Protocol):
 
 class _Local:
     def check(self) -> None:
-        pool.run_programs([Program("", (Call("6 * 7"),))])
+        levels.require_sandbox()
 
     def run_programs(self, programs: Sequence[Program], *, limits: Limits, budget: float) -> list[list[Result]]:
-        return pool.run_programs(programs, limits=limits, budget=budget)
+        return levels.run_programs(programs, limits=limits, budget=budget)
 
 
 def backend() -> Backend:
@@ -48,17 +50,12 @@ def backend() -> Backend:
     if settings.sandbox_backend == "fusion":
         from rl4dlm.grading.sandbox.fusion import Fusion
 
-        return Fusion(settings.sandbox_url, settings.workers)
+        return Fusion(settings.sandbox_url, settings.sandbox_workers or _REQUESTS)
     if settings.sandbox_backend == "e2b":
         from rl4dlm.grading.sandbox.e2b import E2B
 
-        return E2B(settings.workers)
+        return E2B(settings.sandbox_workers or _REQUESTS)
     return _Local()
-
-
-def checks_run_apart() -> bool:
-    """Whether tests given as source run in a process beside the program's. A service has one process for both."""
-    return current_settings().sandbox_backend == "local"
 
 
 def require_backend() -> None:
@@ -85,6 +82,5 @@ def run_programs(
     settings = current_settings()
     if not programs:
         return []
-    return backend().run_programs(
-        programs, limits=limits or Limits(seconds=settings.deadline), budget=budget or settings.budget
-    )
+    limits = limits or Limits(seconds=settings.deadline, cpu_seconds=settings.deadline)
+    return backend().run_programs(programs, limits=limits, budget=budget or settings.budget)

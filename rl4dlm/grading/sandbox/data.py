@@ -7,6 +7,7 @@ types themselves, whatever the text says: it was written by a program that may l
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 100
@@ -17,41 +18,45 @@ class NotData(ValueError):
     """A value that is not plain data, or too large or too deep."""
 
 
-def encode(value: Any, max_bytes: int) -> bytes:
+def encode(value: Any, max_bytes: int, other: Callable[[Any], Any] | None = None) -> bytes:
     """A value as text in JSON.
 
     None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict keep their types; an instance of
     a subclass becomes what it is made of, whatever its methods say; numpy's scalars become numbers.
 
+    Args:
+        other: what to write for anything else, an object for JSON with one key.
+
     Raises:
         NotData: something else, deeper than `MAX_DEPTH`, or longer than `max_bytes`.
     """
-    text = json.dumps(_pack(value, 0, [max_bytes])).encode()
+    text = json.dumps(_pack(value, 0, [max_bytes], other)).encode()
     if len(text) > max_bytes:
         raise NotData(f"the value takes more than {max_bytes} bytes")
     return text
 
 
-def decode(text: bytes) -> Any:
+def decode(text: bytes, other: Callable[[str, Any], Any] | None = None) -> Any:
     """The value that `encode` wrote.
+
+    Args:
+        other: makes what the key and the content of an unknown object stand for.
 
     Raises:
         NotData: text that `encode` does not write.
     """
     try:
-        return _unpack(json.loads(text), 0)
+        return _unpack(json.loads(text), 0, other)
     except (ValueError, TypeError, RecursionError, KeyError, IndexError, OverflowError) as error:
         raise NotData(f"no encoded value: {type(error).__name__}") from None
 
 
-def _pack(value: Any, depth: int, room: list[int]) -> Any:
+def _pack(value: Any, depth: int, room: list[int], other: Callable[[Any], Any] | None) -> Any:
     kind = type(value)
     room[0] -= 2  # what each costs at least: stops long before a huge value is text
     if room[0] < 0:
         raise NotData("the value is too large")
-    if value is None or kind is bool:
-        return value
-    if kind is float:
+    if value is None or kind is bool or kind is float:
         return value
     if kind is int:
         return value if -_SMALL < value < _SMALL else {"i": _hexadecimal(value, room)}
@@ -60,14 +65,11 @@ def _pack(value: Any, depth: int, room: list[int]) -> Any:
         return value
     if depth > MAX_DEPTH:
         raise NotData(f"the value is nested deeper than {MAX_DEPTH}")
-    if kind is list:
-        return [_pack(item, depth + 1, room) for item in value]
-    if kind is tuple:
-        return {"t": [_pack(item, depth + 1, room) for item in value]}
     if kind is dict:
-        return {"d": [[_pack(k, depth + 1, room), _pack(v, depth + 1, room)] for k, v in value.items()]}
-    if kind is set or kind is frozenset:
-        return {"s" if kind is set else "f": [_pack(item, depth + 1, room) for item in value]}
+        return {"d": [[_pack(part, depth + 1, room, other) for part in pair] for pair in value.items()]}
+    if kind in _TAGS:
+        packed = [_pack(item, depth + 1, room, other) for item in value]
+        return {_TAGS[kind]: packed} if _TAGS[kind] else packed
     if kind is complex:
         return {"c": [value.real, value.imag]}
     if kind is bytes or kind is bytearray:
@@ -75,7 +77,16 @@ def _pack(value: Any, depth: int, room: list[int]) -> Any:
         if room[0] < 0:
             raise NotData("the value is too large")
         return {"b": value.hex()}
-    return _pack(_base(value), depth + 1, room)
+    try:
+        base = _base(value)
+    except NotData:
+        if other is None:
+            raise
+        return other(value)
+    return _pack(base, depth + 1, room, other)
+
+
+_TAGS: dict[Any, str] = {list: "", tuple: "t", set: "s", frozenset: "f"}
 
 
 def _hexadecimal(value: int, room: list[int]) -> str:
@@ -114,13 +125,13 @@ def _base(value: Any) -> Any:
     raise NotData(f"a value of type {type(value).__name__} is no plain data")
 
 
-def _unpack(packed: Any, depth: int) -> Any:
+def _unpack(packed: Any, depth: int, other: Callable[[str, Any], Any] | None) -> Any:
     if packed is None or isinstance(packed, bool | int | float | str):
         return packed
     if depth > 2 * MAX_DEPTH:
         raise ValueError
     if isinstance(packed, list):
-        return [_unpack(item, depth + 1) for item in packed]
+        return [_unpack(item, depth + 1, other) for item in packed]
     ((tag, content),) = packed.items()
     if tag == "i":
         return int(content, 16)
@@ -129,9 +140,30 @@ def _unpack(packed: Any, depth: int) -> Any:
     if tag == "c":
         real, imag = content
         return complex(float(real), float(imag))
-    if not isinstance(content, list):
-        raise ValueError
     if tag == "d":
-        return {_unpack(key, depth + 1): _unpack(item, depth + 1) for key, item in content}
-    makers: dict[str, Any] = {"t": tuple, "s": set, "f": frozenset}
-    return makers[tag](_unpack(item, depth + 1) for item in content)
+        keys = _spread([_unpack(key, depth + 1, other) for key, _ in content])
+        return dict(zip(keys, [_unpack(item, depth + 1, other) for _, item in content], strict=True))
+    if tag in _MAKERS:
+        if not isinstance(content, list):
+            raise ValueError
+        items = [_unpack(item, depth + 1, other) for item in content]
+        return _MAKERS[tag](items if tag == "t" else _spread(items))
+    if other is None:
+        raise ValueError
+    return other(tag, content)
+
+
+def _spread(items: list[Any]) -> list[Any]:
+    """Refuses items made to have one hash: a set of a hundred thousand of them takes minutes to make."""
+    if len(items) > _MOST_ALIKE:
+        seen: dict[int, int] = {}
+        for item in items:
+            number = hash(item)
+            seen[number] = seen.get(number, 0) + 1
+            if seen[number] > _MOST_ALIKE:
+                raise ValueError
+    return items
+
+
+_MOST_ALIKE = 64
+_MAKERS: dict[str, Any] = {"t": tuple, "s": set, "f": frozenset}

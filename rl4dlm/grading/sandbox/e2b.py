@@ -14,7 +14,7 @@ from typing import Any
 from rl4dlm._optional import require
 from rl4dlm.grading.sandbox.limits import Limits
 from rl4dlm.grading.sandbox.programs import Program, Result
-from rl4dlm.grading.sandbox.remote import Answer, LostError, Script, as_text, run_all
+from rl4dlm.grading.sandbox.services import Answer, LostError, Script, as_text, run_all
 
 _GRACE = 10.0  # seconds beyond a program's for the service to answer
 _SCRIPT, _STDIN = "/tmp/program.py", "/tmp/stdin"

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from rl4dlm.grading.sandbox.limits import Limits
 from rl4dlm.grading.sandbox.programs import Program, Result
-from rl4dlm.grading.sandbox.remote import Answer, LostError, Script, as_text, run_all
+from rl4dlm.grading.sandbox.services import Answer, LostError, Script, as_text, run_all
 
 _TRIES = 3
 _PAUSE = 0.2  # seconds before the second try, twice as long before the third

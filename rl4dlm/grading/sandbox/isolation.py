@@ -15,11 +15,12 @@ import os
 import resource
 import signal
 import sys
-import sysconfig
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from rl4dlm.grading.sandbox import kernel, landlock, seccomp
-from rl4dlm.grading.sandbox.limits import Limits
+
+if TYPE_CHECKING:  # its module imports what would make every fork dearer
+    from rl4dlm.grading.sandbox.limits import Limits
 
 NAMESPACES, LANDLOCK = "namespaces", "landlock"
 LEVELS = (NAMESPACES, LANDLOCK)
@@ -31,8 +32,7 @@ _PER_PROGRAM = (
 )
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What the server found and made, for the keepers.
 
     Attributes:
@@ -68,9 +68,11 @@ def prepare_server(level: str) -> Prepared:
     if level == LANDLOCK:
         entries = [f"{path}/{name}" for path in readable for name in os.listdir(path) if name not in _PACKAGES]
         rules = landlock.ruleset(version, entries)
+        seccomp.template()
         _become_nobody(readable)
         os.chdir("/")
         return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=_tasks())
+    seccomp.template()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _private_root(proc, readable)
     _become_nobody(("/", *readable))
@@ -140,8 +142,7 @@ def seal(limits: Limits, tasks: int) -> None:
 
 def _python_paths() -> tuple[str, ...]:
     """Folders of the standard library. Shared libraries are loaded before, and found by their names."""
-    names = ("stdlib", "platstdlib")
-    paths = {os.path.realpath(sysconfig.get_path(name)) for name in names}
+    paths = {os.path.realpath(os.path.dirname(os.__file__))}
     paths |= {os.path.realpath(path) for path in sys.path if path.endswith("lib-dynload")}
     paths = {path for path in paths if os.path.isdir(path)}
     return tuple(sorted(path for path in paths if not any(path.startswith(other + "/") for other in paths)))

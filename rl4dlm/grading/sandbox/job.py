@@ -13,17 +13,27 @@ import json
 import os
 import select
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable
-from types import CodeType
-from typing import Any
+from types import CodeType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from rl4dlm.grading.sandbox import isolation, part as parts
-from rl4dlm.grading.sandbox.limits import Limits
+from rl4dlm.grading.sandbox.frames import read_frame, write_frame
 
-STATUSES = frozenset(("value", "error", "wrong", "timeout", "memory", "output", "data", "ended", "syntax"))
+if TYPE_CHECKING:
+    from rl4dlm.grading.sandbox.limits import Limits
+
+# What a part's process may say of itself, by what it was asked.
+_STATUSES = {
+    "compile": ("value",),
+    "call": ("value", "error", "memory", "data"),
+    "feed": ("value", "error", "memory"),
+    "serve": ("error", "memory", "gone"),
+    "test": ("value", "wrong", "error", "memory", "data", "gone", "inside"),
+    "inside": ("value", "wrong", "error", "memory"),
+}
 
 
 def serve(job: int, channel: int, tasks: int) -> None:
@@ -31,40 +41,41 @@ def serve(job: int, channel: int, tasks: int) -> None:
 
     Args:
         job: a stream on which `rl4dlm.grading.sandbox.frames` come and go: the request, then a frame for each part.
-        channel: a stream to the process that tests this program, or to the program that this one tests; -1 without.
+        channel: a stream between the process that holds tests and the one that holds the program; -1 without.
         tasks: of `isolation.Prepared`.
     """
     request = json.loads(read_frame(job))
-    limits = Limits(**request["limits"])
+    limits: Any = SimpleNamespace(**request["limits"])
     compiled = compile_all(request)
     if isinstance(compiled, str):
         for number in range(len(request["parts"])):
             send(job, number, "syntax", compiled)
         return
-    end = time.monotonic() + limits.program_seconds
+    end, late, room = time.monotonic() + limits.program_seconds, 0, limits.output_bytes
     for number, asked in enumerate(request["parts"]):
         seconds = min(limits.seconds, end - time.monotonic())
-        if seconds <= 0:
-            send(job, number, "timeout", "the time of all parts together was over")
+        if seconds <= 0 or late >= limits.timeouts:
+            send(job, number, "timeout", "parts before it took the time")
             continue
         keeper = _Part(asked, limits, channel, tasks)
         try:
             status, message, value = keeper.run(compiled, seconds)
         finally:
             keeper.close()
+        late += status == "timeout"
+        room -= len(value)
+        if room < 0:
+            status, message, value = "output", f"its answers take more than {limits.output_bytes} bytes", b""
         send(job, number, status, message, value)
 
 
 def compile_all(request: dict[str, Any]) -> tuple[CodeType, CodeType] | str:
     """The code of the set-up and of the source, or why there is none."""
-    name = "<program>"
-    try:
-        return (
-            compile(request["setup"], "<setup>", "exec", dont_inherit=True),
-            compile(request["source"], name, "exec", dont_inherit=True),
-        )
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        return f"{type(error).__name__}: {error}"[:1000]
+    setup = parts.compiled(request["setup"], "<setup>")
+    source = parts.compiled(request["source"])
+    if isinstance(setup, str) or isinstance(source, str):
+        return source if isinstance(source, str) else f"set-up: {setup}"
+    return setup, source
 
 
 class _Part:
@@ -136,7 +147,7 @@ class _Part:
             status, message = json.loads(header)
         except (ValueError, TypeError, RecursionError):
             return None
-        if status not in STATUSES or not isinstance(message, str):
+        if status not in _STATUSES[self.asked["kind"]] or not isinstance(message, str):
             return None
         return status, message[:1000], value
 
@@ -162,7 +173,7 @@ def _leave(work: Callable[[], None]) -> None:
 
 
 def wait_for(pid: int, due: float) -> tuple[int, float] | None:
-    """A child's status and the seconds of a processor that it used, once it has ended; None if it was late, and killed."""
+    """A child's status and the seconds of a processor that it used, once it has ended; None if it was late."""
     handle = os.pidfd_open(pid)
     try:
         poll = select.poll()
@@ -180,30 +191,3 @@ def send(job: int, number: int, status: str, message: str = "", value: bytes = b
     """A part's result."""
     header = json.dumps({"part": number, "status": status, "message": message}).encode()
     write_frame(job, header + b"\n" + value)
-
-
-def read_frame(handle: int) -> bytes:
-    """A message: four bytes of length, and so many bytes.
-
-    Raises:
-        EOFError: the other side has closed.
-    """
-    (length,) = struct.unpack("!I", _read(handle, 4))
-    return _read(handle, length)
-
-
-def write_frame(handle: int, text: bytes) -> None:
-    """The counterpart of `read_frame`."""
-    left = memoryview(struct.pack("!I", len(text)) + text)
-    while left:
-        left = left[os.write(handle, left) :]
-
-
-def _read(handle: int, count: int) -> bytes:
-    found = bytearray()
-    while len(found) < count:
-        more = os.read(handle, min(count - len(found), 1 << 20))
-        if not more:
-            raise EOFError("the other side has closed")
-        found += more
-    return bytes(found)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
+import sys
 
 CLONE_THREAD, CLONE_NEWNS = 0x10000, 0x20000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 
-MACHINE = platform.machine()
+MACHINE = os.uname().machine if os.name == "posix" else ""
 # x86_64, aarch64
 _NUMBERS = {
     "clone": (56, 220),
@@ -39,7 +39,7 @@ _libc.syscall.restype = ctypes.c_long
 
 def supported() -> bool:
     """Whether the numbers of system calls are known for this machine."""
-    return os.name == "posix" and platform.system() == "Linux" and _COLUMN is not None
+    return sys.platform == "linux" and _COLUMN is not None
 
 
 def call(name: str, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
@@ -81,10 +81,8 @@ def prctl(option: int, value: int = 0) -> None:
 
 
 def drop_capabilities() -> None:
-    """Leaves this process and what it becomes without any capability."""
-    for number in range(64):
-        if _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) < 0:
-            break  # the last one there is, or none may be dropped: there are none then
+    """Leaves this process without any capability; as it may get no new privileges, what it becomes has none either."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
 
 

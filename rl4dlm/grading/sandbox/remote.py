@@ -1,170 +1,295 @@
-"""Programs run by a service: what is sent, what its answer means, and many requests at once.
+"""Calls between the process that holds a problem's tests and the one that holds the program.
 
-Owns what the adapters share. A request is one part of a program: a script that loads the program and prints a line with
-the part's value as data, after a nonce. The line comes from the process that the program runs in, so a program that
-looks for the nonce can print such a line itself. It can only state a value, which is then compared here; but tests
-that are run as source (`Check`) share that process, too, and can be tampered with. Their results say so.
+Owns both ends of the channel. What can be said as data is sent as data, so that tests compare values of the builtin
+types, whatever the program returns; of anything else a reference is sent, and a `Proxy` stands for it.
+
+A test's expected value must not be judged by the program. A proxy is therefore never equal to data, takes part in no
+arithmetic with data, and is searched by looking at its items here. What a function returns, a name in lower case, can
+be called and iterated over and no more; what a class makes has attributes, too, but for methods that ask about data.
+Two objects of the program are compared by the program: what its classes mean by equality is what such a test asks.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+import builtins
+import importlib
+import operator
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
 
-from rl4dlm.grading.sandbox.data import NotData, decode
-from rl4dlm.grading.sandbox.limits import Limits
-from rl4dlm.grading.sandbox.programs import Check, Feed, Part, Program, Result
+from rl4dlm.grading.sandbox.data import NotData, decode, encode
+from rl4dlm.grading.sandbox.frames import read_frame, write_frame
 
-_STATUSES = frozenset(("value", "error", "wrong", "memory", "data"))
+_MOST = 1 << 22  # bytes of a message
+_MOST_OBJECTS = 1 << 16
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
+# Methods by which data is asked about other data. On an object of the program they would be the program's own verdict.
+_VERDICTS = frozenset(("startswith", "endswith", "issubset", "issuperset", "isdisjoint"))
+# Types of the standard library that are sent as text, and which text makes them again.
+_TEXTS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("fractions", "Fraction"): str,
+    ("decimal", "Decimal"): str,
+    ("datetime", "date"): lambda value: value.isoformat(),
+    ("datetime", "datetime"): lambda value: value.isoformat(),
+    ("builtins", "range"): lambda value: f"{value.start} {value.stop} {value.step}",
+}
 
-# What the service runs. The program's prints go nowhere, so that they cannot crowd out the answer.
-_DRIVER = """
-import json, os, sys, types
-asked = json.loads({asked!r})
-def main():
-    out = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    write, leave, dumps = os.write, os._exit, json.dumps
-    helper = types.ModuleType("helper")
-    sys.modules["helper"] = helper
-    exec(asked["data"], helper.__dict__)
-    encode, NotData = helper.encode, helper.NotData
-    module = types.ModuleType("program")
-    sys.modules["program"] = module
-    value = ""
-    try:
-        exec(compile(asked["setup"], "<setup>", "exec"), module.__dict__)
-        exec(compile(asked["source"], "<program>", "exec"), module.__dict__)
-        if asked["check"] is not None:
-            exec(compile(asked["check"], "<test>", "exec"), module.__dict__)
-            value = "true"
-        else:
-            result = eval(compile(asked["expression"], "<call>", "eval"), module.__dict__)
-            value = encode(result, asked["most"]).decode()
-        answer = ["value", ""]
-    except NotData as error:
-        answer = ["data", str(error)[:1000]]
-    except MemoryError:
-        answer = ["memory", ""]
-    except AssertionError as error:
-        answer = ["error" if asked["check"] is None else "wrong", "AssertionError: " + str(error)[:980]]
-    except BaseException as error:
-        answer = ["error", (type(error).__name__ + ": " + str(error))[:1000]]
-    text = ("\\n" + asked["nonce"] + dumps([*answer, value]) + "\\n").encode()
-    while text:
-        text = text[write(out, text):]
-    leave(0)
-main()
-"""
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
+_COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
+_FOR_ALL: dict[str, Callable[..., Any]] = {
+    "call": lambda function, *a, **k: function(*a, **k),
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "repr": repr,
+}
+_FOR_OBJECTS: dict[str, Callable[..., Any]] = {
+    "getattr": getattr,
+    "setattr": setattr,
+    "bool": bool,
+    "str": str,
+    "hash": hash,
+    "int": int,
+    "float": float,
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    **{name: getattr(operator, name) for name in (*_BINARY, *_COMPARED, "neg", "pos", "abs", "invert")},
+}
 
 
-class Script(NamedTuple):
-    """What a service is asked to run."""
-
-    source: str
-    stdin: str | None
-    nonce: str
+class Gone(BaseException):
+    """The other process has ended, or does not keep to the protocol."""
 
 
-class Answer(NamedTuple):
-    """What a service says of a script: whether it came to its end, with which status, and what it printed."""
-
-    finished: bool
-    exit_status: int
-    stdout: str
-    stderr: str = ""
+class Unsendable(BaseException):
+    """Tests want to hand over what is no data: they must run beside the program."""
 
 
-class LostError(Exception):
-    """The service failed, not the program."""
+class Refused(Exception):
+    """Tests ask an object of the program for what only data may decide."""
 
 
-def script(program: Program, part: Part, limits: Limits) -> Script:
-    """The script for one part of a program."""
-    nonce = secrets.token_hex(16)
-    if isinstance(part, Feed):
-        return Script(f"{program.setup}\n{program.source}" if program.setup else program.source, part.stdin, nonce)
-    asked = {
-        "setup": program.setup,
-        "source": program.source,
-        "check": part.source if isinstance(part, Check) else None,
-        "expression": None if isinstance(part, Check) else part.expression,
-        "data": _encoder(),
-        "most": limits.output_bytes,
-        "nonce": nonce,
-    }
-    return Script(_DRIVER.format(asked=json.dumps(asked)), None, nonce)
-
-
-def result(part: Part, sent: Script, answer: Answer, limits: Limits) -> Result:
-    """What an answer says of a part."""
-    inside = isinstance(part, Check)
-    if not answer.finished:
-        return Result("timeout", message="the service ended it", inside=inside)
-    if isinstance(part, Feed):
-        if answer.exit_status != 0:
-            return Result("error", message=answer.stderr.strip().rpartition("\n")[2][:1000])
-        if len(answer.stdout.encode()) > limits.output_bytes:
-            return Result("output")
-        return Result("value", answer.stdout)
-    lines = [line for line in answer.stdout.splitlines() if line.startswith(sent.nonce)]
-    try:
-        status, message, value = json.loads(lines[-1][len(sent.nonce) :])
-        if status not in _STATUSES or not isinstance(message, str) or not isinstance(value, str):
-            raise ValueError
-        if status != "value":
-            return Result(status, message=message, inside=inside)
-        return Result("value", decode(value.encode()), inside=inside)
-    except NotData as error:
-        return Result("data", message=str(error), inside=inside)
-    except (IndexError, ValueError, TypeError, RecursionError):
-        return Result("ended", message=f"it ended with status {answer.exit_status} without an answer", inside=inside)
-
-
-def run_all(
-    programs: Sequence[Program],
-    send: Callable[[Script, Limits], Answer],
-    *,
-    workers: int,
-    limits: Limits,
-    budget: float,
-) -> list[list[Result]]:
-    """Sends all parts of all programs, so many at once.
+class Peer:
+    """One end of the channel.
 
     Args:
-        programs: what to run.
-        send: runs one script; raises LostError where the service fails.
-        workers: requests at once.
-        limits: for each part.
-        budget: seconds for all; a part whose turn comes later has the status `budget`.
+        handle: of the stream.
+        names: what the other end may call by name; None at the end of the tests, which offers functions alone.
     """
-    end = time.monotonic() + budget
 
-    def one(program: Program, part: Part) -> Result:
-        if time.monotonic() >= end:
-            return Result("budget")
-        sent = script(program, part, limits)
+    def __init__(self, handle: int, names: dict[str, Any] | None = None) -> None:
+        self.handle, self.names = handle, names
+        self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}  # id of an object -> its place
+
+    def say(self, kind: str, *content: Any) -> None:
+        """Sends a message.
+
+        Raises:
+            NotData: it is too long or too deep.
+        """
+        text = encode([kind, *content], _MOST, self._refer)
         try:
-            return result(part, sent, send(sent, limits), limits)
-        except LostError as error:
-            return Result("lost", message=str(error)[:1000])
+            write_frame(self.handle, text)
+        except OSError:
+            raise Gone from None
 
-    with ThreadPoolExecutor(max_workers=workers) as threads:
-        waiting = [[threads.submit(one, program, part) for part in program.parts] for program in programs]
-        return [[future.result() for future in row] for row in waiting]
+    def hear(self, full: bool = False) -> list[Any]:
+        """The next message.
+
+        Args:
+            full: whether proxies in it stand for objects of classes.
+        """
+        try:
+            message = decode(read_frame(self.handle, _MOST), lambda tag, content: self._resolve(tag, content, full))
+        except (OSError, EOFError, ValueError):
+            raise Gone from None
+        if not isinstance(message, list) or not message or not isinstance(message[0], str):
+            raise Gone
+        return message
+
+    def ask(self, full: bool, kind: str, *arguments: Any, **named: Any) -> Any:
+        """Has the other end do something: what it gave, or raises what it raised. Its own requests come first."""
+        self.say("do", kind, list(arguments), named)
+        while True:
+            head, *content = self.hear(full)
+            if head == "value" and len(content) == 2:
+                _renew(arguments, content[1])
+                return content[0]
+            if head == "raise" and len(content) == 2:
+                raise _exception(*content)
+            self.serve([head, *content])
+
+    def serve(self, message: list[Any]) -> None:
+        """Does what a request says, and answers."""
+        try:
+            head, kind, arguments, named = message
+            action = self._action(kind) if head == "do" else None
+        except (ValueError, TypeError):
+            raise Gone from None
+        if action is None:
+            raise Gone
+        try:
+            before = encode(arguments, _MOST, self._refer)
+            result = action(*arguments, **named)
+            renewed = arguments if encode(arguments, _MOST, self._refer) != before else None
+            self.say("value", result, renewed)
+        except (Gone, Unsendable, MemoryError):
+            raise
+        except BaseException as error:
+            known = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+            try:
+                self.say("raise", known, [str(part) if self.names is None else part for part in error.args])
+            except NotData:
+                self.say("raise", known, [])
+
+    def _action(self, kind: str) -> Callable[..., Any] | None:
+        if self.names is None:
+            return _FOR_ALL["call"] if kind == "call" else None
+        if kind == "name":
+            names = self.names
+            return lambda name, *a, **k: names[name](*a, **k)
+        return _FOR_ALL.get(kind) or _FOR_OBJECTS.get(kind)
+
+    def _refer(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is Proxy or kind is _Callback:
+            return {"o": object.__getattribute__(value, "_number")}
+        text = _TEXTS.get((kind.__module__, kind.__qualname__))
+        if text is not None:
+            return {"x": [kind.__module__, kind.__qualname__, text(value)]}
+        if self.names is None and not isinstance(value, _FUNCTIONS):
+            raise Unsendable(f"an object of type {kind.__name__} cannot be sent")
+        if id(value) not in self.numbers:
+            if len(self.objects) >= _MOST_OBJECTS:
+                raise NotData("there are too many objects")
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return {"r": self.numbers[id(value)]}
+
+    def _resolve(self, tag: str, content: Any, full: bool) -> Any:
+        if tag == "x":
+            module, name, text = content
+            if (module, name) not in _TEXTS or len(text) > 1000:
+                raise ValueError
+            if name == "range":
+                return range(*map(int, text.split()))
+            maker = getattr(importlib.import_module(module), name)
+            return getattr(maker, "fromisoformat", maker)(text)
+        if type(content) is not int or tag not in ("o", "r"):
+            raise ValueError
+        if tag == "o":
+            return self.objects[content]
+        return Proxy(self, content, full) if self.names is None else _Callback(self, content)
 
 
-@cache
-def _encoder() -> str:
-    return Path(__file__).with_name("data.py").read_text(encoding="utf-8")
+def stand_in(peer: Peer, name: str) -> Callable[..., Any]:
+    """What tests call in the place of something that the program defines."""
+    full = name[:1].isupper()
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return peer.ask(full, "name", name, *arguments, **named)
+
+    call.__name__ = call.__qualname__ = name
+    return call
 
 
-def as_text(value: Any) -> str:
-    """A field of a service's answer as text."""
-    return value if isinstance(value, str) else ""
+class _Callback:
+    """A function of the tests, in the program's process."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        self._peer, self._number = peer, number
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._peer.ask(False, "call", self, *arguments, **named)
+
+
+class Proxy:
+    """An object of the program, in the tests' process."""
+
+    __slots__ = ("_full", "_number", "_peer")
+
+    def __init__(self, peer: Peer, number: int, full: bool) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_full", full)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            return Proxy
+        if name in _VERDICTS:
+            raise Refused(f"a test asks .{name}() of an object of the program; only data can tell")
+        return _ask("getattr", self, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return _ask("call", self, *arguments, **named)
+
+    def __iter__(self) -> Iterator[Any]:
+        items = _ask("iter", self)
+        while True:
+            try:
+                item = _ask("next", items)
+            except StopIteration:
+                return
+            yield item
+
+    def __contains__(self, item: Any) -> bool:
+        return any(item is other or item == other for other in iter(self))
+
+    def __repr__(self) -> str:
+        return str(_ask("repr", self))
+
+
+def _ask(kind: str, proxy: Proxy, *arguments: Any, **named: Any) -> Any:
+    full = object.__getattribute__(proxy, "_full")
+    if not full and kind not in _FOR_ALL:
+        raise Refused("a test looks into an object that a function of the program returned; only data can tell")
+    return object.__getattribute__(proxy, "_peer").ask(full, kind, proxy, *arguments, **named)
+
+
+def _method(kind: str) -> Callable[..., Any]:
+    return lambda self, *arguments: _ask(kind, self, *arguments)
+
+
+def _among_objects(kind: str) -> Callable[..., Any]:
+    def method(self: Proxy, other: Any) -> Any:
+        return _ask(kind, self, other) if type(other) is Proxy else NotImplemented
+
+    return method
+
+
+for _name in ("next", "len", "setattr", "getitem", "setitem", "delitem", "neg", "pos", "abs", "invert"):
+    setattr(Proxy, f"__{_name}__", _method(_name))
+for _name in ("bool", "str", "hash", "int", "float"):
+    setattr(Proxy, f"__{_name}__", _method(_name))
+for _name in (*_BINARY, *_COMPARED):
+    setattr(Proxy, f"__{_name.rstrip('_')}__", _among_objects(_name))
+
+
+def _renew(arguments: tuple[Any, ...], renewed: Any) -> None:
+    """Does to the arguments of a call what the program did to its copies."""
+    if not isinstance(renewed, list):
+        return
+    for old, new in zip(arguments, renewed, strict=False):
+        if type(old) is not type(new):
+            continue
+        if isinstance(old, list):
+            old[:] = new
+        elif isinstance(old, dict | set):
+            old.clear()
+            old.update(new)
+
+
+def _exception(names: Any, arguments: Any) -> BaseException:
+    """An exception of the nearest builtin type, whatever the program says."""
+    for name in names if isinstance(names, list) else []:
+        kind = getattr(builtins, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            for given in (arguments, [str(arguments)]):
+                try:
+                    return kind(*given)
+                except Exception:
+                    continue
+    return RuntimeError("the program raised something that is no exception of Python")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import struct
+from collections.abc import Sequence
 
 from rl4dlm.grading.sandbox.kernel import CLONE_THREAD, MACHINE, PR_SET_NO_NEW_PRIVS, call, prctl
 
-# Name: number on x86_64, on aarch64 (None: it has no such call). The frequent ones come first.
+# Name: number on x86_64, on aarch64 (None: it has no such call).
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222),
     "munmap": (11, 215), "brk": (12, 214), "futex": (202, 98), "openat": (257, 56), "newfstatat": (262, 79),
@@ -60,18 +62,37 @@ _CLONE, _CLONE3, _SOCKETPAIR = (56, 220), (435, 435), (53, 199)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LOAD, _JUMP, _EQUAL, _AT_LEAST, _SET, _AND, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
+_RETURN_ALLOW = struct.pack("=HBBI", _RETURN, 0, 0, _ALLOW)
+_RETURN_EPERM = struct.pack("=HBBI", _RETURN, 0, 0, _ERRNO | errno.EPERM)
+
+
+_PID = 0x7FFFFFF1  # stands for the process's id in a template
 
 
 def _instruction(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("=HBBI", code, yes, no, value)
 
 
-def program(pid: int, machine: str = MACHINE) -> bytes:
-    """The filter, as the kernel reads it.
+def _only(argument: int, values: Sequence[int]) -> list[bytes]:
+    """Allows a call where an argument, of 32 bits, has one of these values."""
+    rows = [_instruction(_EQUAL, value, len(values) - row, 0) for row, value in enumerate(values)]
+    return [_instruction(_LOAD, 16 + 8 * argument), *rows, _RETURN_EPERM, _RETURN_ALLOW]
 
-    Args:
-        pid: of the process it is for, which may signal itself alone.
+
+def _choose(bounds: list[tuple[int, list[bytes]]]) -> list[bytes]:
+    """A tree of comparisons: what to do with numbers from each bound to the next one."""
+    if len(bounds) == 1:
+        return bounds[0][1]
+    middle = len(bounds) // 2
+    left, right = _choose(bounds[:middle]), _choose(bounds[middle:])
+    if len(left) < 256:
+        return [_instruction(_AT_LEAST, bounds[middle][0], len(left), 0), *left, *right]
+    return [_instruction(_AT_LEAST, bounds[middle][0], 0, 1), _instruction(_JUMP, len(left)), *left, *right]
+
+
+@functools.cache
+def template(machine: str = MACHINE) -> bytes:
+    """The filter, as the kernel reads it, with a number in place of the process's id.
 
     Raises:
         OSError: the numbers for `machine` are not known.
@@ -80,29 +101,27 @@ def program(pid: int, machine: str = MACHINE) -> bytes:
         raise OSError(f"no numbers of system calls for {machine}")
     column, architecture = _ARCHITECTURES[machine]
     one = _instruction
-    lines = [one(_LOAD, 4), one(_EQUAL, architecture, 1, 0), one(_RETURN, _KILL), one(_LOAD, 0)]
-    if machine == "x86_64":  # the numbers of its other interface
-        lines += [one(_AT_LEAST, 0x40000000, 0, 1), one(_RETURN, _EPERM)]
-    numbers = [pair[column] for pair in ALLOWED.values() if pair[column] is not None]
-    for chunk in (numbers[start : start + 64] for start in range(0, len(numbers), 64)):
-        lines += [one(_EQUAL, number or 0, len(chunk) - row, 0) for row, number in enumerate(chunk)]
-        lines += [one(_JUMP, 1), one(_RETURN, _ALLOW)]
-    for numbers_of, argument, values in [
-        *CHECKED.values(),
-        *((pair, 0, (pid,)) for pair in _TO_ITSELF.values()),
-    ]:
-        body = [one(_LOAD, 16 + 8 * argument)]
-        body += [one(_EQUAL, value, len(values) - row, 0) for row, value in enumerate(values)]
-        body += [one(_RETURN, _EPERM), one(_RETURN, _ALLOW)]
-        lines += [one(_EQUAL, numbers_of[column], 0, len(body)), *body]
-    threads = [one(_LOAD, 16), one(_SET, CLONE_THREAD, 1, 0), one(_RETURN, _EPERM), one(_RETURN, _ALLOW)]
-    lines += [one(_EQUAL, _CLONE[column], 0, len(threads)), *threads]
-    lines += [one(_EQUAL, _CLONE3[column], 0, 1), one(_RETURN, _ENOSYS)]  # then the C library takes clone
+    actions = {pair[column]: [_RETURN_ALLOW] for pair in ALLOWED.values() if pair[column] is not None}
+    actions |= {pair[column]: _only(argument, values) for pair, argument, values in CHECKED.values()}
+    actions |= {pair[column]: _only(0, [_PID]) for pair in _TO_ITSELF.values()}
+    actions[_CLONE[column]] = [one(_LOAD, 16), one(_SET, CLONE_THREAD, 1, 0), _RETURN_EPERM, _RETURN_ALLOW]
+    actions[_CLONE3[column]] = [one(_RETURN, _ERRNO | errno.ENOSYS)]  # then the C library takes clone
     # A connected pair of streams, which event loops wake themselves with; no other kind can name a receiver.
     pair = [one(_LOAD, 16), one(_EQUAL, 1, 0, 3), one(_LOAD, 24), one(_AND, 0xF), one(_EQUAL, 1, 1, 0)]
-    pair += [one(_RETURN, _EPERM), one(_RETURN, _ALLOW)]
-    lines += [one(_EQUAL, _SOCKETPAIR[column], 0, len(pair)), *pair]
-    return b"".join([*lines, one(_RETURN, _EPERM)])
+    actions[_SOCKETPAIR[column]] = [*pair, _RETURN_EPERM, _RETURN_ALLOW]
+    bounds: list[tuple[int, list[bytes]]] = []
+    # On x86_64 numbers from 2**30 on are those of another interface.
+    for number in range(max(number for number in actions if number is not None) + 2):
+        action = actions.get(number, [_RETURN_EPERM])
+        if not bounds or bounds[-1][1] != action:
+            bounds.append((number, action))
+    head = [one(_LOAD, 4), one(_EQUAL, architecture, 1, 0), one(_RETURN, _KILL), one(_LOAD, 0)]
+    return b"".join([*head, *_choose(bounds)])
+
+
+def program(pid: int, machine: str = MACHINE) -> bytes:
+    """The filter for a process, which may signal itself alone."""
+    return template(machine).replace(struct.pack("=I", _PID), struct.pack("=I", pid))
 
 
 def install(filter_: bytes) -> None:

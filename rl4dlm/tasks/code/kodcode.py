@@ -39,11 +39,10 @@ class KodCode(TrainingSet):
         signature = f"{name}{first.get('parameter_list') or '()'}" if name else ""
         shown = next((test["source"] for test in tests if test["source"].startswith("assert ")), "")
         prompt = prompts.training(row["question"], style=self.style, test=shown, signature=signature)
-        entry_point = name if name and len(functions) == 1 else None
         return [
             {
                 "prompt": prompt,
-                "problem": Problem(tuple(tests), entry_point=entry_point).to_json(),
+                "problem": Problem(tuple(tests), entry_point=name).to_json(),
                 "question": row["question"],
                 "solution": row["solution"],
                 "task_id": str(row.get("question_id") or ""),

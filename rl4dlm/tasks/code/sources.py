@@ -76,18 +76,21 @@ def inputs_and_results(source: str, entry_point: str) -> list[Test]:
 def pytest_functions(source: str) -> list[Test]:
     """The tests of KodCode: functions `test_…`, with everything else in the file before each of them.
 
-    A function of assertions alone gives a test for each. `pytest.mark.parametrize` with literals gives one for each of
-    its rows. Functions that need fixtures cannot be run without pytest and are left out, as is a file that does not
-    parse.
+    A function of assertions alone gives a test for each; so do methods of test classes. `pytest.mark.parametrize` with
+    literals gives one for each of its rows. Functions that need fixtures cannot be run without pytest and are left out,
+    as is a file that does not parse.
     """
     tree = _parsed(source)
     if tree is None:
         return []
     shared: list[str] = []
     functions: list[ast.FunctionDef] = []
+    classes: list[ast.ClassDef] = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
             functions.append(node)
+        elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            classes.append(node)
         elif isinstance(node, ast.ImportFrom) and node.module == "solution":
             continue
         elif isinstance(node, ast.Import) and any(alias.name in ("pytest", "solution") for alias in node.names):
@@ -95,7 +98,8 @@ def pytest_functions(source: str) -> list[Test]:
         elif not _is_main(node):
             shared.append(ast.unparse(node))
     before = "\n".join(shared)
-    return [test for node in functions for test in _of_function(node, before)]
+    tests = [test for node in functions for test in _of_function(node, before)]
+    return tests + [test for node in classes for test in _of_class(node, before)]
 
 
 def entry_point_of(sources: Sequence[str]) -> str | None:
@@ -156,6 +160,25 @@ def _whole(source: str) -> Test:
     if "import pytest\n" in source and rewritten(source) is None:
         source = source.replace("import pytest\n", PYTEST.lstrip("\n"), 1)
     return {"source": source}
+
+
+def _of_class(node: ast.ClassDef, before: str) -> list[Test]:
+    """Methods that do not need their object are functions; of the others each is called on a new one."""
+    found: list[Test] = []
+    for method in node.body:
+        if not isinstance(method, ast.FunctionDef) or not method.name.startswith("test") or not method.args.args:
+            continue
+        own = method.args.args[0].arg
+        bare = ast.FunctionDef(
+            method.name, ast.arguments([], method.args.args[1:], None, [], [], None, []), method.body,
+            method.decorator_list, None, None, lineno=method.lineno, col_offset=0,
+        )  # fmt: skip
+        if not any(_names(statement, own) for statement in method.body):
+            found += _of_function(bare, before)
+        elif not node.bases and _calls(bare) == [f"{method.name}()"]:
+            source = "\n".join(part for part in (before, ast.unparse(node)) if part)
+            found.append(_whole(f"{source}\n{node.name}().{method.name}()"))
+    return found
 
 
 def _calls(node: ast.FunctionDef) -> list[str] | None:

@@ -112,6 +112,27 @@ if __name__ == "__main__":
     assert sources.pytest_functions("def test(") == []
 
 
+def test_methods_of_test_classes_are_tests_too() -> None:
+    source = """
+from solution import f
+
+class TestF:
+    LIMIT = 2
+
+    def test_one(self):
+        assert f(1) == 1
+
+    def test_limit(self):
+        assert f(self.LIMIT) == 4
+
+    def test_fixture(self, number):
+        assert f(number) == 9
+"""
+    first, second = (test["source"] for test in sources.pytest_functions(source))
+    assert first == "assert f(1) == 1"
+    assert second.startswith("class TestF:") and second.endswith("TestF().test_limit()")
+
+
 def test_pytest_is_replaced_where_a_test_is_run_as_a_whole() -> None:
     head = "import pytest\nfrom solution import f\n\n"
     (test,) = sources.pytest_functions(f"{head}def test_a():\n    with pytest.raises(ValueError):\n        f(-1)\n")

@@ -1,0 +1,141 @@
+"""Which level of the sandbox this machine offers, which one is asked for, and running programs at it.
+
+Owns the rule that nothing is run below the level asked for. A level counts as offered once a server has started at it
+and a program there was refused what it must be.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+from rl4dlm.grading.pool import count_work, current_settings
+from rl4dlm.grading.sandbox.isolation import LEVELS
+from rl4dlm.grading.sandbox.limits import Limits
+from rl4dlm.grading.sandbox.pool import Sandbox, SandboxError
+from rl4dlm.grading.sandbox.programs import Call, Program, Result
+
+logger = logging.getLogger(__name__)
+
+STRONGEST = "strongest"
+_SETTING = "sandbox_level"
+# What each of them raises shows that a level holds. The first must work.
+_TRIED = (
+    "sum([20, 22])",
+    "open('/etc/passwd').read()",
+    "os.listdir('/proc')",
+    "__import__('socket').socket()",
+    "os.fork()",
+    "os.execv('/bin/sh', ['sh'])",
+    "os.kill(os.getppid(), 0)",
+    "open('/forbidden', 'w')",
+)
+
+
+@functools.cache
+def why_not(level: str) -> str:
+    """Why this machine does not offer a level; "" if it does. Tried once in a process."""
+    try:
+        with Sandbox(level, 1, current_settings().startup_seconds) as sandbox:
+            program = Program("import os", tuple(map(Call, _TRIED)))
+            (results,) = sandbox.run([program], Limits(seconds=20.0, program_seconds=60.0), 60.0)
+    except (SandboxError, OSError) as error:
+        return str(error)
+    works, *refused = results
+    if works != Result("value", 42):
+        return f"a program did not run in it: {works.status} {works.message}".rstrip()
+    held = [result.status == "error" for result in refused]
+    if not all(held):
+        return f"it did not refuse {_TRIED[1 + held.index(False)]}"
+    return ""
+
+
+def strongest_level() -> str | None:
+    """The strongest level that this machine offers, None if it has none."""
+    return next((level for level in LEVELS if not why_not(level)), None)
+
+
+def active_level() -> str:
+    """The level at which programs are run.
+
+    It is the setting `sandbox_level` (`rl4dlm.grading.pool.Settings`): one of `isolation.LEVELS`, or `strongest`.
+
+    Raises:
+        SandboxError: this machine does not offer it. Nothing is run then.
+    """
+    wanted = current_settings().sandbox_level
+    tried = LEVELS if wanted == STRONGEST else (wanted,)
+    for level in tried:
+        if not why_not(level):
+            return level
+    reasons = "; ".join(f"{level}: {why_not(level)}" for level in tried)
+    offered = strongest_level() if wanted != STRONGEST else None
+    hint = f" It offers {_SETTING}={offered!r}." if offered else " See docs/sandbox.md for what a machine needs."
+    raise SandboxError(
+        f"{_SETTING}={wanted!r}: programs of a model are run in a sandbox or not at all, and this machine lacks what "
+        f"it needs ({reasons}).{hint}"
+    )
+
+
+@functools.cache
+def require_sandbox() -> str:
+    """Finds out, before anything is trained, that programs can be run, and says at which level: once, in the log.
+
+    Returns:
+        The active level.
+
+    Raises:
+        SandboxError: they cannot; the message says which setting and what is missing.
+    """
+    level = active_level()
+    logger.info("programs of the model run in a sandbox at the level %r", level)
+    return level
+
+
+def share_of_cores() -> int:
+    """Programs that run at once: this process's share of the cores, as several ranks may run on one machine."""
+    wanted = current_settings().sandbox_workers
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return wanted or max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def run_programs(
+    programs: Sequence[Program], *, limits: Limits | None = None, budget: float | None = None
+) -> list[list[Result]]:
+    """Runs programs where they can hurt nothing.
+
+    Each part sees the program freshly loaded, in a process of its own. May be called from any thread.
+
+    Args:
+        programs: what is run, and what is asked of it.
+        limits: of each part; `None` takes the defaults, with `deadline` of `current_settings` for the seconds.
+        budget: seconds for all of them, after which what is left has the status `budget`; `None` takes what
+            `current_settings` says. Where programs wait for others, a part that takes longer than a second is put off
+            to the end and gets its whole time there, so that few that hang do not cost the rest their turn.
+
+    Returns:
+        For each program a result for each of its parts.
+
+    Raises:
+        ValueError: `budget` is not positive and finite.
+        SandboxError: this machine does not offer the level asked for; nothing was run.
+    """
+    settings = current_settings()
+    budget = settings.budget if budget is None else budget
+    if not 0 < budget < math.inf:
+        raise ValueError(f"budget={budget} seconds; it must be positive and finite")
+    level = require_sandbox() if settings.sandbox_level == STRONGEST else active_level()
+    limits = limits or Limits(seconds=settings.deadline, cpu_seconds=settings.deadline)
+    with count_work() as count:
+        results = _sandbox(level, share_of_cores()).run(programs, limits, budget)
+        count.items = sum(map(len, results))
+        count.late = sum(result.status in ("timeout", "budget") for row in results for result in row)
+    return results
+
+
+@functools.cache
+def _sandbox(level: str, workers: int) -> Sandbox:
+    return Sandbox(level, workers, current_settings().startup_seconds)
