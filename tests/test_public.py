@@ -129,7 +129,7 @@ SETTINGS = {
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
         "ddo_negative_weight ddo_split form"
     ),
-    "DiffuGRPOConfig": "p_mask_prompt",
+    "DiffuGRPOConfig": "p_mask_prompt num_strata",
     "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
     "DiffusionPolicyConfig": (
         "schedule denoising_steps block_length cfg_scale cache cache_args rollout_compile stop_at_eos min_new_tokens "
@@ -160,7 +160,7 @@ SETTINGS = {
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
-    "WD1Config": "psi negative_weight weights_over p_mask_prompt",
+    "WD1Config": "psi negative_weight weights_over p_mask_prompt num_predicted_steps",
 }
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
 

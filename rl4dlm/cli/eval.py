@@ -67,6 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     template = mapping("chat-template-kwargs", arguments.chat_template_kwargs)
     tasks, rewards = _tasks(arguments), _rewards(arguments)
     for task in tasks:
+        task.require()
         task.dataset(arguments.split)  # raises if there is no such split, or a file or the hub cannot be read
     if arguments.output is not None and Path(arguments.output).is_dir():
         raise ValueError(f"output={arguments.output!r} is a folder; name a .json file")

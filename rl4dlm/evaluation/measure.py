@@ -79,6 +79,7 @@ def evaluate(
 
     Raises:
         ValueError: names a setting that is not allowed, a tokenizer that does not fit, or a task without prompts.
+        RuntimeError: the task runs programs, and this machine has no sandbox for them.
     """
     if not decodings:
         raise ValueError("decodings is empty; give at least one DecodingConfig")
@@ -90,6 +91,7 @@ def evaluate(
             raise ValueError(f"pass_at={k} is not allowed; it must be between 1 and num_samples={num_samples}")
     spec = DiffusionSpec.of(model)
     check_tokenizer(tokenizer, spec)
+    task.require()
     dataset = task.dataset(split)
     if "prompt" not in dataset.column_names:
         raise ValueError(f"task {task.name!r} has no column 'prompt' in split {split!r}, only {dataset.column_names}")

@@ -70,6 +70,10 @@ class Task(ABC):
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether a completion solves a row, exactly; `None` where the row says too little to tell."""
 
+    def require(self) -> None:
+        """Raises if this machine cannot tell whether a completion solves a row, before any is made."""
+        return None
+
     def check_many(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
         """`check` for each pair."""
         return [self.check(completion, row) for completion, row in zip(completions, rows, strict=True)]
