@@ -272,7 +272,7 @@ MEMORIES = {
     "list of a class": "class C:\n    seen = []\ndef f(x):\n    C.seen.append(x)\n    return len(C.seen)",
     "closure": "def make(s):\n    def f(x):\n        s.append(x)\n        return len(s)\n    return f\nf = make([])",
     "attribute": "def f(x):\n    f.n = getattr(f, 'n', 0) + 1\n    return f.n",
-    "instance": "class C:\n    def f(self, x):\n        self.n = vars(self).get('n', 0) + 1\n        return self.n\nf = C().f",
+    "instance": "class C:\n    n = 0\n    def f(self, x):\n        self.n += 1\n        return self.n\nf = C().f",
     "generator": "g = iter(range(1, 9))\ndef f(x): return next(g)",
     "random": "import random\nr = random.Random(1)\ndef f(x): return r.random()",
     "shared random": "import random\ndef f(x): return random.random()",
