@@ -47,9 +47,12 @@ class Settings(NamedTuple):
     startup_seconds: float = 120.0  # for a worker to import what it runs
     sandbox_level: str = "strongest"  # that programs run at: see rl4dlm.grading.sandbox
     sandbox_workers: int = 0  # programs that run at once; 0 for this process's share of the cores
+    sandbox_backend: str = "local"  # who runs programs: this machine, or a service of the kind `fusion` or `e2b`
+    sandbox_url: str = ""  # of a service that runs programs
 
 
 SANDBOX_LEVELS = ("strongest", "namespaces", "landlock")
+SANDBOX_BACKENDS = ("local", "fusion", "e2b")
 
 _configured: dict[str, float | str] = {}
 
@@ -94,9 +97,13 @@ def current_settings() -> Settings:
 
 def _check_setting(name: str, value: float | str) -> None:
     field = name.lower().removeprefix("rl4dlm_reward_")
-    if field == "sandbox_level":
-        if value not in SANDBOX_LEVELS:
-            raise ValueError(f"{name}={value!r}; it must be one of {', '.join(SANDBOX_LEVELS)}")
+    choices = {"sandbox_level": SANDBOX_LEVELS, "sandbox_backend": SANDBOX_BACKENDS}.get(field)
+    if choices is not None:
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}; it must be one of {', '.join(choices)}")
+    elif field == "sandbox_url":
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={value!r}; it must be text")
     elif field.endswith("workers"):
         least = 0 if field == "sandbox_workers" else 1
         if not (isinstance(value, int) and value >= least):

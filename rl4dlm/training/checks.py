@@ -163,11 +163,16 @@ def checked_rewards(reward_funcs: Any) -> list[Any] | None:
 
     TRL files metrics and completions under a function's `__name__`, so each gets one that no other has. Names of reward
     functions are looked up; reward models and their names are left as they are. TRL alone reads NaN as "not scorable".
+    A function with an attribute `requires`, which is a function without arguments, has it called: it raises where the
+    reward could not be computed, before anything is trained.
     """
     if reward_funcs is None:
         return None
     listed = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     found = [_named(f) if isinstance(f, str) else f for f in listed]
+    for reward in found:
+        if not isinstance(reward, str | nn.Module) and (requires := getattr(_plain(reward), "requires", None)):
+            requires()
     wrapped = [not isinstance(f, str | nn.Module) and callable(f) for f in found]
     names = iter(_distinct([f for f, own in zip(found, wrapped, strict=True) if own]))
     return [_checked(f, next(names)) if own else f for f, own in zip(found, wrapped, strict=True)]

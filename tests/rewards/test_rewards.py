@@ -32,6 +32,7 @@ COLUMNS: dict[str, Any] = {
     "solution": "1243342141322314",
     "nfe": 4,
     "tokens_per_forward": 0.5,
+    "problem": '{"tests": [{"call": "f(2)", "expected": "4"}], "entry_point": "f"}',
 }
 
 
@@ -88,6 +89,7 @@ def test_hostile_text_in_an_answer_scores_zero(name: str) -> None:
         ("countdown", "target"),
         ("countdown_compat", "numbers"), ("sudoku", "solution"), ("sudoku_compat", "puzzle"),
         ("few_clue_sudoku", "puzzle"), ("arithmetic_steps", "answer"), ("countdown_small", "target"),
+        ("code", "problem"), ("code_compat", "problem"),
     ],
 )  # fmt: skip
 def test_row_without_its_gold_value_is_not_scored_and_a_missing_column_is_an_error(name: str, column: str) -> None:

@@ -19,7 +19,7 @@ class Problem:
         tests: each one a dict of strings with the keys of one kind: `{"call", "expected"}` (an expression over what the
             program defines, and a Python literal), `{"source"}` (statements that raise where the program is wrong, such
             as `assert f(2) == 4`, or a whole test function with its call), or `{"stdin", "stdout"}` (the program is a
-            script).
+            script). Calls and scripts may have a `"tolerance"` for floats, such as "1e-6".
         entry_point: name of the function that the tests call; None where there is none, or several.
         setup: trusted statements that run before the program: imports and helpers of the prompt.
         prefix: the beginning of the program that the prompt shows, such as a signature with its docstring; a completion
