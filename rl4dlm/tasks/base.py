@@ -41,6 +41,11 @@ class Task(ABC):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
 
+    @property
+    def protocol(self) -> str:
+        """What a number of this task is a number of, where there are several ways to ask: for results. Else ""."""
+        return ""
+
     def dataset(self, split: str) -> Dataset:
         """`rows` as a dataset."""
         from datasets import Dataset
