@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ _GRACE = 2.0  # seconds that a keeper has beyond its program's
 _HURRY = 1.0  # seconds that a part gets at first where other programs wait
 _LONGEST = 1 << 26
 _TESTED, _TESTS = 0, 1  # the two keepers of a check
+_MOST_STARTS = 3  # of a server, for a batch
+_WORTH_A_LOOK = 8  # programs from which on their syntax is looked at before anything else
 
 
 @dataclass
@@ -70,6 +72,8 @@ class _Job:
     limits: Limits
     hurried: bool
     inside: bool = False  # a check that runs beside the program
+    again: bool = False  # the machine failed before
+    rows: list[int] = field(default_factory=list)  # of programs whose syntax is looked at, without a row
     runs: list[_Run] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -78,7 +82,7 @@ class Batch:
     """A call of `Sandbox.run`.
 
     Args:
-        server: that forks keepers.
+        server: that forks keepers; starts one where the last has ended.
         workers: jobs that run at once.
         programs: what is to be run.
         limits: of each part.
@@ -86,36 +90,77 @@ class Batch:
     """
 
     def __init__(
-        self, server: Server, workers: int, programs: Sequence[Program], limits: Limits, budget: float
+        self, server: Callable[[], Server], workers: int, programs: Sequence[Program], limits: Limits, budget: float
     ) -> None:
-        self.server, self.workers, self.programs, self.limits, self.budget = server, workers, programs, limits, budget
+        self.new_server, self.workers, self.programs = server, workers, programs
+        self.limits, self.budget = limits, budget
         self.results: list[list[Result | None]] = [[None] * len(program.parts) for program in programs]
         self.waiting = deque(job for row in range(len(programs)) for job in self._jobs(row))
         self.running: dict[int, tuple[_Job, _Run]] = {}  # by the number of the keeper
         self.busy = 0  # jobs
+        self.starts = 0
 
     def run(self) -> list[list[Result]]:
         """The results of each program's parts."""
-        end = time.monotonic() + self.budget
-        with selectors.DefaultSelector() as self.selector:
-            self.selector.register(self.server.control, selectors.EVENT_READ)
-            while self.waiting or self.busy:
-                while self.waiting and self.busy < self.workers:
-                    self._start(self.waiting.popleft())
-                nearest = min([end, *(run.due for _, run in self.running.values())])
-                for key, events in self.selector.select(max(0.0, nearest - time.monotonic())):
-                    if key.data is None:
-                        self._heard()
-                    else:
-                        self._move(key.data, events)
-                now = time.monotonic()
-                if now >= end:
-                    self._give_up()
-                for _, run in self.running.values():
-                    if now >= run.due:
-                        run.late, run.due = True, now + _GRACE
-                        self.server.kill(run.number)
+        self.server = self.new_server()
+        self.end = time.monotonic() + self.budget
+        if len(self.programs) >= _WORTH_A_LOOK:
+            self._look_at_syntax()
+        while self.waiting or self.busy:
+            try:
+                with selectors.DefaultSelector() as self.selector:
+                    self.selector.register(self.server.control, selectors.EVENT_READ)
+                    while self.waiting or self.busy:
+                        self._step()
+            except ConnectionError:
+                self._start_anew()
         return [[result or Result("budget") for result in row] for row in self.results]
+
+    def _step(self) -> None:
+        """Starts what may start, and does what has come to be done."""
+        looking = any(job.rows for job, _ in self.running.values())
+        while self.waiting and self.busy < self.workers and (not looking or self.waiting[0].rows):
+            self._start(self.waiting.popleft())
+            looking = any(job.rows for job, _ in self.running.values())
+        nearest = min([self.end, *(run.due for _, run in self.running.values())])
+        for key, events in self.selector.select(max(0.0, nearest - time.monotonic())):
+            if key.data is None:
+                self._heard()
+            else:
+                self._move(key.data, events)
+        now = time.monotonic()
+        if now >= self.end:
+            self._give_up()
+        for _, run in self.running.values():
+            if now >= run.due:
+                run.late, run.due = True, now + _GRACE
+                self.server.kill(run.number)
+
+    def _start_anew(self) -> None:
+        """The server has ended, which no program can bring about: what ran starts once more with another one."""
+        jobs = {id(job): job for job, _ in self.running.values()}
+        for _, run in self.running.values():
+            if run.stream is not None:
+                run.stream.close()
+        self.running.clear()
+        self.busy, self.starts = 0, self.starts + 1
+        if self.starts >= _MOST_STARTS:
+            raise RuntimeError(f"the sandbox's server ended {self.starts} times in one batch; is there enough memory?")
+        for job in reversed(jobs.values()):
+            if not job.rows:
+                self.waiting.appendleft(self._job(job.row, job.parts, job.hurried, job.inside))
+        self.server = self.new_server()
+
+    def _look_at_syntax(self) -> None:
+        """Puts a look at all sources, which takes microseconds for each, before everything else."""
+        rows = list(range(len(self.programs)))
+        size = -(-len(rows) // self.workers)
+        for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
+            asked: list[dict[str, Any]] = [{"kind": "compile", "sources": [self.programs[row].source for row in chunk]}]
+            run = _Run(_request(Program("", ()), "", asked, self.limits))
+            self.waiting.appendleft(
+                _Job(-1, [0], self.limits, hurried=False, rows=chunk, runs=[run], seconds=self.limits.seconds + _GRACE)
+            )
 
     def _jobs(self, row: int) -> list[_Job]:
         """A program's calls and feeds together, and each of its checks."""
@@ -126,7 +171,7 @@ class Batch:
         return [self._job(row, places, hurried) for places in [together, *alone] if places]
 
     def _job(self, row: int, places: list[int], hurried: bool, inside: bool = False) -> _Job:
-        limits = replace(self.limits, seconds=_HURRY) if hurried else self.limits
+        limits = replace(self.limits, seconds=_HURRY, timeouts=1) if hurried else self.limits
         program, job = self.programs[row], _Job(row, places, limits, hurried, inside)
         first = program.parts[places[0]]
         job.seconds = min(limits.program_seconds, limits.seconds * len(places)) + _GRACE
@@ -144,26 +189,26 @@ class Batch:
 
     def _start(self, job: _Job) -> None:
         self.busy += 1
-        channels = socket.socketpair() if len(job.runs) > 1 else None
-        for side, run in enumerate(job.runs):
-            run.number = self.server.new_number()
-            ours, theirs = socket.socketpair()
-            with theirs:
-                handles = [theirs, channels[side]] if channels else [theirs]
-                self.server.start(run.number, job.seconds, self.limits, handles)
-            ours.setblocking(False)
-            run.stream, run.unsent = ours, memoryview(run.request)
-            run.due = time.monotonic() + job.seconds + _GRACE
-            self.running[run.number] = (job, run)
-            self.selector.register(ours, selectors.EVENT_READ | selectors.EVENT_WRITE, run)
-        for channel in channels or ():
-            channel.close()
+        with contextlib.ExitStack() as closing:
+            channels = socket.socketpair() if len(job.runs) > 1 else ()
+            for channel in channels:
+                closing.enter_context(channel)
+            for side, run in enumerate(job.runs):
+                run.number = self.server.new_number()
+                run.stream, theirs = socket.socketpair()
+                closing.enter_context(theirs)
+                run.stream.setblocking(False)
+                run.unsent = memoryview(run.request)
+                run.due = time.monotonic() + job.seconds + _GRACE
+                self.running[run.number] = (job, run)
+                self.server.start(run.number, job.seconds, self.limits, [theirs, *channels[side : side + 1]])
+                self.selector.register(run.stream, selectors.EVENT_READ | selectors.EVENT_WRITE, run)
 
     def _heard(self) -> None:
         """A keeper has ended."""
         text = self.server.control.recv(4096)
         if not text:
-            raise ConnectionError("the sandbox's server has ended")
+            raise ConnectionResetError
         said: dict[str, Any] = json.loads(text)
         job, run = self.running.pop(said.get("ended", -1), (None, None))
         if job is None or run is None:
@@ -179,19 +224,37 @@ class Batch:
 
     def _settle(self, job: _Job) -> None:
         """All keepers of a job have ended: results, or another job."""
-        late = []
+        if job.rows:
+            self._settle_syntax(job)
+            return
+        late, lost = [], []
         for place, part in enumerate(job.parts):
             result = job.runs[-1].result(place)
             if len(job.runs) > 1:
                 result = self._checked(job, result)
+            self.results[job.row][part] = result._replace(inside=job.inside)
             if len(job.runs) > 1 and result.status == "inside":
                 self.waiting.append(self._job(job.row, [part], job.hurried, inside=True))
             elif result.status == "timeout" and job.hurried:
-                late.append(part)
-            else:
-                self.results[job.row][part] = result._replace(inside=job.inside)
+                late.append(part)  # what it has stays if the batch's time is over before it gets more
+            elif result.status == "lost" and not job.again:
+                lost.append(part)
         if late:
             self.waiting.append(self._job(job.row, late, hurried=False, inside=job.inside))
+        if lost:
+            self.waiting.append(self._job(job.row, lost, job.hurried, job.inside))
+            self.waiting[-1].again = True
+
+    def _settle_syntax(self, job: _Job) -> None:
+        """Programs that do not compile need not run. If the look itself failed, each is looked at when it runs."""
+        found = job.runs[0].result(0).value
+        wrong = (
+            dict(zip(job.rows, found, strict=True)) if isinstance(found, list) and len(found) == len(job.rows) else {}
+        )
+        for row, message in wrong.items():
+            if isinstance(message, str):
+                self.results[row] = [Result("syntax", message=message) for _ in self.results[row]]
+        self.waiting = deque(other for other in self.waiting if not isinstance(wrong.get(other.row), str))
 
     def _checked(self, job: _Job, result: Result) -> Result:
         """The result of tests that ran apart from the program."""

@@ -141,14 +141,29 @@ def _unpack(packed: Any, depth: int, other: Callable[[str, Any], Any] | None) ->
         real, imag = content
         return complex(float(real), float(imag))
     if tag == "d":
-        return {_unpack(key, depth + 1, other): _unpack(item, depth + 1, other) for key, item in content}
+        keys = _spread([_unpack(key, depth + 1, other) for key, _ in content])
+        return dict(zip(keys, [_unpack(item, depth + 1, other) for _, item in content], strict=True))
     if tag in _MAKERS:
         if not isinstance(content, list):
             raise ValueError
-        return _MAKERS[tag](_unpack(item, depth + 1, other) for item in content)
+        items = [_unpack(item, depth + 1, other) for item in content]
+        return _MAKERS[tag](items if tag == "t" else _spread(items))
     if other is None:
         raise ValueError
     return other(tag, content)
 
 
+def _spread(items: list[Any]) -> list[Any]:
+    """Refuses items made to have one hash: a set of a hundred thousand of them takes minutes to make."""
+    if len(items) > _MOST_ALIKE:
+        seen: dict[int, int] = {}
+        for item in items:
+            number = hash(item)
+            seen[number] = seen.get(number, 0) + 1
+            if seen[number] > _MOST_ALIKE:
+                raise ValueError
+    return items
+
+
+_MOST_ALIKE = 64
 _MAKERS: dict[str, Any] = {"t": tuple, "s": set, "f": frozenset}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What a part's process may say of itself, by what it was asked.
 _STATUSES = {
+    "compile": ("value",),
     "call": ("value", "error", "memory", "data"),
     "feed": ("value", "error", "memory"),
     "serve": ("error", "memory", "gone"),
@@ -50,30 +51,31 @@ def serve(job: int, channel: int, tasks: int) -> None:
         for number in range(len(request["parts"])):
             send(job, number, "syntax", compiled)
         return
-    end = time.monotonic() + limits.program_seconds
+    end, late, room = time.monotonic() + limits.program_seconds, 0, limits.output_bytes
     for number, asked in enumerate(request["parts"]):
         seconds = min(limits.seconds, end - time.monotonic())
-        if seconds <= 0:
-            send(job, number, "timeout", "the time of all parts together was over")
+        if seconds <= 0 or late >= limits.timeouts:
+            send(job, number, "timeout", "parts before it took the time")
             continue
         keeper = _Part(asked, limits, channel, tasks)
         try:
             status, message, value = keeper.run(compiled, seconds)
         finally:
             keeper.close()
+        late += status == "timeout"
+        room -= len(value)
+        if room < 0:
+            status, message, value = "output", f"its answers take more than {limits.output_bytes} bytes", b""
         send(job, number, status, message, value)
 
 
 def compile_all(request: dict[str, Any]) -> tuple[CodeType, CodeType] | str:
     """The code of the set-up and of the source, or why there is none."""
-    name = "<program>"
-    try:
-        return (
-            compile(request["setup"], "<setup>", "exec", dont_inherit=True),
-            compile(request["source"], name, "exec", dont_inherit=True),
-        )
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        return f"{type(error).__name__}: {error}"[:1000]
+    setup = parts.compiled(request["setup"], "<setup>")
+    source = parts.compiled(request["source"])
+    if isinstance(setup, str) or isinstance(source, str):
+        return source if isinstance(source, str) else f"set-up: {setup}"
+    return setup, source
 
 
 class _Part:

@@ -18,13 +18,14 @@ class Limits:
 
     seconds: float = 5.0  # on the wall clock, from loading the program on
     program_seconds: float = 30.0  # on the wall clock, of all parts of a program
+    timeouts: int = 2  # parts of a program that may run out of time before the rest counts as out of time, too
     cpu_seconds: float = 5.0  # of all threads together
     memory_bytes: int = 1 << 30  # address space
     threads: int = 32
     file_bytes: int = 8 << 20  # of a file, and of what is printed
     folder_bytes: int = 16 << 20
     open_files: int = 64
-    output_bytes: int = 1 << 20  # of an answer; what is printed beyond it is an error of the program
+    output_bytes: int = 1 << 20  # of a program's answers, and of what a part prints; beyond it there is no value
 
     def __post_init__(self) -> None:
         for field in fields(self):

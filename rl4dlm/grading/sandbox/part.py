@@ -26,7 +26,7 @@ def run(asked: dict[str, Any], code: tuple[CodeType, CodeType], nonce: bytes, ma
     Args:
         asked: its `kind`: `call` with an `expression`, `feed`, `inside` with the `tests` that run beside the program,
             `serve` the program to the tests of another process, `test` with the `names` that are over there, where
-            the source is that of the tests.
+            the source is that of the tests; `compile` the `sources`.
         code: of the set-up and of the source.
         nonce: what the answer begins with.
         max_bytes: of the answer's value.
@@ -61,6 +61,14 @@ def run(asked: dict[str, Any], code: tuple[CodeType, CodeType], nonce: bytes, ma
     if kind == "feed":
         _quietly(sys.stdout.flush)
     leave(0)
+
+
+def compiled(source: str, name: str = "<program>") -> CodeType | str:
+    """Code, or why there is none."""
+    try:
+        return compile(source, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+        return f"{type(error).__name__}: {error}"[:1000]
 
 
 def load(code: tuple[CodeType, CodeType], name: str) -> dict[str, Any]:
@@ -114,8 +122,13 @@ def _test(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int
     return _TRUE
 
 
+def _compile(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int) -> bytes:
+    found = [compiled(source) for source in asked["sources"]]
+    return encode([error if isinstance(error, str) else None for error in found], max_bytes)
+
+
 _TRUE = b"true"
-_WORK = {"call": _call, "feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
+_WORK = {"compile": _compile, "call": _call, "feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
 
 
 def _describe(error: BaseException) -> str:

@@ -130,7 +130,7 @@ class Sandbox:
             self._adopt_process()
         with self._lock:
             try:
-                return Batch(self._server(), self.workers, programs, limits, budget).run()
+                return Batch(self._server, self.workers, programs, limits, budget).run()
             except BaseException:  # also an interrupt: nothing may answer the next batch with this one's results
                 _stop_in(self._pid, self._servers)
                 raise

@@ -35,6 +35,8 @@ PRELOADED = (
     "bisect", "cmath", "collections", "contextlib", "copy", "functools", "heapq", "itertools", "json", "math",
     "operator", "random", "re", "string", "time", "typing",
 )  # fmt: skip
+# These load shared libraries, which are out of reach later.
+LOADED = ("_bz2", "_decimal", "_hashlib", "_lzma", "zlib")
 _ALONE = 1.0  # seconds between two looks at whether the parent lives
 
 
@@ -46,8 +48,9 @@ def main() -> None:
     os.environ.clear()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))
-    for name in PRELOADED:
-        importlib.import_module(name)
+    for name in (*PRELOADED, *LOADED):
+        with contextlib.suppress(ImportError):  # Python may have been built without one
+            importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         prepared = isolation.prepare_server(level)
