@@ -124,7 +124,7 @@ def _verdicts(
     texts = completion_texts(completions)
     column = require_column(reward, "problem", problems, len(texts))
     given = [value for value in column if value is not None]
-    if given and not any(read_problem(value) for value in given):
+    if given and all(read_problem(value) is None for value in given):
         raise ValueError(
             f"reward {reward!r}: no value of the column 'problem' is a problem, such as {str(given[0])[:80]!r}; it is "
             "the text that rl4dlm.grading.code.problem.Problem.to_json() gives"

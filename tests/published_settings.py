@@ -274,6 +274,21 @@ _DMPO = {
     **_in("DMPO/run_dmpo.sh", alpha=0.04, num_generations=16, num_iterations=8),
 }
 
+_JUSTGRPO = _in(
+    "train.py",
+    max_steps=125,
+    learning_rate=5e-6,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    seed=1234,
+    num_generations=16,  # 8, taken twice
+    max_completion_length=256,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    lr_scheduler_type="constant",
+    use_peft=False,
+)
+
 PUBLISHED: dict[str, dict[str, Flag]] = {
     "diffu_grpo/gsm8k_llada-8b": _d1("gsm8k", 12),
     "diffu_grpo/math_llada-8b": _d1("math", 12),
@@ -336,20 +351,18 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         gradient_accumulation_steps=4,
         denoising_steps=128,
     ),
-    "espo/acecode_llada-8b": {
-        name: flag
-        for name, flag in _espo(
-            "run_code_llada.sh",
-            use_peft=False,
-            beta=1e-2,
-            max_grad_norm=0.8,
-            num_generations=10,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=20,
-            denoising_steps=256,
-        ).items()
-        if name != "task_args.style"  # its rows come with their prompts
-    }
+    "espo/acecode_llada-8b": _espo(
+        "run_code_llada.sh",
+        use_peft=False,
+        beta=1e-2,
+        max_grad_norm=0.8,
+        num_generations=10,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=20,
+        denoising_steps=256,
+    )
+    | _in("recipes/process_data.py", task_args__subset="hard")
+    | _in("espo/rewards.py", reward_funcs=["code:code_compat"])
     | _in(_ESPO_FILE, learning_rate=1e-6, weight_decay=0.1, sync_ref_model=True, ref_model_sync_steps=64),
     "igpo/gsm8k_llada-8b": _IGPO,
     "igpo/math_llada-8b": _IGPO,
@@ -357,20 +370,8 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
     "dmpo/math_llada-8b": _DMPO,
     "dmpo/countdown_llada-8b": _DMPO,
     "dmpo/sudoku_llada-8b": _DMPO,
-    "justgrpo/gsm8k_llada-8b": _in(
-        "train.py",
-        max_steps=125,
-        learning_rate=5e-6,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        seed=1234,
-        num_generations=16,  # 8, taken twice
-        max_completion_length=256,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_scheduler_type="constant",
-        use_peft=False,
-    ),
+    "justgrpo/gsm8k_llada-8b": _JUSTGRPO,
+    "justgrpo/acecode_llada-8b": _JUSTGRPO,
     "lightningrl/gsm8k_sdar-8b": {
         **_in(
             "configs/lightningrl.yaml",
@@ -434,9 +435,12 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
             denoising_steps=256,
             temperature=1.0,
             reward_weights=[2.0, 0.5],
+            reward_funcs=["code:code_compat", "code:format_compat"],  # code, code_format
             seed=42,
             warmup_steps=1e-4,
         ),
+        **_in("src/open_r1/grpo.py", task_args__style="diffucoder"),
+        **_in("recipes/process_data.py", task_args__subset="hard"),
         **_in("src/open_r1/coupled_grpo.py", baseline="leave_one_out"),
     },
     "egspo/sudoku_llada-8b": _in(

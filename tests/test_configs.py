@@ -14,8 +14,8 @@ import pytest
 import yaml
 from trl import ModelConfig
 
-from rl4dlm import resources, save_denoiser, tiny_llada, tiny_tokenizer
-from rl4dlm.cli.arguments import RewardArguments, parse
+from rl4dlm import load_rewards, resources, save_denoiser, tiny_llada, tiny_tokenizer
+from rl4dlm.tasks import load_task
 from tests.published_settings import DELIBERATE, NOT_HELD, PUBLISHED, REPOSITORIES
 
 CONFIGS = {
@@ -23,7 +23,7 @@ CONFIGS = {
     for path in sorted(resources.find("configs").glob("*/*.yaml"))
     if path.parent.name != "accelerate"
 }
-NOT_YET = {name for name, path in CONFIGS.items() if "# Not yet runnable: " in path.read_text(encoding="utf-8")}
+CODE = ("acecode", "kodcode")  # tasks whose configurations are tried on `code_mini`
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -91,6 +91,8 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
             small |= {"max_completion_length": 16}
     if settings.get("task") in ("gsm8k", "math"):
         small["task_args"] = json.dumps({"path": {"train": str(folder / f"{settings['task']}.jsonl")}})
+    elif settings.get("task") in CODE:
+        small |= {"task": "code_mini", "task_args": json.dumps({"size": 16})}
     elif settings.get("task") is not None:
         task_args = settings.get("task_args", {})
         shorter = {"style": "d1"} if task_args.get("style") == "spg" else {}  # without solved examples
@@ -105,7 +107,7 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
     return small
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - NOT_YET))
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_configuration_runs_one_step(name, folder):
     settings = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
     small = overrides(name, settings, folder)
@@ -126,17 +128,29 @@ def test_a_configuration_runs_one_step(name, folder):
         assert len(trainer.reward_funcs) == len(settings["reward_funcs"])
 
 
-@pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_a_configuration_that_cannot_run_yet_has_settings_that_are_allowed(name):
-    script = load_script(resources.find("trainers") / f"{CONFIGS[name].parent.name}.py")
-    (trainer,) = (value for key, value in vars(script).items() if key.endswith("Trainer"))
-    small = ["--bf16", "False", "--use_cpu", "True"]
-    arguments, training, _ = parse(
-        ["--config", str(CONFIGS[name]), *small], RewardArguments, trainer.config_class, ModelConfig
-    )
-    settings = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
-    assert arguments.reward_funcs == settings["reward_funcs"]
-    assert all(getattr(training, key) == value for key, value in settings.items() if key in ("beta", "num_iterations"))
+def test_configurations_of_code_name_tasks_and_rewards_that_fit(folder):
+    program = {"model_name": "llama3_instruct", "completion": "def f(n):\n    return n"}
+    inference = [{**program, "pass_rate": rate} for rate in (0, 1)]
+    ace = {"question": "Add 1.", "test_cases": ["assert f(1) == 2"], "inferences": inference}
+    info = [{"function_name": "f", "parameter_list": "(n)"}]
+    kod = {"question": "Add 1.", "solution": "", "test": "def test_f():\n    assert f(1) == 2", "test_info": info}
+    write(folder / "acecode.jsonl", [ace])
+    write(folder / "kodcode.jsonl", [kod])
+    found = []
+    for name, path in CONFIGS.items():
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if settings.get("task") not in CODE:
+            continue
+        found.append(name.partition("/")[0])
+        files = {"path": {"train": folder / f"{settings['task']}.jsonl"}, "evaluation_sets": []}
+        row = load_task(settings["task"], **settings["task_args"], **files).rows("train")[0]
+        text = "<answer>\n```python\ndef f(n):\n    return n + 1\n```\n</answer>"
+        if "compat" in settings["reward_funcs"][0] and settings["task"] == "acecode":
+            text = text.removeprefix("<answer>\n").removesuffix("</answer>")
+        for reward in load_rewards(settings["reward_funcs"]):
+            (paid,) = reward(prompts=[row["prompt"]], completions=[text], problem=[row["problem"]])
+            assert paid == (1.5 if "kodcode" in settings["reward_funcs"][0] else 1.0), name
+    assert sorted(found) == ["coupled_grpo", "diffusion_gdpo", "dream_coder_rl", "espo", "justgrpo", "spg"]
 
 
 # d1, arXiv 2504.12216: its released code, which its authors call the reference (issue 9 of its repository).

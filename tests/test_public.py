@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import rl4dlm
+from rl4dlm.grading import available_rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,8 +78,13 @@ SIGNATURES = {
     "available_schedules": "",
     "branch_row_ids": "parents steps branches",
     "check_adapter": "model peft_config",
+    "completion_texts": "tokenizer rollout spec",
     "convert": "source target form revision mask_token_id block_length",
-    "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress",
+    "encode_prompt": "tokenizer prompt chat_template_kwargs options",
+    "evaluate": (
+        "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress pass_at baseline "
+        "rewards"
+    ),
     "load_denoiser": (
         "path dtype device attn_implementation quantization_config revision mask_token_id block_length kwargs"
     ),
@@ -86,6 +92,9 @@ SIGNATURES = {
     "load_rewards": "names",
     "load_task": "name options",
     "load_tokenizer": "path revision mask_token_id",
+    "log_likelihood": (
+        "model prompts continuations tokenizer estimator num_views block_length seed batch_rows chat_template_kwargs"
+    ),
     "save_denoiser": "model path tokenizer form",
     "tiny_a2d_llama": "sizes",
     "tiny_a2d_qwen2": "sizes",
@@ -120,7 +129,7 @@ SETTINGS = {
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
         "ddo_negative_weight ddo_split form"
     ),
-    "DiffuGRPOConfig": "p_mask_prompt",
+    "DiffuGRPOConfig": "p_mask_prompt num_strata",
     "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
     "DiffusionPolicyConfig": (
         "schedule denoising_steps block_length cfg_scale cache cache_args rollout_compile stop_at_eos min_new_tokens "
@@ -151,18 +160,37 @@ SETTINGS = {
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
-    "WD1Config": "psi negative_weight weights_over p_mask_prompt",
+    "WD1Config": "psi negative_weight weights_over p_mask_prompt num_predicted_steps",
 }
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
 
 TASKS = {
+    "acecode": "style size path validation_size evaluation_sets overlap hub_id subset",
     "arithmetic_steps": "size seed min_operations max_operations max_number max_value symbols",
+    "code_mini": "size seed kinds min_level max_level tests",
     "countdown": "style size seed path numbers max_number max_target",
     "countdown_small": "size seed max_number max_target max_tries symbols",
     "few_clue_sudoku": "size seed min_clues max_clues",
     "gsm8k": "style size path hub_id hub_config validation_size",
+    "humaneval": "style size path hub_id",
+    "humaneval_plus": "style size path hub_id",
+    "kodcode": "style size path validation_size evaluation_sets overlap hub_id",
+    "livecodebench": "release since until difficulty private_tests size path hub_id",
+    "mbpp": "style size path hub_id hub_config",
+    "mbpp_plus": "style size path hub_id hub_config",
 }
 """Options of tasks."""
+
+REWARDS = {
+    "code",
+    "code:all_passed",
+    "code:answer_tags",
+    "code:code_compat",
+    "code:format",
+    "code:format_compat",
+    "code:kodcode_compat",
+}
+"""Names of rewards; those of other files are guarded by the tests that use them."""
 
 METRICS = {
     "diffusion/audit_agreement",
@@ -212,6 +240,10 @@ def test_settings_stay(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_options_of_tasks_stay(name: str) -> None:
     assert not set(TASKS[name].split()) - {field.name for field in fields(rl4dlm.load_task(name)) if field.init}
+
+
+def test_names_of_rewards_stay() -> None:
+    assert set(available_rewards()) >= REWARDS
 
 
 def test_metrics_stay_and_are_explained() -> None:

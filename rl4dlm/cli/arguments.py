@@ -103,6 +103,13 @@ class RewardArguments(DataArguments):
         reward_funcs: names of reward plugins, `path/to/file.py:function` or `module:function`.
         reward_model_name_or_path: a reward model with one output, as TRL takes it, beside these or instead of them;
             `reward_weights` has its weight last.
+        exact_check: measure at each evaluation how often the task is solved; see `check_exactly` of a trainer.
+        exact_check_steps: the numbers of denoising steps of that, which switches it on; None: that of training.
+        exact_check_split: of the task.
+        exact_check_limit: so many rows of it at most.
+
+    Raises:
+        ValueError: no rewards, or an exact check of something that is no task.
     """
 
     reward_funcs: list[str] = field(
@@ -113,6 +120,14 @@ class RewardArguments(DataArguments):
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reward model, a folder or hub id; beside reward_funcs or instead of them."}
     )
+    exact_check: bool = field(
+        default=False, metadata={"help": "Measure at each evaluation how often the task is solved."}
+    )
+    exact_check_steps: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of denoising steps of the exact check. Default: that of training."}
+    )
+    exact_check_split: str = field(default="validation", metadata={"help": "Split of the task that it is made on."})
+    exact_check_limit: int | None = field(default=None, metadata={"help": "First rows of it, at most. Default: all."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +135,12 @@ class RewardArguments(DataArguments):
             raise ValueError(
                 "reward_funcs is empty; name at least one reward function, or set reward_model_name_or_path"
             )
+        if self.exact_check_steps is not None:
+            self.exact_check = True
+        if self.exact_check and self.task is None:
+            raise ValueError("exact_check needs a task, whose checker decides; set task")
+        if not self.exact_check and (self.exact_check_split != "validation" or self.exact_check_limit is not None):
+            raise ValueError("exact_check_split and exact_check_limit have no meaning without exact_check; set it")
 
 
 @dataclass

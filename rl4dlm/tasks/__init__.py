@@ -24,12 +24,24 @@ __all__ = ["Task", "available_tasks", "load_task"]
 ENTRY_POINT_GROUP = "rl4dlm.tasks"
 
 _CLASSES = {
+    "acecode": "rl4dlm.tasks.code.acecode:AceCode",
+    "aime": "rl4dlm.tasks.aime:AIME",
+    "arc": "rl4dlm.tasks.choices:ARC",
     "arithmetic_steps": "rl4dlm.tasks.arithmetic_steps:ArithmeticSteps",
+    "code_mini": "rl4dlm.tasks.code.mini:CodeMini",
     "countdown": "rl4dlm.tasks.countdown:Countdown",
     "countdown_small": "rl4dlm.tasks.countdown_small:CountdownSmall",
     "few_clue_sudoku": "rl4dlm.tasks.few_clue_sudoku:FewClueSudoku",
+    "gpqa": "rl4dlm.tasks.choices:GPQA",
     "gsm8k": "rl4dlm.tasks.gsm8k:GSM8K",
+    "humaneval": "rl4dlm.tasks.code.humaneval:HumanEval",
+    "humaneval_plus": "rl4dlm.tasks.code.humaneval:HumanEvalPlus",
+    "knights_and_knaves": "rl4dlm.tasks.knights_and_knaves:KnightsAndKnaves",
+    "kodcode": "rl4dlm.tasks.code.kodcode:KodCode",
+    "livecodebench": "rl4dlm.tasks.code.livecodebench:LiveCodeBench",
     "math": "rl4dlm.tasks.math:Math",
+    "mbpp": "rl4dlm.tasks.code.mbpp:MBPP",
+    "mbpp_plus": "rl4dlm.tasks.code.mbpp:MBPPPlus",
     "sudoku": "rl4dlm.tasks.sudoku:Sudoku",
 }
 

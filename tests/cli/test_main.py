@@ -240,7 +240,7 @@ def test_eval_writes_what_evaluate_measures(model_folder, tmp_path, capsys):
         "--task-args", '{"countdown": {"size": 6, "numbers": 4}, "few_clue_sudoku": {"size": 8}}',
         "--schedule", "random", "--steps", "4,8", "--block-length", "4", "--canvas-length", "16", "--limit", "5",
         "--temperature", "0.7", "--seed", "3", "--batch-rows", "2", "--num-samples", "2", "--chosen-by", "last",
-        "--output", output,
+        "--pass-at", "1,2", "--output", output,
     )  # fmt: skip
     assert status == 0
     sudoku, countdown = json.loads(output.read_text())["results"]
@@ -255,14 +255,16 @@ def test_eval_writes_what_evaluate_measures(model_folder, tmp_path, capsys):
         (countdown, load_task("countdown", size=6, numbers=4)),
     ):
         model = load_denoiser(model_folder)
-        direct = evaluate(model, tiny_tokenizer(), task, decodings=decodings, limit=5, num_samples=2, seed=3)
+        direct = evaluate(
+            model, tiny_tokenizer(), task, decodings=decodings, limit=5, num_samples=2, seed=3, pass_at=(1, 2)
+        )
         expected = {label: asdict(replace(m, seconds=0)) for label, m in direct.measurements.items()}
         found = {label: {**values, "seconds": 0} for label, values in written["measurements"].items()}
         assert found == json.loads(json.dumps(expected))
         assert written["measurements"]["8"]["nfe"] > written["measurements"]["4"]["nfe"]
 
     printed = capsys.readouterr().out
-    for word in ("few_clue_sudoku", "countdown", "solved", "NFE", "tokens/forward"):
+    for word in ("few_clue_sudoku", "countdown", "solved", "pass@2", "NFE", "tokens/forward"):
         assert word in printed
 
 
@@ -294,9 +296,11 @@ def broken_models(tmp_path_factory) -> dict[str, str]:
     ("settings", "said"),
     [
         ({"--schedule": "fast"}, "schedule='fast' is unknown; choose one of "),
-        ({"--task": "chess"}, "unknown task 'chess'; known tasks: arithmetic_steps, countdown"),
+        ({"--task": "chess"}, "unknown task 'chess'; known tasks: acecode, "),
         ({"--task": "sudoku,sudoku"}, "names one thing twice"),
         ({"--task": ","}, "task=',' names nothing"),
+        ({"--pass-at": "1,2"}, "pass-at=2 is not allowed with num-samples=1"),
+        ({"--pass-at": "2", "--num-samples": "2"}, "pass-at of more than 1 with temperature=0"),
         ({"--task-args": "{"}, "task-args='{' is not JSON"),
         ({"--task-args": "[1]"}, "task-args=[1] is not a mapping"),
         ({"--task-args": '{"color": 1}'}, "has no option 'color'"),

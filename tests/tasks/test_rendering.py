@@ -13,11 +13,24 @@ from rl4dlm import DiffuGRPOConfig, DiffuGRPOTrainer, DiffusionSFTConfig, Diffus
 from rl4dlm.evaluation import encode_prompt
 from rl4dlm.models.tiny import tiny_tokenizer
 from rl4dlm.tasks import available_tasks, load_task
+from rl4dlm.tasks.code.prompts import EVALUATION_STYLES, TRAINING_STYLES
 from rl4dlm.tasks.prompts import MATH_STYLES
 from rl4dlm.training.checks import RESERVED_COLUMNS
+from tests.tasks.code.test_readers import HUMANEVAL, MBPP_FULL, acecode_row, kodcode_row
 from tests.training.steps import SMALL_RUN
 
-TEXT_TASKS = ("arithmetic_steps", "countdown_small", "few_clue_sudoku")  # their prompts are text, in no paper's style
+# Their prompts are text, in no paper's style.
+TEXT_TASKS = ("arithmetic_steps", "code_mini", "countdown_small", "few_clue_sudoku")
+ELSEWHERE = ("aime", "arc", "gpqa", "knights_and_knaves", "livecodebench")  # have tests of their own for their prompts
+CODE: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
+    "humaneval": (EVALUATION_STYLES, HUMANEVAL, {}),
+    "humaneval_plus": (EVALUATION_STYLES, HUMANEVAL, {}),
+    "mbpp": (EVALUATION_STYLES, MBPP_FULL, {}),
+    "mbpp_plus": (EVALUATION_STYLES, {**MBPP_FULL, "test": "inputs = [[1]]\nresults = [2]"}, {}),
+    "kodcode": (TRAINING_STYLES, kodcode_row(1), {"evaluation_sets": []}),
+    "acecode": (TRAINING_STYLES, acecode_row(1, {}), {"evaluation_sets": [], "subset": "all"}),
+}
+"""Tasks of code with styles, a row of each, and the options to read it."""
 BEGUN = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]
 THINKING = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>{% endfor %}"
@@ -30,7 +43,7 @@ def every_row(folder: Path) -> list[tuple[str, Any]]:
     (folder / "gsm8k.json").write_text(json.dumps([{"question": "1+2?", "answer": "it is 3 #### 3"}]))
     (folder / "math.json").write_text(json.dumps([{"problem": "1+2?", "solution": r"\boxed{3}", "answer": "3"}]))
     found: list[tuple[str, Any]] = []
-    for name in available_tasks():
+    for name in sorted({*available_tasks()} - {*CODE, *ELSEWHERE}):
         for style in MATH_STYLES:
             options: dict[str, Any] = {} if name in TEXT_TASKS else {"style": style}
             if name in ("gsm8k", "math"):
@@ -44,6 +57,13 @@ def every_row(folder: Path) -> list[tuple[str, Any]]:
                 continue
             for split in task.splits:
                 found.append((f"{name} {style} {split}", task.rows(split)[0]["prompt"]))
+    for name, (styles, row, options) in CODE.items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps([row]))
+        for style in styles:
+            split = "train" if styles == TRAINING_STYLES else "test"
+            task = load_task(name, path={split: file}, style=style, **options)
+            found.append((f"{name} {style}", task.rows(split)[0]["prompt"]))
     return found
 
 

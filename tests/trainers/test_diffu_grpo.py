@@ -122,7 +122,7 @@ def broken(tmp_path_factory) -> dict[str, Path]:
         ({"reward_funcs": "karma"}, ValueError, "unknown reward 'karma'; known rewards: .*countdown.*few_clue_sudoku"),
         ({"reward_funcs": "no_reward.py:mine"}, ValueError, "no function 'mine'; it defines other"),
         ({"reward_funcs": None}, ValueError, "reward_funcs is empty"),
-        ({"task": "chess"}, ValueError, "unknown task 'chess'; known tasks: arithmetic_steps, "),
+        ({"task": "chess"}, ValueError, "unknown task 'chess'; known tasks: acecode, "),
         ({"task_args": '{"color": 1}'}, ValueError, "has no option 'color'"),
         ({"task_args": "{"}, ValueError, "task_args='{' is not JSON"),
         ({"task": None, "task_args": None}, ValueError, "task=None and dataset_name=None"),

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 _LONGEST = 1 << 20  # of a sequence that an operation makes
+_MOST_ALIKE = 64
 _MOST_BITS = 1 << 17  # of an integer that an operation makes
 
 
@@ -70,6 +71,22 @@ def _bounded(make: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _hashed(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses different items of one hash: a set of a hundred thousand that were made so takes minutes to make."""
+
+    def run(items: Any = ()) -> Any:
+        keys = list(items.items() if isinstance(items, dict) and make is dict else items)
+        firsts: dict[int, Any] = {}
+        others = 0
+        for key in (pair[0] for pair in keys) if make is dict else keys:
+            others += firsts.setdefault(hash(key), key) != key
+        if others > _MOST_ALIKE:
+            raise CannotEvaluateError("many different items of one hash")
+        return make(keys)
+
+    return run
+
+
 def _range(*bounds: int) -> list[int]:
     numbers = range(*bounds)
     if len(numbers) > _LONGEST:
@@ -90,6 +107,7 @@ def _isinstance(value: Any, kind: Any) -> bool:
 # Functions of Python, by the name under which a test calls them.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: _bounded(make) for name, make in _TYPES.items() if name not in ("str", "bytes")},
+    **{make.__name__: _hashed(make) for make in (set, frozenset, dict)},
     **{f.__name__: f for f in (abs, all, any, len, max, min, ord, chr, round, divmod)},
     "str": _bounded(str),
     "repr": _bounded(repr),

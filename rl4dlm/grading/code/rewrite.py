@@ -24,6 +24,8 @@ from rl4dlm.grading.code.source import (
     CannotRewriteError,
     bound_within,
     expected_error,
+    expected_first,
+    implied_modules,
     is_immutable,
     is_print,
     straight_line,
@@ -86,6 +88,7 @@ def rewritten(source: str, entry_point: str | None = None, trusted: frozenset[st
     try:
         body = straight_line(tree, entry_point)
         test = _Test(trusted)
+        test.modules.update({name: f"__import__({name!r})" for name in implied_modules(tree)})
         test.run(body)
         return test.finished()
     except (CannotRewriteError, RecursionError):
@@ -101,6 +104,7 @@ class _Test:
         self.literals: dict[str, ast.expr] = {}  # of `known`: what the program's process is told, if it has to be
         self.inside: set[str] = set()  # variables that the program's process has
         self.objects: set[str] = set()  # of these: what a class of the program has made
+        self.handed_over: set[str] = set()  # of `known`: what the program was given and can change
         self.modules: dict[str, str] = {}  # name -> the expression that imports it
         self.done: list[str] = []  # expressions for the program's process, in order
         self.values: list[int] = []  # places in `done` that are values
@@ -114,6 +118,11 @@ class _Test:
             if self.statements > MOST_STATEMENTS:
                 raise CannotRewriteError
             self._statement(statement)
+            # After this statement the program may have changed them. Within it `f(xs) == sorted(xs)` means the numbers
+            # that were handed over: a program that empties its list and returns it has sorted nothing.
+            for name in self.handed_over & self.known.keys():
+                del self.known[name]
+            self.handed_over.clear()
 
     def finished(self) -> Rewritten:
         if not self.claims and not self.raises:
@@ -303,7 +312,7 @@ class _Test:
                 self.done.append(f"({part.id} := {ast.unparse(self.literals[part.id])})")
                 self.inside.add(part.id)
                 if not is_immutable(self.known[part.id]):
-                    del self.known[part.id]  # it may come back changed
+                    self.handed_over.add(part.id)
             elif part.id in self.modules and part.id not in self.inside:
                 self.done.append(f"({part.id} := {self.modules[part.id]})")
                 self.inside.add(part.id)
@@ -317,7 +326,10 @@ class _Test:
         if isinstance(test, ast.Constant) and test.value:
             return  # HumanEval has `assert True, "..."`
         holes: dict[str, int] = {}
-        expression = self._outside(copy.deepcopy(test), holes, certain=True)
+        test = copy.deepcopy(test)
+        if isinstance(test, ast.Compare):
+            expected_first(test, self._calls_program)
+        expression = self._outside(test, holes, certain=True)
         known = {
             part.id: self.known[part.id]
             for part in ast.walk(expression)
@@ -326,6 +338,9 @@ class _Test:
         if not holes or not is_within(expression, {*holes, *known}):
             raise CannotRewriteError
         self.claims.append(Claim(expression, holes, known))
+
+    def _calls_program(self, node: ast.expr) -> bool:
+        return any(isinstance(part, ast.Name) and self._is_program(part.id) for part in ast.walk(node))
 
     def _hole(self, node: ast.expr, holes: dict[str, int]) -> ast.expr:
         text = self._told(node)

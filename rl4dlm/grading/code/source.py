@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rl4dlm.grading.code.parse import parse
@@ -54,8 +55,8 @@ def straight_line(tree: ast.Module, entry_point: str | None) -> list[ast.stmt]:
         else:
             body.append(statement)
     for function in uncalled.values():
-        wanted = [] if not function.args.args or entry_point is None else [ast.Name(entry_point, ast.Load())]
-        body += _inlined(function, wanted)
+        takes_program = function.args.args and entry_point is not None and function.name.startswith("check")
+        body += _inlined(function, [ast.Name(str(entry_point), ast.Load())] if takes_program else [])
     return body
 
 
@@ -143,27 +144,71 @@ def free_names(source: str) -> set[str]:
     return used - bound - BUILTINS
 
 
+def implied_modules(tree: ast.Module) -> list[str]:
+    """Modules of the standard library that a test uses without an import, as in `re.match`.
+
+    The program is expected to have imported them. Here they are the test's: what they do is not the program's to say.
+    """
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    owners = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    used = {node.id for node in owners if isinstance(node, ast.Name)}
+    return sorted((used & sys.stdlib_module_names) - bound)
+
+
 def runnable(source: str, entry_point: str | None) -> str | None:
     """The statements of a test as they are run as a whole: with calls of its functions, without imports of the program.
 
-    None where nothing in it can fail, or it is no Python.
+    None where nothing in it can fail, it is no Python, or it needs pytest, which is not in a sandbox.
     """
     tree = parse(source)
-    if tree is None or not any(_may_fail(node) for node in ast.walk(tree)):
+    if tree is None or _needs_pytest(tree) or not any(_may_fail(node) for node in ast.walk(tree)):
         return None
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    body: list[ast.stmt] = [node for node in tree.body if not _imports_program(node) and not is_main_guard(node)]
+    body: list[ast.stmt] = [node for node in tree.body if not _is_left_out(node) and not is_main_guard(node)]
     calls = []
     for function in test_functions(tree):
         if function.name not in called:
-            wanted = (entry_point or "") if function.args.args else ""
-            calls.append(f"{function.name}({wanted})")
+            takes_program = bool(function.args.args) and function.name.startswith("check")
+            if function.args.args and not (takes_program and entry_point):
+                return None  # it wants a fixture, or the function that is asked for, of which nothing is known
+            calls.append(f"{function.name}({entry_point if takes_program else ''})")
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             names = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
             for name in (name for name in names if name.startswith("test")):
                 calls.append(f"{node.name}({name!r}).debug()" if node.bases else f"{node.name}().{name}()")
-    return "\n".join([*(ast.unparse(node) for node in body), *calls]) + "\n"
+    imports = [f"import {name}" for name in implied_modules(tree)]
+    return "\n".join([*imports, *(ast.unparse(node) for node in body), *calls]) + "\n"
+
+
+def expected_first(node: ast.Compare, calls_program: Callable[[ast.expr], bool]) -> None:
+    """Has an expected value worked out before the program is called: `sorted(xs) == f(xs)`.
+
+    Then it is that of the numbers that are handed over, whatever the program makes of them.
+    """
+    left, right = node.left, node.comparators[0]
+    symmetric = len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.NotEq)
+    if symmetric and calls_program(left) and not calls_program(right):
+        node.left, node.comparators = right, [left]
+
+
+def with_expected_first(source: str, names: set[str]) -> str:
+    """The statements of a test with `expected_first` done to its comparisons.
+
+    Args:
+        source: the statements.
+        names: what of the program they use.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            expected_first(
+                node, lambda side: any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(side))
+            )
+    return ast.unparse(tree) + "\n"
 
 
 def _may_fail(node: ast.AST) -> bool:
@@ -171,8 +216,22 @@ def _may_fail(node: ast.AST) -> bool:
     return asserts or isinstance(node, ast.Assert | ast.Raise)
 
 
-def _imports_program(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module in SOLUTION_MODULES
+def _needs_pytest(tree: ast.Module) -> bool:
+    imported = any(isinstance(node, ast.Import) and _imports_pytest(node) for node in ast.walk(tree))
+    used = any(isinstance(node, ast.Name) and node.id == "pytest" for node in ast.walk(tree))
+    from_it = any(isinstance(node, ast.ImportFrom) and node.module == "pytest" for node in ast.walk(tree))
+    return from_it or (imported and used)
+
+
+def _imports_pytest(node: ast.Import) -> bool:
+    return any(alias.name == "pytest" for alias in node.names)
+
+
+def _is_left_out(node: ast.stmt) -> bool:
+    """Imports of the program, which is there, and of pytest where nothing of it is used."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module in SOLUTION_MODULES
+    return isinstance(node, ast.Import) and _imports_pytest(node)
 
 
 def is_print(node: ast.Call) -> bool:

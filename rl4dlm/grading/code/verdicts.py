@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 from rl4dlm.grading.code.compare import equal, same_output
 from rl4dlm.grading.code.evaluate import CannotEvaluateError, evaluate, is_within
 from rl4dlm.grading.code.extract import Found, extract_program
+from rl4dlm.grading.code.grouping import run_in_groups
 from rl4dlm.grading.code.parse import defined_names, parse, parse_expression
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.code.rewrite import Raises, Rewritten, rewritten
-from rl4dlm.grading.code.source import free_names, runnable
+from rl4dlm.grading.code.source import free_names, runnable, with_expected_first
 from rl4dlm.grading.sandbox.backends import run_programs
 from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Result
 
 PASSED, FAILED, NOT_SCORABLE = "passed", "failed", "not_scorable"
 OUTSIDE, APART, INSIDE = "outside", "apart", "inside"
+
+_REMEMBERED = 1 << 16  # characters of a problem; those of competitions have megabytes of tests
 
 _EXCEPTIONS = {
     name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)
@@ -96,46 +99,38 @@ def judge(
     Returns:
         A verdict for each; None without a problem, or where its text is no `Problem`.
     """
-    given = [read_problem(problem) for problem in problems]
-    sources: list[str | None] = []
-    reasons: list[str] = []
-    for row, (completion, problem) in enumerate(zip(completions, given, strict=True)):
-        found = Found(None, "no_code")
+    batch: dict[str, _Prepared | None] = {}
+    given = [_prepared(problem, batch) for problem in problems]
+    found: list[Found] = []
+    for row, (completion, prepared) in enumerate(zip(completions, given, strict=True)):
         if programs is not None:
-            found = Found(programs[row], "no_code")
-        elif problem is not None:
-            found = extract_program(completion, prefix=problem.prefix, entry_point=problem.entry_point)
-        sources.append(found.source)
-        reasons.append(found.reason)
+            found.append(Found(programs[row], "no_code"))
+        elif prepared is None:
+            found.append(Found(None, "no_code"))
+        else:
+            problem = prepared.problem
+            found.append(extract_program(completion, prefix=problem.prefix, entry_point=problem.entry_point))
     asked: dict[Program, int] = {}
-    rows: list[int | None] = []  # of `asked`
-    for source, problem in zip(sources, given, strict=True):
-        parts = () if problem is None else tuple(part for test in _tests(problem) for part in test.parts)
-        if source is None or problem is None or not parts:
-            rows.append(None)
+    places: list[int | None] = []  # of each row's program in `asked`
+    for (source, _), prepared in zip(found, given, strict=True):
+        parts = () if prepared is None else tuple(part for test in prepared.tests for part in test.parts)
+        if source is None or prepared is None or not parts:
+            places.append(None)
         else:
-            rows.append(asked.setdefault(Program(source, parts, problem.setup), len(asked)))
-    results = run_programs(list(asked)) if asked else []
-    verdicts: list[Verdict | None] = []
-    for problem, source, reason, place in zip(given, sources, reasons, rows, strict=True):
-        if problem is None:
-            verdicts.append(None)
-        else:
-            verdicts.append(_verdict(problem, source, reason, None if place is None else results[place]))
-    return verdicts
+            places.append(asked.setdefault(Program(source, parts, prepared.problem.setup), len(asked)))
+    results = run_in_groups(list(asked), run_programs) if asked else []
+    return [
+        None if prepared is None else _verdict(prepared.tests, *program, None if place is None else results[place])
+        for prepared, program, place in zip(given, found, places, strict=True)
+    ]
 
 
 def read_problem(value: Any) -> Problem | None:
     """A value of the column `problem`; None where it is none."""
     if isinstance(value, Problem):
         return value
-    return _read(value) if isinstance(value, str) else None
-
-
-@lru_cache(maxsize=4096)
-def _read(text: str) -> Problem | None:
     try:
-        fields = json.loads(text)
+        fields = json.loads(value)
         tests = tuple({str(key): str(part) for key, part in test.items()} for test in fields["tests"])
         texts = {name: str(fields.get(name) or "") for name in ("setup", "prefix")}
         return Problem(tests, entry_point=fields.get("entry_point") or None, **texts) if tests else None
@@ -143,17 +138,31 @@ def _read(text: str) -> Problem | None:
         return None
 
 
-def _tests(problem: Problem) -> tuple[_Test, ...]:
-    return _asked(problem.to_json())
+class _Prepared(NamedTuple):
+    problem: Problem
+    tests: tuple[_Test, ...]
 
 
-@lru_cache(maxsize=4096)
-def _asked(text: str) -> tuple[_Test, ...]:
-    problem = _read(text)
-    assert problem is not None
+def _prepared(value: str | Problem | None, batch: dict[str, _Prepared | None]) -> _Prepared | None:
+    """A problem with its tests as they are asked. `batch` has those of this call: a group's completions share one."""
+    if value is None:
+        return None
+    text = value.to_json() if isinstance(value, Problem) else value
+    if text not in batch:
+        batch[text] = _prepare_once(text) if len(text) <= _REMEMBERED else _prepare(text)
+    return batch[text]
+
+
+def _prepare(text: str) -> _Prepared | None:
+    problem = read_problem(text)
+    if problem is None:
+        return None
     setup = parse(problem.setup)
     trusted = frozenset() if setup is None else frozenset(defined_names(setup))
-    return tuple(_test(test, problem, trusted) for test in problem.tests)
+    return _Prepared(problem, tuple(_test(test, problem, trusted) for test in problem.tests))
+
+
+_prepare_once = lru_cache(maxsize=4096)(_prepare)
 
 
 def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _Test:
@@ -180,7 +189,7 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
     if source is None:
         return _Test((), OUTSIDE)
     names = free_names(source) - trusted
-    return _Test((Check(source, tuple(sorted(names))),), APART)
+    return _Test((Check(with_expected_first(source, names), tuple(sorted(names))),), APART)
 
 
 def _tolerance(test: dict[str, str]) -> float | None:
@@ -190,8 +199,7 @@ def _tolerance(test: dict[str, str]) -> float | None:
         return None
 
 
-def _verdict(problem: Problem, source: str | None, reason: str, results: Sequence[Result] | None) -> Verdict:
-    tests = _tests(problem)
+def _verdict(tests: Sequence[_Test], source: str | None, reason: str, results: Sequence[Result] | None) -> Verdict:
     found: list[TestVerdict] = []
     late = results is not None and any(result.status == "timeout" for result in results)
     place = 0

@@ -68,11 +68,11 @@ def prepare_server(level: str) -> Prepared:
     if level == LANDLOCK:
         entries = [f"{path}/{name}" for path in readable for name in os.listdir(path) if name not in _PACKAGES]
         rules = landlock.ruleset(version, entries)
-        seccomp.template()
+        seccomp.template(kernel.MACHINE)
         _become_nobody(readable)
         os.chdir("/")
         return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=_tasks())
-    seccomp.template()
+    seccomp.template(kernel.MACHINE)
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _private_root(proc, readable)
     _become_nobody(("/", *readable))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
 from types import CodeType, ModuleType
@@ -33,6 +34,7 @@ def run(asked: dict[str, Any], code: tuple[CodeType, CodeType], nonce: bytes, ma
     """
     write, leave, describe, dumps = os.write, os._exit, _describe, json.dumps
     kind = asked["kind"]
+    random.seed(0)  # with a fixed order of sets: a program has the same value whenever it is graded
 
     def answer(status: str, message: str = "", value: bytes = b"") -> None:
         text = nonce + dumps([status, message]).encode() + b"\n" + value

@@ -550,12 +550,12 @@ def f(x):
 
 ### huge_answer
 def f(x):
-    return list(range(10 ** 7))
+    return list(range(10 ** 6))
 
 ### deep_answer
 def f(x):
     a = []
-    for _ in range(10 ** 5):
+    for _ in range(10 ** 4):
         a = [a]
     return a
 

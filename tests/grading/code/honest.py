@@ -1,4 +1,4 @@
-"""Sixty programs that do what they are asked, each in a way that has tripped graders, and tests that they pass.
+"""Programs that do what they are asked, each in a way that has tripped graders, and tests that they pass.
 
 A test is a pair of a call and the expected value as Python writes it, or the source of a test.
 """
@@ -120,4 +120,33 @@ HONEST: dict[str, tuple[str, Tests]] = {
                          "        case {'k': v}:\n            return v\n        case _:\n            return -1",
                          [("f([1, 2, 3])", "3"), ("f({'k': 5})", "5"), ("f(0)", "-1")]),
     "higher_order": ("def f(g, xs):\n    return [g(x) for x in xs]", ["assert f(lambda x: x * 2, [1, 2]) == [2, 4]"]),
+}  # fmt: skip
+
+# Programs whose tests are more than calls and claims, and run in a process beside the program's.
+HONEST_APART: dict[str, tuple[str, Tests]] = {
+    "comprehension": ("def f(x):\n    return x * x", ["assert [f(i) for i in range(4)] == [0, 1, 4, 9]"]),
+    "all_of": ("def f(n):\n    return list(range(1, n))", ["assert all(x > 0 for x in f(9))"]),
+    "generator": ("def f(n):\n    yield from range(n)",
+                  ["seen = []\nfor i in f(3):\n    seen.append(i)\nassert seen == [0, 1, 2]"]),
+    "helper_of_the_test": ("def f(x):\n    return x + 1",
+                           ["def twice(x):\n    return f(f(x))\ndef test_f():\n    assert twice(1) == 3"]),
+    "random_inputs": ("def f(xs):\n    return sorted(xs)",
+                      ["import random\nrng = random.Random(0)\nfor _ in range(20):\n"
+                       "    xs = [rng.randrange(9) for _ in range(5)]\n    assert f(xs) == sorted(xs)"]),
+    "callback": ("def f(g, xs):\n    return [g(x) for x in xs]",
+                 ["def double(x):\n    return 2 * x\nassert f(double, [1, 2]) == [2, 4]"]),
+    "in_place": ("def f(xs):\n    xs.reverse()",
+                 ["xs = [1]\nwhile len(xs) < 4:\n    xs.append(len(xs))\nf(xs)\nassert xs == [3, 2, 1, 1]"]),
+    "expected_errors": ("def f(x):\n    if x < 0:\n        raise ValueError('no')\n    return x",
+                        ["for x in (-1, -2):\n    try:\n        f(x)\n    except ValueError as error:\n"
+                         "        assert 'no' in str(error)\n    else:\n        raise AssertionError"]),
+    "unittest": ("def f(x):\n    return x + 1",
+                 ["import unittest\nclass TestF(unittest.TestCase):\n    def test_f(self):\n"
+                  "        self.assertEqual(f(1), 2)"]),
+    "module_of_the_test": ("def f(s):\n    return s * 2", ["assert re.fullmatch('(ab)+', f('ab'))"]),
+    "class_of_tests": ("def f(x):\n    return x + 1",
+                       ["class TestF:\n    def test_f(self):\n        assert f(1) == 2"]),
+    "objects": ("class Node:\n    def __init__(self, v, rest=None):\n        self.v, self.rest = v, rest\n"
+                "def total(n):\n    return 0 if n is None else n.v + total(n.rest)",
+                ["n, v = None, 0\nwhile v < 3:\n    v += 1\n    n = Node(v, n)\nassert total(n) == 6"]),
 }  # fmt: skip

@@ -47,6 +47,7 @@ NOT_CALLS = [
     "while True:\n    assert f(2) == 4",
     "def test_f():\n    for i in count():\n        assert f(i) == 1",
     "class TestF:\n    def test_f(self):\n        assert f(2) == 4",
+    "assert re.fullmatch('a+', f(2))",
     "try:\n    f(2)\n    assert False\nexcept Exception:\n    pass",
     "import pytest\nwith pytest.raises(ValueError, match='(a+)+$'):\n    f(2)",
     "assert Node(1) == Node(1)",
@@ -185,3 +186,20 @@ def test_a_test_as_a_whole_is_called_and_knows_what_it_needs() -> None:
     in_class = runnable("class TestF:\n    def test_one(self):\n        assert [f(x) for x in (1, 2)]", "f")
     assert in_class is not None and in_class.endswith("TestF().test_one()\n")
     assert runnable("x = 1", "f") is None  # nothing in it can fail
+    needs_pytest = "import pytest\ndef test_f():\n    with pytest.raises(ValueError, match='a+'):\n        f(1)"
+    assert runnable(needs_pytest, "f") is None
+    assert runnable("def test_f(tmp_path):\n    assert [f(x) for x in tmp_path]", "f") is None
+    unused = runnable("import pytest\nassert [f(x) for x in (1, 2)]", "f")
+    assert unused is not None and "pytest" not in unused
+    matched = runnable("assert re.fullmatch('a+', f(2))", "f")
+    assert matched is not None and matched.startswith("import re\n") and free_names(matched) == {"f"}
+
+
+def test_a_set_of_items_made_to_collide_is_an_error() -> None:
+    colliding = [number * (2**61 - 1) for number in range(20_000)]
+    for expression in ("set(xs)", "frozenset(xs)", "dict(zip(xs, xs))"):
+        node = parse_expression(expression)
+        assert node is not None
+        with pytest.raises(CannotEvaluateError):
+            evaluate(node, {"xs": colliding})
+        assert len(evaluate(node, {"xs": [1] * 20_000 + list(range(20_000))})) == 20_000

@@ -1,0 +1,1 @@
+"""Tasks whose answers are programs, judged by running them in `rl4dlm.grading.sandbox`."""
