@@ -45,7 +45,12 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.tree_rpo import TreeRPOConfig as TreeRPOConfig, TreeRPOTrainer as TreeRPOTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
-    from rl4dlm.evaluation import evaluate as evaluate
+    from rl4dlm.evaluation import (
+        completion_texts as completion_texts,
+        encode_prompt as encode_prompt,
+        evaluate as evaluate,
+        log_likelihood as log_likelihood,
+    )
     from rl4dlm.grading import load_reward as load_reward, load_rewards as load_rewards
     from rl4dlm.likelihood.views import Views as Views
     from rl4dlm.models.adapters import check_adapter as check_adapter
@@ -166,13 +171,16 @@ _MODULE_OF = {
     "branch_row_ids": "rl4dlm.rollout.state",
     "adapt_causal_lm": "rl4dlm.sft.adapt",
     "check_adapter": "rl4dlm.models.adapters",
+    "completion_texts": "rl4dlm.evaluation",
     "convert": "rl4dlm.models.convert",
+    "encode_prompt": "rl4dlm.evaluation",
     "evaluate": "rl4dlm.evaluation",
     "load_denoiser": "rl4dlm.models.loading",
     "load_reward": "rl4dlm.grading",
     "load_rewards": "rl4dlm.grading",
     "load_task": "rl4dlm.tasks",
     "load_tokenizer": "rl4dlm.models.loading",
+    "log_likelihood": "rl4dlm.evaluation",
     "save_denoiser": "rl4dlm.models.loading",
     "tiny_a2d_llama": "rl4dlm.models.tiny",
     "tiny_a2d_qwen2": "rl4dlm.models.tiny",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 from rl4dlm import _optional
+from rl4dlm.cli import main
 
 
 def test_an_installed_package_is_returned():
@@ -24,3 +27,11 @@ def test_a_package_broken_inside_keeps_its_own_error(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         _optional.require("broken_package", extra="plots", purpose="the plot")
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_the_command_for_lm_eval_says_what_to_install(capsys):
+    assert main(["lm-eval", "--model", "no_such_model", "--tasks", "gsm8k"]) == 2
+    assert (
+        "rl4dlm lm-eval needs lm_eval, which is not installed: pip install 'rl4dlm[lm-eval]'" in capsys.readouterr().err
+    )

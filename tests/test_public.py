@@ -78,8 +78,13 @@ SIGNATURES = {
     "available_schedules": "",
     "branch_row_ids": "parents steps branches",
     "check_adapter": "model peft_config",
+    "completion_texts": "tokenizer rollout spec",
     "convert": "source target form revision mask_token_id block_length",
-    "evaluate": "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress pass_at",
+    "encode_prompt": "tokenizer prompt chat_template_kwargs options",
+    "evaluate": (
+        "model tokenizer task decodings split limit num_samples seed batch_rows chosen_by progress pass_at baseline "
+        "rewards"
+    ),
     "load_denoiser": (
         "path dtype device attn_implementation quantization_config revision mask_token_id block_length kwargs"
     ),
@@ -87,6 +92,9 @@ SIGNATURES = {
     "load_rewards": "names",
     "load_task": "name options",
     "load_tokenizer": "path revision mask_token_id",
+    "log_likelihood": (
+        "model prompts continuations tokenizer estimator num_views block_length seed batch_rows chat_template_kwargs"
+    ),
     "save_denoiser": "model path tokenizer form",
     "tiny_a2d_llama": "sizes",
     "tiny_a2d_qwen2": "sizes",
@@ -121,7 +129,7 @@ SETTINGS = {
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
         "ddo_negative_weight ddo_split form"
     ),
-    "DiffuGRPOConfig": "p_mask_prompt",
+    "DiffuGRPOConfig": "p_mask_prompt num_strata",
     "DiffusionGDPOConfig": "nodes masks_per_node masks weight ratio_norm",
     "DiffusionPolicyConfig": (
         "schedule denoising_steps block_length cfg_scale cache cache_args rollout_compile stop_at_eos min_new_tokens "
@@ -152,7 +160,7 @@ SETTINGS = {
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
-    "WD1Config": "psi negative_weight weights_over p_mask_prompt",
+    "WD1Config": "psi negative_weight weights_over p_mask_prompt num_predicted_steps",
 }
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
 

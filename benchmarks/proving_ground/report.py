@@ -23,6 +23,10 @@ from rl4dlm.evaluation.intervals import wilson_interval
 
 PAGE = ROOT / "docs" / "evidence.md"
 FIGURE = ROOT / "docs" / "images" / "evidence.png"
+CHEAPEST = "diffu_grpo"
+"""What costs are compared with."""
+UNPAID = "lightningrl+no_speed"
+"""What a reward of speed is compared with, seed by seed."""
 SEEDS = 3
 """Fewest that a line of a table is complete with."""
 MISSING = "–"
@@ -92,13 +96,17 @@ def filled(text: str, results: Results) -> str:
 
 
 def table(name: str, results: Results) -> str:
-    """One table: `overview`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
+    """One table: `overview`, `cost`, `speed`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
 
     Raises:
         ValueError: there is no such table.
     """
     if name == "overview":
         return overview(results)
+    if name == "cost":
+        return cost(results)
+    if name == "speed":
+        return accuracy_over_speed(results)
     if name == "figure":
         return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
     kind, _, rest = name.partition("/")
@@ -164,6 +172,63 @@ def answers(question: str, results: Results) -> str:
     return markdown(["points gained, by tokens per step", "settings", *heads], rows)
 
 
+def cost(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
+    """Positions fed for a completion: by rollouts and fixed policies, by an update, and all, beside diffu-GRPO's."""
+    runs = results.runs.get(group, {})
+    if not runs.get(CHEAPEST):
+        return NOTHING
+
+    def of_update(found: Result) -> float:
+        scored: float = found["steps"] * found["scale"]["completions"]
+        return found["positions"]["with_gradient"] / scored
+
+    def beside(found: Result) -> float:
+        return found["positions"]["without_gradient"] / found["completions"]
+
+    def whole(found: Result) -> float:
+        return sum(found["positions"].values()) / found["completions"]
+
+    least = [mean(map(read, runs[CHEAPEST])) for read in (of_update, whole)]
+    rows = []
+    for name in sorted((n for n in ALGORITHMS if runs.get(n)), key=lambda n: mean(map(of_update, runs[n]))):
+        update, other, every = (mean(map(read, runs[name])) for read in (of_update, beside, whole))
+        cells = f"{other:.1f}", f"{update:.1f}", f"{update / least[0]:.1f}", f"{every:.1f}", f"{every / least[1]:.2f}"
+        rows.append([LINES[name].title, *cells])
+    heads = ["positions for a completion", "rollout, old scores", "an update", "times diffu-GRPO's"]
+    return markdown([*heads, "all of its run", "times diffu-GRPO's"], rows)
+
+
+def accuracy_over_speed(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
+    """Accuracy and tokens per forward where everything sure enough is written at once, paid for speed or not."""
+    start = results.before.get(group[:2])
+    names = [name for name in ("lightningrl", *QUESTIONS["speed"], "ebpo", CHEAPEST) if results.runs[group].get(name)]
+    if start is None or not names:
+        return NOTHING
+    unpaid = {found["seed"]: _quick(found) for found in results.runs[group].get(UNPAID, ())}
+    first = f"{_quick(start)['tokens_per_forward']:.2f}"
+    rows = [["start", "", first, "", _rate(start, "threshold"), "", _rate(start, str(TRAINED))]]
+    for name in names:
+        found = results.runs[group][name]
+        given = {**LINES["lightningrl"].settings, **QUESTIONS["speed"].get(name, ("", {}))[1]}
+        paid = name.startswith("lightningrl") and bool(given["reward_weights"][-1])
+        pays = ("right answers" if given.get("speed_gate", "correct") == "correct" else "all") if paid else "no"
+        pairs = [(_quick(f), unpaid[f["seed"]]) for f in found if f["seed"] in unpaid] if paid else []
+        faster, worse = (
+            interval([scale * (mine[key] - theirs[key]) for mine, theirs in pairs], form) if pairs else ""
+            for key, scale, form in (("tokens_per_forward", 1, ".2f"), ("solved", 100, ".1f"))
+        )
+        quick = _mean(found, at("measured", "solved", "threshold", "tokens_per_forward"), ".2f", spread=True)
+        so, four = (_mean(found, at("measured", "solved", s, "solved"), spread=True) for s in ("threshold", "4"))
+        rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", pays, quick, faster, so, worse, four])
+    heads = ["", "paid for speed", "tokens per forward", "more than unpaid", "solved so", "points more than unpaid"]
+    return markdown([*heads, "solved at 4 per step"], rows)
+
+
+def _quick(found: Result) -> Mapping[str, Any]:
+    quick: Mapping[str, Any] = found["measured"]["solved"]["threshold"]
+    return quick
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
@@ -171,13 +236,13 @@ def solved(speed: str) -> Callable[[Result], float]:
     return lambda measured: measured["solved"][speed]["solved"]
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], form: str = ".1f") -> str:
     """The mean and Student's interval; of a single value no interval, of none the sign for it."""
     if not values:
         return MISSING
     if len(values) == 1:
-        return f"{values[0]:+.1f} (one seed)"
-    return f"{mean(values):+.1f} ± {student_half(values):.1f}"
+        return f"{values[0]:+{form}} (one seed)"
+    return f"{mean(values):+{form}} ± {student_half(values):{form}}"
 
 
 def _rate(found: Result, speed: str) -> str:

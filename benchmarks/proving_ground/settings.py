@@ -199,6 +199,7 @@ _CACHE = {"cache": "dual", "audit_bound": None}
 _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, whatever the share
 _TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
 _UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
+_VALUES = {"value_model": "steps", "value_target": "advantage", "value_learning_rate": 3e-3}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
@@ -224,6 +225,11 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "speed": {
         **_each("lightningrl", "published_sum", {"speed_gate": "none"}),
         **_each("lightningrl", "no_speed", {"reward_weights": [1.0, 0.0]}),
+    },
+    "values": {
+        **_each("tracerl", "values", _VALUES),
+        **_each("tracerl", "values_half_lambda", {**_VALUES, "gae_lambda": 0.5}),
+        **_each("tracerl", "values_of_rewards", {**_VALUES, "value_target": "reward"}),
     },
     "views_key": {
         **_each("diffu_grpo wd1", "masks_by_row", {"p_mask_prompt": 0.15}),

@@ -161,10 +161,12 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
     budget = Budget(run, used, positions, measure)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = run.settings()["learning_rate"]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * max(0.0, 1 - used(step))
-    )
+
+    def falling(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * max(0.0, 1 - used(step))
+        )
+
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {
             "output_dir": folder,
@@ -178,9 +180,16 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
             "bf16": False,
             "activation_checkpointing": False,
         }
-        given = {"processing_class": tokenizer, "callbacks": [budget], "optimizers": (optimizer, schedule)}
+        given: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [budget]}
         build = sft_trainer if run.algorithm == "sft" else policy_trainer
-        trainer = build(run, model, tokenizer, common, given)
+        if run.settings().get("value_model", "none") == "none":
+            optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+            given["optimizers"] = (optimizer, falling(optimizer))
+            trainer = build(run, model, tokenizer, common, given)
+        else:  # the trainer's own optimizer, the same but for the head that only it knows
+            common |= {"optim": "adamw_torch", "adam_beta2": 0.99, "weight_decay": 0.0}
+            trainer = build(run, model, tokenizer, common, given)
+            trainer.lr_scheduler = falling(trainer.create_optimizer())
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.train()
         wall, cpu = time.perf_counter() - wall - budget.wall, time.process_time() - cpu - budget.cpu

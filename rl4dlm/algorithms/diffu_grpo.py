@@ -17,6 +17,8 @@ Where the paper and its released code differ, or both are wrong, this is decided
   are ever used. Here it counts passes.
 - The code attends to padding and may mask it; here padding is hidden.
 - The code re-seeds the global generators for every mask and has dropout on; here masks are keyed and dropout is off.
+- `num_strata` Q > 1 scores a completion in Q views that hide a stratum of its tokens each and show the others, the
+  likelihood of DACA-GRPO (arXiv 2605.16342; `rl4dlm.likelihood.strata`): more context, Q forwards, and no bound.
 - A model whose noise is random tokens is scored on a canvas of random tokens, and random tokens replace those of the
   prompt; the paper knows masks only.
 """
@@ -27,8 +29,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rl4dlm.likelihood.estimator import Estimator
+from rl4dlm.likelihood.masks import check_count
 from rl4dlm.likelihood.mean_field import MeanField
-from rl4dlm.training.setup import mean_field
+from rl4dlm.likelihood.strata import Strata
+from rl4dlm.training.config import check_ratio_level
+from rl4dlm.training.setup import mean_field, of_noise
 from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 
@@ -40,6 +45,7 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
         num_generations: G, completions of a prompt; `per_device_train_batch_size` is one group. block_length: 32.
         learning_rate: of AdamW.
         p_mask_prompt: probability with which a prompt token is hidden from the policy when it is scored.
+        num_strata: Q, views that hide a part of the completion each; 1: the whole, which is diffu-GRPO.
         num_iterations: mu, passes over a batch of completions: 12 for GSM8K and MATH, 8 for Countdown and Sudoku.
         epsilon: clip range. beta: weight of the KL term.
         scale_rewards: `"none"`: advantages are not divided by the group's standard deviation.
@@ -58,6 +64,10 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
     p_mask_prompt: float = field(
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
     )
+    num_strata: int = field(
+        default=1,
+        metadata={"help": "Views that hide a part of the completion each, and show the others; 1: all of it."},
+    )
     num_iterations: int = field(default=12, metadata={"help": "Passes over a batch of completions (mu)."})
     epsilon: float = field(default=0.5, metadata={"help": "Clip range of the policy ratio."})
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL term; 0 needs no reference model."})
@@ -70,6 +80,8 @@ class DiffuGRPOConfig(DiffusionPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         MeanField(self.p_mask_prompt, self.scope)
+        check_count("num_strata", self.num_strata)
+        check_ratio_level(self, Strata(self.num_strata, self.p_mask_prompt, self.scope))
 
 
 class DiffuGRPOTrainer(DiffusionPolicyTrainer):
@@ -85,5 +97,7 @@ class DiffuGRPOTrainer(DiffusionPolicyTrainer):
     }
 
     def build_estimator(self) -> Estimator:
-        """The mean-field estimator of the model's noise, with this run's prompt masking."""
+        """The mean-field estimator of the model's noise, with this run's prompt masking; or that of strata."""
+        if self.args.num_strata > 1:
+            return of_noise(self.model, Strata(self.args.num_strata, self.args.p_mask_prompt, self.args.scope))
         return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)

@@ -37,11 +37,11 @@ from torch import Tensor
 
 from rl4dlm.likelihood.masks import check_count
 from rl4dlm.likelihood.predictions import PredictedSteps
-from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.training.config import KL_ESTIMATORS, OWN_LOSS, DiffusionPolicyConfig, set_but_not_supported
 from rl4dlm.training.loss_parts import PolicyScores, resized
 from rl4dlm.training.losses import kl_estimate
+from rl4dlm.training.predictions import predicted_steps, recorded_predictions
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 
 
@@ -158,32 +158,18 @@ class MDPOTrainer(DiffusionPolicyTrainer):
 
     def build_estimator(self) -> PredictedSteps:
         """Views of predictions. ValueError for models and schedules whose predictions are not of whole canvases."""
-        if self.spec.attention in BLOCK_KINDS:
-            raise ValueError(
-                f"attention={self.spec.attention!r} is not supported: MDPO's predictions are of all open slots, and "
-                "blocks behind the active one would be scored with finished blocks before them"
-            )
-        schedule = self.decoding.build_schedule()
-        if getattr(schedule, "resize", None) is not None or getattr(schedule, "inputs", None) is not None:
-            raise ValueError(
-                f"schedule={self.decoding.schedule!r} is not allowed: it changes the length of the canvas or feeds "
-                "something else than tokens"
-            )
-        assert self.spec.mask_token_id is not None
-        return PredictedSteps(self.spec.mask_token_id)
+        return predicted_steps(self.spec, self.decoding, "MDPO")
 
     def extend_batch(self, batch: dict[str, Any], rollout: Rollout, rewards_per_func: Tensor) -> None:
         """Rewards what each step predicted, and adds the chosen steps: what they saw and drew, and what it is worth."""
         trace, device = rollout.trace, self.accelerator.device
-        assert trace.fillings is not None and trace.filling_log_probs is not None
+        assert trace.filling_log_probs is not None
         local, length = rollout.canvas.shape
         made = torch.tensor([int(trace.steps.max())], device=device)
         steps = int(self.accelerator.gather(made).max())
-        fillings, log_probs = trace.fillings[:, :, 0].long(), trace.filling_log_probs[:, :, 0]
-        shown = torch.stack([*rollout.states()], dim=1)  # [B, S, L], of this process
-        there = (trace.steps[:, None] > torch.arange(fillings.shape[1], device=fillings.device))[..., None]
-        predicted = torch.where(there, fillings, rollout.canvas[:, None])
-        ours = self.rewards_of_canvases(rollout, predicted)  # [B, S]
+        found_here = recorded_predictions(rollout)  # of this process
+        shown, fillings, log_probs = found_here.shown, found_here.drawn, trace.filling_log_probs[:, :, 0]
+        ours = self.rewards_of_canvases(rollout, found_here.completed(rollout.canvas))  # [B, S]
         ours = torch.cat([ours, ours[:, -1:].expand(-1, steps - ours.shape[1])], dim=1)  # of rows that have ended
         size = self.num_generations if self.model.training else self.num_generations_eval
         found = self.accelerator.gather(ours.contiguous()).view(-1, size, steps)  # [N, G, S]

@@ -27,6 +27,7 @@ Different from the released code:
 - Siblings need not be in one process; a state and all that starts from it must be.
 - A token whose log-probability is exactly 0 counts.
 - The distillation's mean is over all states of a generation batch; there, over those of one pass.
+- In q a child counts by its advantage, however many of its leaves have ended before a slot.
 - Padding is hidden; dropout is off.
 """
 
@@ -224,20 +225,26 @@ def edge_advantages(rewards: Tensor, branches: Sequence[int]) -> Tensor:
     return torch.stack(found[::-1], dim=-1)
 
 
-def foreseen(tokens: Tensor, scored: Tensor, advantages: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def foreseen(
+    tokens: Tensor, scored: Tensor, advantages: Tensor, temperature: float, leaves: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the children of a state with positive advantages have written, as a distribution at each slot.
 
     Args:
-        tokens: long `[..., n, L]`, of n children. scored: bool, the same, where they wrote. advantages: `[..., n]`.
+        tokens: long `[..., n, L]`, of n leaves behind the state, those of a child next to each other. scored: bool, the
+            same, where the child wrote and the leaf has not ended. advantages: `[..., n]`, the child's.
         temperature: tau.
+        leaves: of each child; those that have not ended share its weight, so that ends of some change no other's.
 
     Returns:
-        weight: `[..., n, L]`, of each child's token, adding up to 1 where any was written; log_q: the same, the
+        weight: `[..., n, L]`, of each leaf's token, adding up to 1 where any was written; log_q: the same, the
         logarithm of the probability of that token, of equal ones together; there: bool `[..., L]`, where any was.
     """
     good = advantages > 0
     share = torch.where(good, advantages.double() / temperature, -torch.inf).softmax(-1).nan_to_num(nan=0.0)
-    mass = share[..., None] * scored
+    of_child = scored.unflatten(-2, (-1, leaves))
+    each = (of_child / of_child.sum(-2, keepdim=True).clamp(min=1)).flatten(-3, -2)
+    mass = share[..., None] * each
     total = mass.sum(-2, keepdim=True)
     weight = torch.where(total > 0, mass / total, 0.0)
     equal = tokens[..., :, None, :] == tokens[..., None, :, :]
@@ -357,7 +364,7 @@ class TreeRPOTrainer(TrajectoryTrainer):
             scored = (counted > 0) & (edge == level)
             shape = (-1, behind, tokens.shape[-1])
             good = advantages[..., level].reshape(-1, behind)
-            weight, log, there = foreseen(tokens.view(shape), scored.view(shape), good, tau)
+            weight, log, there = foreseen(tokens.view(shape), scored.view(shape), good, tau, leaves)
             weights, log_q = weights + weight.view_as(weights), log_q + log.view_as(log_q)
             cells, behind = cells + int(there.sum()), leaves
         own = slice(first, first + len(rows))
@@ -375,5 +382,8 @@ class TreeRPOTrainer(TrajectoryTrainer):
         )
         divergence, slots = weight * (log_q - log_probs), batch["foreseen_slots"][:1].squeeze(0).clamp(min=1.0)
         strength = rising(self.state.global_step, self.args.distillation_steps, self.args.distillation)[0]
-        self.log_mean("diffusion/foreseen_divergence", torch.where(weight > 0, log_q - log_probs, 0.0), weight)
+        # Each micro-batch's part of the mean over slots, so that those without a good branch do not count as zeros.
+        share = self.args.steps_per_generation / slots
+        part = self.accelerator.reduce(divergence.detach().sum(), reduction="sum") * share
+        self._metrics["train" if self.model.training else "eval"]["diffusion/foreseen_divergence"].append(float(part))
         return found + strength * self.mean_over_tokens(divergence, torch.ones_like(divergence), batch, total=slots)

@@ -15,22 +15,39 @@ the code takes the rows of a device, which are one group with its settings; `wei
 groups of its section 3.2. The loss is the mean over groups, as there; equation 9 divides by the group size, too. Scores
 have no dropout, and each pass over a batch its own prompt masks, also when gradients are accumulated.
 
-wd1++, which also learns from predictions at intermediate steps, is not here: no code was released.
+wd1++ (`num_predicted_steps` K > 0) learns from what the steps on the way predicted, too. Step l of S sees the canvas
+x_l, of which the share t_l is open, and draws an answer for all of it at once, xhat_l; that of the last step is the
+completion. All G S answers of a group are rewarded, and weighed by the same two softmaxes; with K steps l of each
+completion, drawn uniformly and evenly spread,
+
+    loss = -sum_i S/K sum_l (w+_il - s w-_il) / t_l  log p(xhat_il | x_il),
+
+log p the sum over slots that were open, up to the first end in `scope="valid"`, each predicted from x_il, which hides
+no prompt token. With one step it is wd1. No code was released, and what the paper leaves open is decided here: its
+factor L_s / l is 1 / t_l, so that what counts is how much was open and not how many steps there were; the sum over l is
+estimated, so that weights add up to 1 in it (the paper's mean, S times less, is `learning_rate`'s business); the K
+steps are drawn once for a batch, and its passes share them. It costs S calls of the reward functions per completion.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rl4dlm.likelihood.estimator import Estimator
-from rl4dlm.likelihood.masks import check_choice
+from rl4dlm.likelihood.masks import RowNoise, check_choice, check_count
 from rl4dlm.likelihood.mean_field import MeanField
+from rl4dlm.likelihood.predictions import PredictedSteps
+from rl4dlm.rollout.rollout import Rollout, valid_mask
 from rl4dlm.training.advantages import softmax_weights
+from rl4dlm.training.loss_parts import resized
 from rl4dlm.training.losses import weighted_likelihood
+from rl4dlm.training.predictions import predicted_steps, recorded_predictions
 from rl4dlm.training.ratio_free import RatioFreeConfig
+from rl4dlm.training.scores import rows_of
 from rl4dlm.training.setup import mean_field
 from rl4dlm.training.trainer import DiffusionPolicyTrainer, PolicyScores
 
@@ -47,6 +64,8 @@ class WD1Config(RatioFreeConfig):
         weights_over: `"group"`, weights add up to 1 in each group; `"batch"`, on average over groups.
         p_mask_prompt: probability with which a prompt token is hidden.
         num_iterations: passes over a batch of completions (mu), each with prompt masks of its own.
+        num_predicted_steps: K, steps of a completion whose predictions are learnt from (wd1++), where `p_mask_prompt`
+            is 0; 0 is wd1.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
@@ -62,8 +81,20 @@ class WD1Config(RatioFreeConfig):
         default=0.15, metadata={"help": "Probability with which a prompt token is hidden when completions are scored."}
     )
     num_iterations: int = field(default=8, metadata={"help": "Passes over a batch of completions (mu)."})
+    num_predicted_steps: int = field(
+        default=0, metadata={"help": "Steps of a completion whose predictions are learnt from (wd1++); 0 is wd1."}
+    )
 
     def __post_init__(self) -> None:
+        if self.num_predicted_steps:
+            check_count("num_predicted_steps", self.num_predicted_steps)
+            masked = type(self).__dataclass_fields__["p_mask_prompt"].default
+            if self.p_mask_prompt not in (0, masked):
+                raise ValueError(
+                    f"p_mask_prompt={self.p_mask_prompt} is not allowed with num_predicted_steps="
+                    f"{self.num_predicted_steps}, which scores canvases as they were seen; allowed: 0"
+                )
+            self.p_mask_prompt = 0.0
         super().__post_init__()
         check_choice("weights_over", self.weights_over, ("group", "batch"))
         if not self.psi > 0:
@@ -71,6 +102,10 @@ class WD1Config(RatioFreeConfig):
         if self.negative_weight < 0:
             raise ValueError(f"negative_weight={self.negative_weight} is not allowed; it must be 0 or larger")
         MeanField(self.p_mask_prompt, self.scope)
+
+    def recorded(self) -> tuple[str, ...]:
+        """What steps draw for every open slot, where that is learnt from."""
+        return (*super().recorded(), "fillings") if self.num_predicted_steps else super().recorded()
 
     def refused_settings(self) -> dict[str, str]:
         """Those of policy ratios, KL terms and, since weights are a softmax, scales and normalisations of rewards."""
@@ -97,23 +132,96 @@ class WD1Trainer(DiffusionPolicyTrainer):
     }
 
     def build_estimator(self) -> Estimator:
-        """The mean-field estimator of the model's noise, with this run's prompt masking."""
-        return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)
+        """The mean-field estimator of the model's noise, with this run's prompt masking; or views of predictions.
+
+        Raises:
+            ValueError: models, schedules and interventions that wd1++ is not for.
+        """
+        if not self.args.num_predicted_steps:
+            return mean_field(self.model, self.args.p_mask_prompt, self.args.scope)
+        setting = f"num_predicted_steps={self.args.num_predicted_steps}"
+        if self.spec.noise != "mask":
+            raise ValueError(f"{setting} is not supported for noise={self.spec.noise!r}: it learns from open slots")
+        return replace(predicted_steps(self.spec, self.decoding, "wd1++"), scope=self.args.scope)
+
+    def _check_intervention(self) -> None:
+        if self.args.num_predicted_steps:
+            raise ValueError(
+                f"intervention={type(self.intervention).__name__} is not allowed with num_predicted_steps="
+                f"{self.args.num_predicted_steps}: predictions of completions that take another's place are not "
+                "rewarded; needed: None"
+            )
+        super()._check_intervention()
+
+    def extend_batch(self, batch: dict[str, Any], rollout: Rollout, rewards_per_func: Tensor) -> None:
+        """With wd1++: rewards what each step predicted, and adds the chosen steps, what they saw and their weights."""
+        if not self.args.num_predicted_steps:
+            return
+        found, device = recorded_predictions(rollout), self.accelerator.device
+        predicted, steps = found.completed(rollout.canvas), rollout.trace.steps
+        ours = self.rewards_of_canvases(rollout, predicted).masked_fill(~found.there.to(device), torch.nan)  # [B, S]
+        width = int(self.accelerator.gather(torch.tensor([ours.shape[1]], device=device)).max())
+        ours = torch.nn.functional.pad(ours, (0, width - ours.shape[1]), value=torch.nan)
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        everyone = self.accelerator.gather(ours.contiguous()).view(-1, size * width)  # all answers of a group
+        weights = signed_weights(everyone, self.args.psi, self.args.negative_weight, self.args.weights_over)
+        local = len(ours)
+        first = self.accelerator.process_index * local
+        own = weights.view(-1, width)[first : first + local]
+
+        count = self.args.num_predicted_steps
+        noise = RowNoise(rows_of(batch), self.args.seed, 0)
+        steps = steps.to(device)[:, None]
+        at = (noise.spread("predicted steps", count, "rows") * steps).long().clamp(max=width - 1)  # [B, K]
+        place = at[..., None].expand(-1, -1, predicted.shape[-1])
+        shown, answers = (value.to(device).gather(1, place) for value in (found.shown, predicted))
+        assert isinstance(self.estimator, PredictedSteps)
+        opened = shown == self.estimator.mask_token_id
+        share = opened.double().mean(-1)
+        weight = own.gather(-1, at) * steps / count / share.clamp(min=1 / opened.shape[-1])
+        ends = valid_mask(answers.flatten(0, 1), self.spec.eos_token_ids).view_as(opened)
+        batch["step_states"], batch["step_predictions"] = shown, answers
+        batch["step_weights"] = torch.where(opened.any(-1), weight, 0.0)
+        batch["step_scored"] = opened & ends if self.args.scope == "valid" else opened
+        # What `diffusion/rollout_gap` is of: what the first of the chosen steps has written.
+        batch["drawn"] = batch["commit_step"] == at[:, :1]
+
+    def as_drawn(self, scores: PolicyScores, width: int) -> tuple[Tensor, Tensor | None]:
+        """As everywhere; with wd1++ those of the first chosen step."""
+        return super().as_drawn(scores, width) if self._of_tokens else (resized(_by_step(scores)[:, 0], width), None)
+
+    @property
+    def _of_tokens(self) -> bool:
+        return not self.args.num_predicted_steps
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor:
-        """`w+ - s w-`."""
+        """`w+ - s w-` of completions among completions, also with wd1++, where the loss has those of all answers."""
         return signed_weights(rewards, self.args.psi, self.args.negative_weight, self.args.weights_over)
 
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor:
         """Those with a weight: where all rewards of a group are equal and s is 1, none has."""
-        return self.with_advantage(batch)
+        if self._of_tokens:
+            return self.with_advantage(batch)
+        return (batch["step_weights"] != 0).any(-1) & batch["completion_mask"].any(-1)
 
     def loss(self, scores: PolicyScores, batch: dict[str, Any]) -> Tensor:
         """Of the completions of a micro-batch, as a mean over groups."""
-        self.log_entropy(scores, batch["completion_mask"])
-        sequence = (scores.log_probs * batch["completion_mask"]).sum(-1)
         group = self.num_generations if self.model.training else self.num_generations_eval
-        return self.mean_over_rows(weighted_likelihood(sequence, batch["advantages"])) * group
+        if self._of_tokens:
+            self.log_entropy(scores, batch["completion_mask"])
+            sequence = (scores.log_probs * batch["completion_mask"]).sum(-1)
+            return self.mean_over_rows(weighted_likelihood(sequence, batch["advantages"])) * group
+        rows = batch["completion_mask"].any(-1)  # false: left out, because it was cut off
+        counted = batch["step_scored"] & rows[:, None, None]
+        answers = torch.where(counted, _by_step(scores), 0.0).sum(-1)  # [B, K]
+        self.log_mean("entropy", scores.entropies, resized(counted.any(1), scores.entropies.shape[1]))
+        weighted = weighted_likelihood(answers, batch["step_weights"].to(answers))
+        return self.mean_over_rows(weighted.sum(-1)) * group
+
+
+def _by_step(scores: PolicyScores) -> Tensor:
+    assert scores.view_log_probs is not None
+    return scores.view_log_probs
 
 
 def signed_weights(rewards: Tensor, psi: float, negative_weight: float = 1.0, over: str = "group") -> Tensor:

@@ -1,6 +1,7 @@
-"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `decode` shows it at work, `filter`
-keeps prompts that it can learn from, `convert` changes its form, `merge` puts an adapter into its base, `env` says what
-is installed.
+"""The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `compare` sets two
+measurements against each other, `lm-eval` runs tasks of that
+harness, `decode` shows it at work, `filter` keeps prompts that it can learn from, `convert` changes its form, `merge`
+puts an adapter into its base, `env` says what is installed.
 
 Owns the way from arguments to a command and what becomes of its errors; each command has a file of its own. Heavy
 libraries are imported by the command that needs them, so `--help` is quick.
@@ -13,11 +14,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import rl4dlm
+from rl4dlm.cli.compare import add_compare_parser
 from rl4dlm.cli.convert import add_convert_parser
 from rl4dlm.cli.decode import add_decode_parser
 from rl4dlm.cli.env import add_env_parser
 from rl4dlm.cli.eval import add_eval_parser
 from rl4dlm.cli.filter import add_filter_parser
+from rl4dlm.cli.lm_eval import add_lm_eval_parser
 from rl4dlm.cli.merge import add_merge_parser
 from rl4dlm.cli.train import add_train_parser, launch_command, train
 
@@ -52,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         add_train_parser,
         add_eval_parser,
+        add_compare_parser,
+        add_lm_eval_parser,
         add_decode_parser,
         add_filter_parser,
         add_convert_parser,

@@ -70,6 +70,7 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     guidance = () if guided else (GuidanceArguments,)
     script, training, model, *given = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig, *guidance)
     check_settings(training, model)
+    checked = script.checked_task(training)
     rewards: list[Any] = [*load_rewards(script.reward_funcs)]
     if script.reward_model_name_or_path is not None:
         rewards.append(script.reward_model_name_or_path)
@@ -87,6 +88,8 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    if checked is not None:
+        trainer.check_exactly(checked, **script.check_options())
     finish(trainer)
     return trainer
 

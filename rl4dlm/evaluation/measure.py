@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rl4dlm.evaluation import pass_at as estimates
 from rl4dlm.evaluation.intervals import wilson_interval
-from rl4dlm.evaluation.results import EvaluationResult, Measurement
+from rl4dlm.evaluation.results import EvaluationResult, Measurement, item_string, verdict_string
+from rl4dlm.evaluation.rewards import Rewards, summary
+from rl4dlm.evaluation.speed import Speed
 from rl4dlm.models.loading import check_tokenizer
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from rl4dlm.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+BASELINE = "1 token/step"
+"""Label of the measurement with one token per step."""
 
 
 def evaluate(
@@ -44,6 +49,8 @@ def evaluate(
     progress: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     pass_at: Sequence[int] = (),
+    baseline: bool = False,
+    rewards: Rewards | None = None,
 ) -> EvaluationResult:
     """Measures how often a denoiser solves a task under each decoding setting.
 
@@ -65,9 +72,14 @@ def evaluate(
         chat_template_kwargs: for the chat template, as a trainer's setting of that name.
         pass_at: k for which pass@k is estimated, each at most `num_samples`; see `rl4dlm.evaluation.pass_at`. Samples
             are alike where `temperature` is 0.
+        baseline: measure each setting with one token per step, too (`DecodingConfig.one_token_per_step`), which is what
+            parallel decoding is compared with.
+        rewards: reward functions to measure, too, or in the checker's place; means and standard errors are in
+            `metrics`, under `reward` and `reward/NAME`.
 
     Raises:
         ValueError: names a setting that is not allowed, a tokenizer that does not fit, or a task without prompts.
+        RuntimeError: the task runs programs, and this machine has no sandbox for them.
     """
     if not decodings:
         raise ValueError("decodings is empty; give at least one DecodingConfig")
@@ -79,6 +91,7 @@ def evaluate(
             raise ValueError(f"pass_at={k} is not allowed; it must be between 1 and num_samples={num_samples}")
     spec = DiffusionSpec.of(model)
     check_tokenizer(tokenizer, spec)
+    task.require()
     dataset = task.dataset(split)
     if "prompt" not in dataset.column_names:
         raise ValueError(f"task {task.name!r} has no column 'prompt' in split {split!r}, only {dataset.column_names}")
@@ -88,15 +101,17 @@ def evaluate(
     prompts = [encode_prompt(tokenizer, row["prompt"], chat_template_kwargs=chat_template_kwargs) for row in rows]
 
     engine = RolloutEngine(model, spec, max_batch_rows=batch_rows, progress=progress)
-    measurements = {}
-    for label, config in decodings.items():
+    settings, compared_with = _with_baselines(decodings, spec) if baseline else (dict(decodings), {})
+    measurements: dict[str, Measurement] = {}
+    for label, config in settings.items():
         logger.info("%s: %d prompts, decoding %s", task.name, len(rows), label)
         warn_of_canvas(model, config.canvas_length)
         start = time.perf_counter()
         rollout = engine.generate(prompts, config, num_generations=num_samples, seed=seed)
         seconds = time.perf_counter() - start
         texts = completion_texts(tokenizer, rollout, spec)
-        measurements[str(label)] = _measure(task, rows, texts, rollout, config, spec, seconds, pass_at)
+        found = _measure(task, rows, texts, rollout, config, spec, seconds, pass_at, rewards)
+        measurements[str(label)] = replace(found, baseline=compared_with.get(label))
     return EvaluationResult(
         task=task.name,
         split=split,
@@ -104,7 +119,30 @@ def evaluate(
         chosen_by=chosen_by,
         seed=seed,
         measurements=measurements,
+        style=getattr(task, "style", None),
+        protocol=task.protocol,
+        items=item_string(rows),
+        speed=Speed.of([(found.tokens_per_forward, found.solve_rate) for found in measurements.values()]),
     )
+
+
+def _with_baselines(
+    decodings: Mapping[str | int, DecodingConfig], spec: DiffusionSpec
+) -> tuple[dict[str | int, DecodingConfig], dict[str | int, str]]:
+    """The settings with those of one token per step beside them, each once, and the label of each setting's own."""
+    settings, compared_with = dict(decodings), dict[str | int, str]()
+    fitted = {label: config.for_model(spec) for label, config in decodings.items()}
+    for label, config in decodings.items():
+        slow = config.one_token_per_step(spec)
+        if fitted[label] == slow:
+            continue
+        same = next((other for other, known in fitted.items() if known == slow), None)
+        if same is None:
+            taken = sum(str(other).startswith(BASELINE) for other in settings)
+            same = f"{BASELINE} ({taken + 1})" if taken else BASELINE
+            settings[same], fitted[same] = slow, slow
+        compared_with[label] = str(same)
+    return settings, compared_with
 
 
 def completion_texts(tokenizer: Any, rollout: Rollout, spec: DiffusionSpec) -> list[str]:
@@ -123,10 +161,18 @@ def _measure(
     spec: DiffusionSpec,
     seconds: float,
     ks: Sequence[int],
+    rewards: Rewards | None,
 ) -> Measurement:
     samples = len(texts) // len(rows)
     asked = [rows[i // samples] for i in range(len(texts))]
-    verdicts, found = task.measured(texts, asked)
+    values = {} if rewards is None else rewards.values(texts, asked, rollout)
+    verdicts: Sequence[bool | None]
+    found: dict[str, float]
+    if rewards is not None and rewards.threshold is not None:
+        verdicts, found = rewards.verdicts(values["reward"]), {}
+    else:
+        verdicts, found = task.measured(texts, asked)
+    found = {**found, **summary(values, samples)}
     judged = [verdict for verdict in verdicts if verdict is not None]
     if not judged:
         raise ValueError(f"task {task.name!r} cannot judge any of its {len(rows)} prompts by {sorted(rows[0])}")
@@ -150,4 +196,5 @@ def _measure(
         metrics={name: None if isnan(value) else value for name, value in further.items()},
         exact=rollout.exact,
         pass_at={str(k): estimates.pass_at(verdicts, samples, k) for k in ks},
+        verdicts=verdict_string(verdicts),
     )

@@ -21,6 +21,7 @@ class PredictedSteps(Estimator):
 
     Args:
         mask_token_id: of the model; what open slots hold.
+        scope: what a loss is about; views score all open slots.
 
     Raises:
         ValueError: in `draw`, rows without such facts.
@@ -29,6 +30,7 @@ class PredictedSteps(Estimator):
     fresh: ClassVar[bool] = False  # type: ignore[misc]
     reweighted: ClassVar[bool] = True  # type: ignore[misc]
     mask_token_id: int
+    scope: str = "valid"
 
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """K views; one in which nothing is open scores nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from rl4dlm.models.attention import BLOCK_KINDS
@@ -234,6 +234,26 @@ class DecodingConfig:
         object.__setattr__(settings, "block_length", spec.block_length)
         settings._check_steps()
         return settings
+
+    def one_token_per_step(self, spec: DiffusionSpec) -> DecodingConfig:
+        """These settings with as many steps as slots, the baseline that parallel decoding is compared with.
+
+        A schedule that decides for itself how many steps it takes gives way to `"low_confidence"`, and nothing is
+        guessed ahead. Raises ValueError for a model without masks, whose canvases have no such steps.
+        """
+        if spec.noise != "mask":
+            raise ValueError(f"one token per step has no meaning for noise={spec.noise!r}: canvases change as a whole")
+        grid = spec.block_length if spec.attention in BLOCK_KINDS else self.block_length
+        block = grid or self.canvas_length
+        fixed = registry.lookup(self.schedule).takes_steps
+        return replace(
+            self,
+            schedule=self.schedule if fixed else "low_confidence",
+            schedule_args=self.schedule_args if fixed else {},
+            steps=-(-self.canvas_length // block) * block,
+            draft_steps=0,
+            draft_width=1,
+        ).for_model(spec)
 
     def knowing(self, tokens: int | None) -> DecodingConfig:
         """These settings with other `known_tokens`; those of a model stay those of that model."""

@@ -33,6 +33,7 @@ from rl4dlm.rollout.rows import Progress, most_steps
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 from rl4dlm.rollout.state import State
 from rl4dlm.rollout.step import Batch
+from rl4dlm.rollout.stopping import Stop
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class RolloutEngine:
         constraint: Constraint | None = None,
         noise: NoiseSource | None = None,
         on_step: Callable[[Progress], None] | None = None,
+        stop: Stop | None = None,
     ) -> Rollout:
         """Decodes each prompt `num_generations` times.
 
@@ -129,6 +131,9 @@ class RolloutEngine:
                 `Automaton` also gives `choices` where there are none.
             noise: where randomness is taken from; None draws keyed noise from `seed`.
             on_step: called after each step of each batch of rows, to watch it.
+            stop: says where a row ends besides its first end-of-sequence token, such as `StopStrings`. A row leaves
+                when its end is written and nothing before it is open; what lies behind is cut off and counts as never
+                drawn, with the end-of-sequence token in its place.
 
         Returns:
             A `Rollout` whose tensors are on the model's device.
@@ -149,6 +154,8 @@ class RolloutEngine:
         if config.cache == "auto":
             self._say_cache(config, cache, max(map(len, rows), default=0))
         check_parts(self.model, self.spec, schedule, config, cache, hints, choices, constraint, on_step, self.in_step)
+        if stop is not None and not self.spec.eos_token_ids:
+            raise ValueError("stop needs an end-of-sequence token to end rows with; the model's eos_token_ids is empty")
         if choices is None and isinstance(constraint, Automaton):  # candidates that can never be written waste a step
             choices = [constraint.choices(config.canvas_length)] * len(rows)
         if start is not None:
@@ -192,7 +199,7 @@ class RolloutEngine:
                     work = record.part(part)
                     assert isinstance(work, CanvasRecord)
                     batches.append(
-                        CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise)
+                        CanvasBatch(self.model, self.spec, rows[part], ids[part], work, config, schedule, noise, stop)
                     )
             else:
                 batches.append(
@@ -211,6 +218,7 @@ class RolloutEngine:
                         on_step,
                         capacity=size,
                         in_step=self.in_step,
+                        stop=stop,
                     )
                 )
             for batch in batches:

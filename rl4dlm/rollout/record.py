@@ -15,8 +15,10 @@ from rl4dlm.rollout.state import State
 KEPT = ("raw_log_prob", "log_prob", "confidence", "entropy")
 """Numbers that are kept of each token, as they were when it was committed for good; names of `Drawn`."""
 
-STOP_REASONS = (StopReason.COMPLETE, StopReason.EOS, StopReason.STEP_CAP, StopReason.CONSTRAINT_DEAD_END)
-COMPLETE, EOS, STEP_CAP, DEAD_END = range(len(STOP_REASONS))
+STOP_REASONS = (
+    StopReason.COMPLETE, StopReason.EOS, StopReason.STEP_CAP, StopReason.CONSTRAINT_DEAD_END, StopReason.STOP,
+)  # fmt: skip
+COMPLETE, EOS, STEP_CAP, DEAD_END, STOP = range(len(STOP_REASONS))
 
 
 @dataclass

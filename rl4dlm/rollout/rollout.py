@@ -29,6 +29,8 @@ class StopReason(StrEnum):
     """The schedule did not come to an end, so that the engine wrote the rest at once."""
     CONSTRAINT_DEAD_END = "constraint_dead_end"
     """Nothing that the constraint admits was among the candidates."""
+    STOP = "stop"
+    """What the caller waits for is written (`RolloutEngine.generate(stop=...)`); the rest is cut off."""
 
 
 class EventKind(IntEnum):

@@ -22,9 +22,10 @@ from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import Reading
 from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
-from rl4dlm.rollout.record import COMPLETE, EOS, KEPT, Record
+from rl4dlm.rollout.record import COMPLETE, EOS, KEPT, STOP, Record
 from rl4dlm.rollout.requests import Requests
 from rl4dlm.rollout.schedules.parts import BlockStart, Schedule
+from rl4dlm.rollout.stopping import Stop, Stops
 
 CANDIDATES = "candidates"
 
@@ -141,10 +142,12 @@ class Rows:
         on_step: Callable[[Progress], None] | None = None,
         capacity: int | None = None,
         in_step: Callable[[bool], bool] | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.model, self.spec = model, spec
         self.record, self.config, self.schedule, self.cache, self.noise = record, config, schedule, cache, noise
         self.choices, self.constraint, self.on_step, self.in_step = choices, constraint, on_step, in_step
+        self.stops = None if stop is None else Stops(stop, spec.eos_token_ids)
         self.all_prompts, self.all_row_ids = prompts, row_ids
         begun = record.hinted | (record.commit_step >= 0)
         self.given = begun.any(-1).tolist()  # rows of the call that begin with more than their prompt
@@ -291,25 +294,40 @@ class Rows:
                 settled = settled & (self.offsets < self.length[:, None])
             ended = (self._is_end(self.tokens[:, self.width :]) & settled).any(-1)
             if self.config.stop_at_eos == "block" or not self.schedule.monotone:
-                still_open = self.open | self.eligible
-                ended = ended & ~still_open.any(-1) & ~self.staying  # until then its tokens may still change
+                ended = ended & self._final()
             finished = finished | ended
+        if self.stops is not None and not self.schedule.reopens:
+            finished = finished | ((self._stop_places() >= 0) & (self._final() | self.schedule.monotone))
         return finished
+
+    def _final(self) -> Tensor:
+        """bool `[R]`: the block is complete; until then its tokens may still change."""
+        return ~(self.open | self.eligible).any(-1) & ~self.staying
+
+    def _stop_places(self) -> Tensor:
+        assert self.stops is not None
+        return self.stops.places(self.tokens[:, self.width :], self.masked, self.length)
 
     def _retire(self, finished: Tensor) -> None:
         """Records finished rows; others take their places."""
         slots, masked, width = self.slot[finished], self.masked[finished], self.masked.shape[1]
         unwritten = next(iter(self.spec.eos_token_ids), self.spec.mask_token_id)  # without an end, no row stops early
-        length = self.length[finished]
+        length, reason = self.length[finished], self.reason[finished]
+        if self.stops is not None:
+            place = self._stop_places()[finished]
+            reason = torch.where(place >= 0, STOP, reason)
+            masked = masked | ((place >= 0)[:, None] & (self.offsets >= place[:, None]))
         canvas = torch.where(masked, unwritten, self.tokens[finished, self.width :])
         record = self.record
         record.canvas[slots] = unwritten
         record.canvas[slots, :width] = torch.where(self.offsets < length[:, None], canvas, unwritten)
         record.hinted[slots] = False
-        record.hinted[slots, :width] = self.locked[finished]
+        record.hinted[slots, :width] = self.locked[finished] & ~masked
         for name in ("commit_step", "block_stop", *KEPT):
-            getattr(record, name)[slots, :width] = getattr(self, name)[finished]
-        reason = self.reason[finished]
+            value = getattr(self, name)[finished]
+            if self.stops is not None:  # what is cut off counts as never drawn
+                value = value.masked_fill(masked, 0.0 if name in KEPT else -1)
+            getattr(record, name)[slots, :width] = value
         early = masked.any(-1) | (length < record.start_length[slots])
         record.reason[slots] = torch.where((reason == COMPLETE) & early, EOS, reason)
         record.steps[slots] = self.total_step[finished]

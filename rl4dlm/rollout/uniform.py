@@ -24,10 +24,11 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.drawing import entropy_of, lowest_argmax
 from rl4dlm.rollout.noise import NoiseSource
-from rl4dlm.rollout.record import EOS, Record
+from rl4dlm.rollout.record import EOS, STOP, Record
 from rl4dlm.rollout.requests import Requests
 from rl4dlm.rollout.rollout import Refinement, StopReason, Trace
 from rl4dlm.rollout.schedules.parts import CanvasSchedule
+from rl4dlm.rollout.stopping import Stop, stop_places
 
 
 @dataclass
@@ -85,9 +86,10 @@ class CanvasBatch:
         config: DecodingConfig,
         schedule: CanvasSchedule,
         noise: NoiseSource,
+        stop: Stop | None = None,
     ) -> None:
         self.model, self.spec, self.record, self.config = model, spec, record, config
-        self.schedule, self.noise = schedule, noise
+        self.schedule, self.noise, self.waits_for = schedule, noise, stop
         assert config.block_length is not None
         self.block_length = config.block_length
         self.vocabulary = int(model.config.get_text_config().vocab_size)
@@ -111,6 +113,8 @@ class CanvasBatch:
             self._denoise(rows, start)
             yield len(rows) * self.block_length
             stop = start + self.block_length
+            if self.waits_for is not None:
+                rows = self._stopped(self.waits_for, rows, stop)
             if self.config.stop_at_eos and stop < self.config.canvas_length and self.spec.eos_token_ids:
                 ends = torch.tensor(self.spec.eos_token_ids, device=canvas.device)
                 ended = torch.isin(canvas[rows, start:stop], ends).any(-1)
@@ -118,6 +122,17 @@ class CanvasBatch:
                 self.record.reason[rows[ended]] = EOS
                 rows = rows[~ended]
         self.record.canvas[:] = canvas
+
+    def _stopped(self, stop: Stop, rows: Tensor, length: int) -> Tensor:
+        """Ends rows whose end is in the first so many slots; returns the others."""
+        canvas = self.tokens[:, self.width :]
+        part = canvas[rows, :length]
+        places = stop_places(stop, part, torch.ones_like(part, dtype=torch.bool), self.spec.eos_token_ids)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            if place >= 0:
+                canvas[row, place:], self.record.reason[row] = self.spec.eos_token_ids[0], STOP
+                self.record.commit_step[row, place:], self.record.raw_log_prob[row, place:] = -1, 0.0
+        return rows[places < 0]
 
     def _denoise(self, rows: Tensor, start: int) -> None:
         """Decodes the canvas that starts at an offset, for some rows."""

@@ -41,6 +41,11 @@ class Task(ABC):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
 
+    @property
+    def protocol(self) -> str:
+        """What a number of this task is a number of, where there are several ways to ask: for results. Else ""."""
+        return ""
+
     def dataset(self, split: str) -> Dataset:
         """`rows` as a dataset."""
         from datasets import Dataset
@@ -64,6 +69,10 @@ class Task(ABC):
     @abstractmethod
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether a completion solves a row, exactly; `None` where the row says too little to tell."""
+
+    def require(self) -> None:
+        """Raises if this machine cannot tell whether a completion solves a row, before any is made."""
+        return None
 
     def check_many(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
         """`check` for each pair."""

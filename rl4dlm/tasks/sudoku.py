@@ -63,6 +63,14 @@ class Sudoku(Task):
                 f"min_clues={self.min_clues}, max_clues={self.max_clues}; needed: 4 <= min_clues <= max_clues <= 15"
             )
 
+    @property
+    def protocol(self) -> str:
+        """How many solved puzzles are shown, and that those of the split share no grid with training."""
+        shots = {"d1": "0-shot", "spg": "3-shot", "espo": "1-shot"}[self.style]
+        if self.path is not None:
+            return f"{shots}, puzzles of a file"
+        return f"{shots}, leak-free: test grids are no training grids, and no puzzle of a prompt is asked"
+
     def _rows(self, split: str) -> list[Row]:
         files = files_by_split(self.path, self.splits)
         if split in files:

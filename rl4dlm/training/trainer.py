@@ -42,6 +42,7 @@ from rl4dlm.training.checks import (
 from rl4dlm.training.config import DiffusionPolicyConfig, check_view_key
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.credit.credit import Credit
+from rl4dlm.training.exact_check import ExactCheckTrainer
 from rl4dlm.training.interventions.intervention import Intervention
 from rl4dlm.training.interventions.trainer import SECOND_ATTEMPT
 from rl4dlm.training.logs import LoggingTrainer
@@ -76,7 +77,7 @@ _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation 
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
 
 
-class DiffusionPolicyTrainer(LoggingTrainer, AuditingTrainer, BatchTrainer):
+class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer, BatchTrainer):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own

@@ -179,7 +179,11 @@ class TrajectoryTrainer(ValuedTrainer):
         return gathered.view(-1, self._group_size, width)
 
     def _add_threshold(self, batch: dict[str, Any]) -> None:
-        """The entropy that steps must reach, from earlier batches alone; what this one says is kept for the next."""
+        """The entropy that steps must reach, from earlier batches alone; what this one says is kept for the next.
+
+        Completions that are left out, since they were cut off, have no say: K steps are kept of those that are learnt
+        from. Where such completions count (`mask_truncated_completions` is off), their steps are steps like others.
+        """
         kept = self.state.stateful_callbacks.get(THRESHOLD)
         threshold = -torch.inf if kept is None else kept["attributes"]["entropy"]  # the first batch scores all steps
         entropies = batch["commit_entropy"]
@@ -187,12 +191,14 @@ class TrajectoryTrainer(ValuedTrainer):
         if not self.model.training:
             return
         trail = self.estimator.selector.trail(rows_of(batch), self.args.scope)
-        local = step_entropy(trail).masked_fill(trail.tokens == 0, torch.nan)
+        there = (trail.tokens > 0) & batch["completion_mask"].any(-1, keepdim=True)
+        local = step_entropy(trail).masked_fill(~there, torch.nan)
         everyone = self.accelerator.gather(local.contiguous())
         ordered = everyone[~everyone.isnan()].sort(descending=True).values
         assert self.args.num_scored_steps is not None
         if len(ordered):
-            last = min(self.args.num_scored_steps * len(everyone), len(ordered)) - 1
+            rows = int((~everyone.isnan()).any(-1).sum())
+            last = min(self.args.num_scored_steps * rows, len(ordered)) - 1
             self.state.stateful_callbacks[THRESHOLD] = {"args": {}, "attributes": {"entropy": float(ordered[last])}}
 
     # --- scores and loss ----------------------------------------------------------------------------------------------

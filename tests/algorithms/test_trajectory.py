@@ -202,6 +202,26 @@ def test_the_threshold_is_of_earlier_batches_and_in_the_checkpoint(make_trainer:
     assert trainer.state.stateful_callbacks[THRESHOLD]["attributes"]["entropy"] > 0
 
 
+def test_completions_that_are_left_out_have_no_say_in_the_threshold(make_trainer: Any) -> None:
+    """K steps are kept of those that are learnt from, which here are one or two of eight."""
+    trainer = make_trainer(
+        model=tiny_llada_that_ends(), trainer=recording(CJGRPOTrainer), config=CJGRPOConfig, steps="entropy_threshold",
+        num_scored_steps=1, beta=0.0, max_steps=1, num_iterations=1, denoising_steps=4, max_completion_length=4,
+        mask_truncated_completions=True,
+    )  # fmt: skip
+    trainer.train()
+    record = trainer.seen[0]
+    kept = record["completion_mask"].any(-1)
+    assert 0 < int(kept.sum()) < 8
+    entropies = [
+        float(record["commit_entropy"][row][record["commit_step"][row] == step].mean())
+        for row in kept.nonzero().flatten().tolist()
+        for step in set(record["commit_step"][row][record["canvas_valid"][row]].tolist())
+    ]
+    expected = sorted(entropies, reverse=True)[min(int(kept.sum()), len(entropies)) - 1]
+    assert trainer.state.stateful_callbacks[THRESHOLD]["attributes"]["entropy"] == pytest.approx(expected, abs=1e-6)
+
+
 class Stepwise(CJGRPOTrainer):
     """An algorithm whose steps have advantages of their own: how many tokens were open before each, centred."""
 

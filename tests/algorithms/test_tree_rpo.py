@@ -60,6 +60,31 @@ def test_what_is_foreseen():
     assert rising(50, 100, 3e-3)[0] == pytest.approx(3e-3 * (math.e - 1) / (math.e**2 - 1))
 
 
+def test_a_child_counts_by_its_advantage_however_many_of_its_leaves_have_ended():
+    """Two children of two leaves; at slot 1 one leaf of the first has ended, at slot 2 both."""
+    tokens = torch.tensor([[5, 6, 7], [5, 6, 7], [9, 8, 4], [9, 8, 4]])
+    scored = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, True, True]])
+    weight, log_q, there = foreseen(tokens, scored, torch.tensor([1.0, 1.0, 0.5, 0.5]), 0.5, leaves=2)
+    first = math.exp(2) / (math.exp(2) + math.e)
+    other = (1 - first) / 2
+    assert weight[:, 0].tolist() == pytest.approx([first / 2, first / 2, other, other])
+    assert weight[:, 1].tolist() == pytest.approx([first, 0, other, other])
+    assert weight[:, 2].tolist() == pytest.approx([0, 0, 0.5, 0.5])
+    assert log_q[0, :2].exp().tolist() == pytest.approx([first, first]) and there.all()
+
+
+def test_the_divergence_is_a_mean_over_slots_however_a_batch_is_split(make_trainer: Any):
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            trainer=TreeRPOTrainer, config=TreeRPOConfig, **{**SMALL, "num_iterations": 1, "max_steps": 2},
+            distillation=0.1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        trainer.train()
+        found.append([entry["diffusion/foreseen_divergence"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], abs=1e-4) and min(found[0]) > 0.1
+
+
 def test_edges_are_stretches_of_steps(make_trainer: Any):
     """Branches share what was written before them, and nothing but that; each edge has the view before it."""
     trainer, _ = one_step(

@@ -10,6 +10,9 @@ import torch
 
 from rl4dlm import WD1Config, WD1Trainer
 from rl4dlm.algorithms.wd1 import signed_weights
+from rl4dlm.models.tiny import tiny_diffusion_gemma, tiny_sdar
+from rl4dlm.rollout.rollout import Rollout, valid_mask
+from tests.training.conftest import reward
 from tests.training.steps import (
     adapter_step,
     check_gradient,
@@ -104,6 +107,7 @@ def test_splitting_a_batch_changes_nothing(make_trainer: Any) -> None:
         ("negative_weight", -1.0, "negative_weight=-1.0"),
         ("weights_over", "device", "weights_over='device'"),
         ("p_mask_prompt", 1.5, "p_mask_prompt=1.5"),
+        ("num_predicted_steps", -1, "num_predicted_steps=-1"),
     ],
 )
 def test_what_has_no_meaning_is_refused(tmp_path: Any, setting: str, value: Any, message: str) -> None:
@@ -115,3 +119,96 @@ def test_what_the_loss_does_without_may_be_switched_off(tmp_path: Any) -> None:
     assert not WD1Config(
         output_dir=str(tmp_path), bf16=False, use_cpu=True, use_bias_correction_kl=False
     ).use_bias_correction_kl
+
+
+# --- wd1++ ------------------------------------------------------------------------------------------------------------
+
+
+class Keeping(WD1Trainer):
+    """Keeps its last rollout."""
+
+    def rollout(self, prompts: list[Any]) -> Rollout:
+        self.kept = super().rollout(prompts)
+        return self.kept
+
+
+THRESHOLD = {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.05}}
+
+
+@pytest.mark.parametrize(
+    ("scope", "settings"), [("valid", {}), ("canvas", {"stop_at_eos": False}), ("valid", THRESHOLD)]
+)
+def test_the_first_step_raises_what_steps_predicted(make_trainer: Any, scope: str, settings: dict[str, Any]) -> None:
+    """Answers, their rewards, weights over all of a group, and the loss, written out; K of S steps count S / K."""
+    trainer, gradients = one_step(
+        make_trainer, Keeping, model=tiny_llada_that_ends(), rewards=reward, num_predicted_steps=2, psi=2.0,
+        negative_weight=0.5, scope=scope, **settings,
+    )  # fmt: skip
+    record, rollout, decode = trainer.seen[0], trainer.kept, trainer.processing_class.decode
+    steps, states = rollout.trace.steps.tolist(), torch.stack([*rollout.states()], dim=1)
+    assert scope == "canvas" or not settings or len(set(steps)) > 1
+
+    def ends(canvas: torch.Tensor) -> torch.Tensor:
+        return valid_mask(canvas[None], trainer.spec.eos_token_ids)[0]
+
+    def rewarded(canvas: torch.Tensor) -> float:
+        return reward([decode(canvas[ends(canvas)], skip_special_tokens=True)])[0]
+
+    answers = [[rollout.trace.fillings[row, s, 0].long() for s in range(steps[row])] for row in range(8)]
+    for row, each in enumerate(answers):
+        assert torch.equal(each[-1][rollout.valid[row]], rollout.canvas[row][rollout.valid[row]]), (
+            "the last is the completion"
+        )
+    worth = [torch.tensor([rewarded(a) for row in range(g, g + 4) for a in answers[row]]) for g in (0, 4)]
+    weights = [signed_weights(w[None], 2.0, 0.5)[0] for w in worth]
+    by_answer = torch.cat(weights).split(steps)
+    total = torch.zeros((), dtype=torch.float64)
+    for place, row_id in enumerate(record["row_ids"].tolist()):
+        row = rollout.row_ids.index(row_id)
+        prompt, mask = record["prompt_ids"][place], record["prompt_mask"][place].bool()
+        chosen = record["step_states"][place]
+        shown = [s for k in range(2) for s in range(steps[row]) if torch.equal(states[row, s], chosen[k])]
+        assert len(shown) == 2 and (len(set(shown)) == 2 or steps[row] == 1)
+        for s in shown:
+            ids = torch.cat([prompt[mask], states[row, s]])[None]
+            logits = trainer.model(input_ids=ids).logits[0, -8:].double().log_softmax(-1)
+            opened = states[row, s] == trainer.spec.mask_token_id
+            counted = opened & (ends(answers[row][s]) if scope == "valid" else True)
+            value = logits.gather(-1, answers[row][s][:, None])[:, 0][counted].sum()
+            total = total - steps[row] / 2 * by_answer[row][s] * 8 / opened.sum() * value / 2  # two groups
+    check_gradient(trainer, total.float(), gradients)
+    assert record["drawn"].any(-1).all() and trainer.state.log_history[0]["diffusion/rollout_gap"] < 1e-5
+
+
+def test_with_one_step_it_is_wd1(make_trainer: Any) -> None:
+    common: dict[str, Any] = {"denoising_steps": 1, "p_mask_prompt": 0.0, "psi": 2.0}
+    _, expected = one_step(make_trainer, WD1Trainer, model=tiny_llada_that_ends(), **common)
+    _, found = one_step(make_trainer, WD1Trainer, model=tiny_llada_that_ends(), num_predicted_steps=1, **common)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_predictions_of_an_adapter_in_several_passes(make_trainer: Any) -> None:
+    trainer = adapter_step(make_trainer, WD1Trainer, num_predicted_steps=3, one_view=True)
+    assert not {"old_per_token_logps", "ref_per_token_logps"} & trainer.seen[0].keys()
+    trainer.intervention = object()
+    with pytest.raises(ValueError, match="intervention=object is not allowed with num_predicted_steps=3"):
+        trainer._check_intervention()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"p_mask_prompt": 0.3}, "p_mask_prompt=0.3 is not allowed with num_predicted_steps=2"),
+        ({"model": tiny_sdar}, "attention='block_causal' is not supported: wd1"),
+        ({"schedule": "daedal", "denoising_steps": None}, "schedule='daedal' is not allowed"),
+        (
+            {"model": tiny_diffusion_gemma, "schedule": "entropy_bound_canvas", "denoising_steps": None},
+            "noise='uniform'",
+        ),
+    ],
+)
+def test_what_has_no_whole_predictions_is_refused(make_trainer: Any, settings: dict[str, Any], message: str) -> None:
+    made = {**settings, "model": settings["model"]()} if "model" in settings else settings
+    with pytest.raises(ValueError, match=message):
+        make_trainer(trainer=WD1Trainer, config=WD1Config, num_predicted_steps=2, **made)

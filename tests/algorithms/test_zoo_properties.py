@@ -43,6 +43,7 @@ CASES = {
     "diffu-grpo-old": Case(
         "DiffuGRPOTrainer", {"kl_target": "old", "kl_estimator": "k1", "use_bias_correction_kl": True}
     ),
+    "diffu-grpo-strata": Case("DiffuGRPOTrainer", {"num_strata": 3}),
     "coupled-grpo": Case("CoupledGRPOTrainer", {"baseline": "leave_one_out"}),
     "unigrpo": Case("UniGRPOTrainer", {}),
     "spg": Case("SPGTrainer", {"block_length": 4}),
@@ -54,6 +55,7 @@ CASES = {
     "dmpo": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2}),
     "dmpo-ddo": Case("DMPOTrainer", {"objective": "ddo", "weight_baseline": "none", "num_views": 2}),
     "wd1": Case("WD1Trainer", {}),
+    "wd1-predictions": Case("WD1Trainer", {"num_predicted_steps": 2}),
     "wd1-batch": Case("WD1Trainer", {"weights_over": "batch"}),
     "justgrpo": Case("JustGRPOTrainer", {"denoising_steps": 8, "beta": 0.04}),
     "dream-coder": Case("DreamCoderRLTrainer", {"beta": 0.02}),
@@ -207,7 +209,7 @@ def members_rotated(rollout: Rollout) -> Rollout:
 # d-TreeRPO's tree; the others differ in the loss alone.
 LEFT_OUT = (
     "igpo", "tree-rpo", "diffu-grpo-normalised", "diffu-grpo-sequences", "diffu-grpo-constant", "diffu-grpo-old",
-    "dream-coder-all-tokens",
+    "dream-coder-all-tokens", "diffu-grpo-strata",
 )  # fmt: skip
 ROTATED = {name: case for name, case in (CASES | WHOLE_GROUPS).items() if name not in LEFT_OUT} | {
     "igpo-without-wrong-groups": Case("IGPOTrainer", {**HINTS, "beta": 0.04, "correct_from": -1.0})

@@ -24,6 +24,7 @@ from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
 from tests.launch import leave
 from tests.training.conftest import settings
 
+THRESHOLD = {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "CoupledGRPOTrainer": {"beta": 0.04},
     "UniGRPOTrainer": {"beta": 0.04},
@@ -36,6 +37,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "BGPOTrainer": {"beta": 0.04, "num_views": 2},
     "DMPOTrainer": {"num_views": 2},
     "WD1Trainer": {},
+    "WD1Trainer+predictions": {"num_predicted_steps": 2, **THRESHOLD},
     "JustGRPOTrainer": {"denoising_steps": 8},
     "DreamCoderRLTrainer": {"substitute_groups": False},
     "CJGRPOTrainer": {},
@@ -43,12 +45,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "TreeRPOTrainer": {"branches": [2, 2], "distillation": 0.1, "distillation_steps": 2},
     "AGRPOTrainer": {"num_scored_steps": 2, "beta": 0.04},
     "EGSPOTrainer": {"num_scored_steps": 2, "step_lambda": 0.5},
-    "TraceRLTrainer": {"schedule": "threshold", "denoising_steps": None, "schedule_args": {"threshold": 0.011}},
+    "TraceRLTrainer": THRESHOLD,
+    "D2Trainer": {"num_scored_steps": 2, **THRESHOLD},
+    "DiPOTrainer": {"beta": 0.04, **THRESHOLD},
     "IGPOTrainer": {
         "beta": 0.04, "free_tail": 0, "hint_ratio": [0.5, 1.0], "chunk_length": [1, 2], "hide_answer": False,
     },
 }  # fmt: skip
-"""Settings besides the small ones."""
+"""Settings besides the small ones, by trainer, and by what is behind a plus where one is run twice."""
 SPLIT_GROUPS = {"StableDRLTrainer": {}, "CoupledGRPOTrainer": {"clip": "unconditional", "self_normalize": "group"}}
 """Algorithms whose weights are normalised over groups; also run with one that is split over processes and steps."""
 ONE_VIEW = {
@@ -71,7 +75,7 @@ def letters(completions: list[str], **columns: Any) -> list[float]:
 
 def run(name: str, folder: Path, world_size: int, adapter: bool, model: Any = None, **changes: Any) -> dict[str, Any]:
     """Rows, log and weights of a run of 16 completions, shared out over processes, used twice."""
-    trainer_class = getattr(rl4dlm, name)
+    trainer_class = getattr(rl4dlm, name.partition("+")[0])
     size = {"per_device_train_batch_size": 16 // world_size, "learning_rate": 0.01}
     changes = {**size, **ALGORITHMS[name], **changes}
     config = trainer_class.config_class(**settings(folder, **changes))

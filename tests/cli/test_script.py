@@ -88,3 +88,21 @@ def test_r6_a_signal_ends_the_script_with_a_checkpoint_and_its_status(flags: lis
     trainer = run(DiffuGRPOTrainer, flags)
     assert trainer._initial_global_step == 1 and trainer.state.global_step == 3 and not trainer.preempted
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_exact_check_is_a_flag(flags: list[str]) -> None:
+    data = flags.index("--dataset_name")
+    task = [*flags[:data], *flags[data + 2 :], "--task", "few_clue_sudoku", "--task_args", '{"size": 4}']
+    evaluated = [*task, "--eval_strategy", "steps", "--eval_steps", "1", "--per_device_eval_batch_size", "4"]
+    checked = ["--exact_check_steps", "4", "16", "--exact_check_limit", "3"]
+    trainer = run(DiffuGRPOTrainer, [*evaluated, *checked])
+    assert trainer.exact_check is not None and len(trainer.exact_check.rows) == 3
+    (found,) = [entry for entry in trainer.state.log_history if "eval_solved" in entry]
+    assert {"eval_solved_at_4", "eval_solved_at_16", "eval_tokens_per_forward_at_16"} <= set(found)
+    for arguments, said in (
+        ([*task, *checked], "exact_check belongs to evaluations"),
+        ([*flags, "--exact_check", "true"], "exact_check needs a task"),
+        ([*evaluated, "--exact_check_limit", "3"], "have no meaning without exact_check"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(DiffuGRPOTrainer, arguments)

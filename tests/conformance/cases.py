@@ -23,7 +23,7 @@ COVERED = {
     "dmpo": "DMPO: evidence lower bounds, losses, gradients",
     "cj": "CJ-GRPO: scores of recorded steps, losses, gradients, metrics",
     "egspo": "EGSPO: chosen steps, their advantages and scores, losses, gradients",
-    "tracerl": "TraceRL without a value model: merged steps, slices, scores, losses, gradients",
+    "tracerl": "TraceRL: merged steps, slices, complementary masks, scores, values, returns, losses, gradients",
     "coupled": "coupled-GRPO: log-probabilities, losses, gradients",
     "wd1": "wd1: scores, weights, losses, gradients",
     "justgrpo": "JustGRPO: advantages, scores, losses, gradients",
@@ -104,20 +104,14 @@ class Case:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
             return "objective"
-        if self.name.startswith("tracerl_value"):
-            return "not covered: TraceRL's value model"
-        if self.family == "tracerl" and self.settings.get("method", "TraceRL") != "TraceRL":
-            return "not covered: masks that TraceRL is compared with, which are no recorded steps"
+        if self.family == "tracerl" and self.settings.get("process_reward"):
+            return "not covered: TraceRL's values of a process reward model"
         if self.family == "tinydlm":
             return "logits"
         if self.family == "d1" and self.name.startswith("d1_rewards"):
             return "rewards"
         if "table" in self.outputs:
             return "counts"
-        if self.family == "ebpo" and self._prompts_end_in_a_block:
-            return "not covered: EBPO's grid that starts anew with the response, before which prompts end in a block"
-        if self.family == "ebpo" and self.settings.get("kl_loss_type") in ("kl", "k1", "abs"):
-            return "not covered: EBPO's KL terms whose gradient does not hold the policy at the reference"
         if self.family in OBJECTIVES:
             return "objective"
         if self.family == "d1" and "loss" in self.outputs:
@@ -138,7 +132,7 @@ class Case:
         return f"not covered: nothing known computes {', '.join(self.outputs) or 'its outputs'}"
 
     @property
-    def _prompts_end_in_a_block(self) -> bool:
+    def prompts_end_in_a_block(self) -> bool:
         """Whether the blocks of prompts, from their start, are others than those counted back from the response."""
         length = self.settings["block_length"]
         return self.settings["block_origin"] == "response" and any(sum(m) % length for m in self.inputs["prompt_mask"])

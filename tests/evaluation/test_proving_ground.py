@@ -43,8 +43,9 @@ def test_every_algorithm_has_a_line() -> None:
 
 
 def test_variations_differ_from_their_algorithm() -> None:
+    """On some task: what varies on one may be a setting that another task has anyway."""
     for name, (algorithm, _) in VARIANTS.items():
-        assert Run("arithmetic_steps", "full", name).settings() != Run("arithmetic_steps", "full", algorithm).settings()
+        assert any(Run(t, "full", name).settings() != Run(t, "full", algorithm).settings() for t in TASKS), name
 
 
 @pytest.fixture
@@ -190,3 +191,44 @@ def test_the_page_shows_the_results_that_are_there() -> None:
 
 def test_results_are_small() -> None:
     assert all(path.stat().st_size < 6000 for path in settings.RESULTS.glob("*/*/*.json"))
+
+
+def test_every_trainer_has_its_cost_on_the_page() -> None:
+    """In positions of the files, beside diffu-GRPO's."""
+    from benchmarks.proving_ground.report import Results, cost
+
+    results = Results()
+    runs = results.runs["few_clue_sudoku", "full", "completions"]
+    lines = dict(line.split(" | ", 1) for line in cost(results).replace("| ", "", 1).split("\n| ") if "---" not in line)
+    assert set(lines) - {"positions for a completion"} == {line.title for line in settings.ALGORITHMS.values()}
+    first, other = runs["diffu_grpo"], runs["cj_grpo"]
+
+    def each(found: Any) -> float:
+        return sum(r["positions"]["with_gradient"] / r["steps"] / 64 for r in found) / len(found)
+
+    assert lines["CJ-GRPO"].split(" | ")[1:3] == [f"{each(other):.1f}", f"{each(other) / each(first):.1f}"]
+    assert lines["diffu-GRPO"].split(" | ")[2] == "1.0"
+
+
+def test_what_the_page_says_of_speed_and_of_values() -> None:
+    """Runs that are paid for speed are faster and less often right than the unpaid one of their seed."""
+    from benchmarks.proving_ground.report import PAGE, UNPAID, Results, interval
+    from benchmarks.proving_ground.statistics import student_half
+
+    results, group = Results(), ("few_clue_sudoku", "full", "completions")
+    runs = results.runs[group]
+    quick = {
+        name: {found["seed"]: found["measured"]["solved"]["threshold"] for found in runs[name]}
+        for name in ("lightningrl", "lightningrl+published_sum", UNPAID)
+    }
+    for name in ("lightningrl", "lightningrl+published_sum"):
+        assert set(quick[name]) >= {0, 1, 2}
+        for seed in (0, 1, 2):
+            mine, theirs = quick[name][seed], quick[UNPAID][seed]
+            assert mine["tokens_per_forward"] > theirs["tokens_per_forward"] and mine["solved"] < theirs["solved"]
+    page = " ".join(PAGE.read_text().split())
+    without = results.gains(group, "tracerl")
+    for name in settings.QUESTIONS["values"]:
+        apart = [a - b for a, b in zip(results.gains(group, name), without, strict=True)]
+        assert interval(apart) in page and len(apart) >= 3
+        assert abs(sum(apart)) / len(apart) < student_half(apart), "the interval holds 0"

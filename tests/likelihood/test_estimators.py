@@ -18,6 +18,7 @@ from rl4dlm.likelihood.left_to_right import LeftToRight
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.quadrature import Quadrature
 from rl4dlm.likelihood.scoring import score_views
+from rl4dlm.likelihood.strata import Strata
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
@@ -50,6 +51,8 @@ ESTIMATORS: list[Estimator] = [
     BlockwiseBound(mode="random", bound="elbo", p_mask_prompt=0.0),
     BlockwiseBound(mode="all"),
     BlockELBO(block_length=3),
+    Strata(3),
+    Strata(20, p_mask_prompt=0.3),
     LeftToRight(),
     LeftToRight(tokens_per_view=3),
     LeftToRight(within="block", block_length=3),
@@ -151,8 +154,8 @@ def test_the_weights_of_a_token_add_up_to_one_on_average_unless_it_says_that_the
     assert (total[:, valid:] == 0).all()
     # Rows spread over levels vary less than independent ones, so that the bound holds for them all the more.
     deviation = (total.mean(0) - 1).abs()[:valid] / (total.std(0)[:valid] / count**0.5 + 1e-12)
-    # Complementary views count every token once, but levels not evenly: that reweights, too.
-    reweighted = estimator.reweighted and not isinstance(estimator, Complementary)
+    # These count every token once, but levels not evenly, or none: that reweights, too.
+    reweighted = estimator.reweighted and not isinstance(estimator, Complementary | Strata)
     assert bool((deviation < 5).all()) != reweighted, total.mean(0)
 
 

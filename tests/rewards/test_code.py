@@ -10,6 +10,7 @@ from rl4dlm.grading import load_reward, pool
 from rl4dlm.grading.code import verdicts
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.sandbox.programs import Program, Result
+from rl4dlm.tasks import load_task
 from rl4dlm.training.checks import checked_rewards
 
 SUM = "def sum_list(numbers):\n    return sum(numbers)"
@@ -168,6 +169,9 @@ def test_a_machine_without_a_sandbox_is_refused_when_the_trainer_is_made(monkeyp
         with pytest.raises(ValueError, match="sandbox_url='nowhere'"):
             checked_rewards([name])
     assert checked_rewards(["code:format"])
+    with pytest.raises(ValueError, match="sandbox_url='nowhere'"):
+        load_task("code_mini").require()
+    load_task("countdown").require()
 
 
 def test_settings_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

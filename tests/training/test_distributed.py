@@ -81,6 +81,8 @@ def test_two_processes_equal_one(two: Any, one: dict[str, Any], name: str) -> No
         for key in theirs.keys() & ours.keys():
             if not key.startswith(averaged) and not any(word in key for word in timed):
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-5), key
+    if name == "evaluated":
+        assert all("eval_solved_at_8" in entry for entry in found["log"] if "eval_loss" in entry)
     if name == "audited":  # the first batch is found out, and what follows is decoded exactly, on both
         gaps = [entry["diffusion/audit_delta"] for entry in found["log"] if "loss" in entry]
         assert gaps[0] > 1e-4 and max(gaps[1:]) < 1e-6

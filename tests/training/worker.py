@@ -27,6 +27,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.sft.trainer import DiffusionSFTConfig, DiffusionSFTTrainer
+from rl4dlm.tasks.base import Task
 from tests.launch import leave
 
 
@@ -69,6 +70,16 @@ def runs(world_size: int) -> dict[str, dict[str, Any]]:
     }
 
 
+class Odd(Task):
+    """Solved by texts with many characters of odd codes; seven rows, so that processes have different numbers."""
+
+    def _rows(self, split: str) -> list[dict[str, Any]]:
+        return [{"prompt": f"{split[0]}{i}"} for i in range(7)]
+
+    def check(self, completion: str, row: Any) -> bool:
+        return sum(ord(char) % 2 for char in completion) >= 4
+
+
 def run(folder: Path, resume: str | None = None, **options: Any) -> dict[str, Any]:
     """One run's losses, rows, weights and log."""
     toy = toys()
@@ -88,6 +99,8 @@ def run(folder: Path, resume: str | None = None, **options: Any) -> dict[str, An
         toy.tiny_tokenizer(),
         peft_config=lora,
     )
+    if evaluation is not None:
+        trainer.check_exactly(Odd(), steps=(4, 8))
     trainer.train(resume_from_checkpoint=resume)
     seen: list[tuple[int, list[int], float]] = []
     for batch in trainer.seen:

@@ -55,8 +55,8 @@ def straight_line(tree: ast.Module, entry_point: str | None) -> list[ast.stmt]:
         else:
             body.append(statement)
     for function in uncalled.values():
-        wanted = [] if not function.args.args or entry_point is None else [ast.Name(entry_point, ast.Load())]
-        body += _inlined(function, wanted)
+        takes_program = function.args.args and entry_point is not None and function.name.startswith("check")
+        body += _inlined(function, [ast.Name(str(entry_point), ast.Load())] if takes_program else [])
     return body
 
 
@@ -161,18 +161,20 @@ def implied_modules(tree: ast.Module) -> list[str]:
 def runnable(source: str, entry_point: str | None) -> str | None:
     """The statements of a test as they are run as a whole: with calls of its functions, without imports of the program.
 
-    None where nothing in it can fail, or it is no Python.
+    None where nothing in it can fail, it is no Python, or it needs pytest, which is not in a sandbox.
     """
     tree = parse(source)
-    if tree is None or not any(_may_fail(node) for node in ast.walk(tree)):
+    if tree is None or _needs_pytest(tree) or not any(_may_fail(node) for node in ast.walk(tree)):
         return None
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    body: list[ast.stmt] = [node for node in tree.body if not _imports_program(node) and not is_main_guard(node)]
+    body: list[ast.stmt] = [node for node in tree.body if not _is_left_out(node) and not is_main_guard(node)]
     calls = []
     for function in test_functions(tree):
         if function.name not in called:
-            wanted = (entry_point or "") if function.args.args else ""
-            calls.append(f"{function.name}({wanted})")
+            takes_program = bool(function.args.args) and function.name.startswith("check")
+            if function.args.args and not (takes_program and entry_point):
+                return None  # it wants a fixture, or the function that is asked for, of which nothing is known
+            calls.append(f"{function.name}({entry_point if takes_program else ''})")
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             names = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
@@ -214,8 +216,22 @@ def _may_fail(node: ast.AST) -> bool:
     return asserts or isinstance(node, ast.Assert | ast.Raise)
 
 
-def _imports_program(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module in SOLUTION_MODULES
+def _needs_pytest(tree: ast.Module) -> bool:
+    imported = any(isinstance(node, ast.Import) and _imports_pytest(node) for node in ast.walk(tree))
+    used = any(isinstance(node, ast.Name) and node.id == "pytest" for node in ast.walk(tree))
+    from_it = any(isinstance(node, ast.ImportFrom) and node.module == "pytest" for node in ast.walk(tree))
+    return from_it or (imported and used)
+
+
+def _imports_pytest(node: ast.Import) -> bool:
+    return any(alias.name == "pytest" for alias in node.names)
+
+
+def _is_left_out(node: ast.stmt) -> bool:
+    """Imports of the program, which is there, and of pytest where nothing of it is used."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module in SOLUTION_MODULES
+    return isinstance(node, ast.Import) and _imports_pytest(node)
 
 
 def is_print(node: ast.Call) -> bool:

@@ -91,7 +91,7 @@ def _choose(bounds: list[tuple[int, list[bytes]]]) -> list[bytes]:
 
 
 @functools.cache
-def template(machine: str = MACHINE) -> bytes:
+def template(machine: str) -> bytes:
     """The filter, as the kernel reads it, with a number in place of the process's id.
 
     Raises:

@@ -16,7 +16,6 @@ import importlib
 import json
 import math
 import os
-import random
 import resource
 import selectors
 import signal
@@ -131,7 +130,6 @@ class _Server:
                 os.close(handle)
             isolation.prepare_keeper(self.prepared, cast(Any, SimpleNamespace(**message["limits"])))
             isolation.die_with_parent(parent)
-            random.seed(0)
             job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared.tasks)
             status = 0
         except BaseException as error:

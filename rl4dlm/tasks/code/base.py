@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl4dlm.grading.code.verdicts import judge
+from rl4dlm.grading.sandbox.backends import require_backend
 from rl4dlm.tasks.base import Task, share
 
 
@@ -19,6 +20,10 @@ class CodeTask(Task):
     def check(self, completion: str, row: Mapping[str, Any]) -> bool | None:
         """Whether the completion's program passes all tests; `None` where that cannot be told."""
         return self.check_many([completion], [row])[0]
+
+    def require(self) -> None:
+        """Raises if programs cannot be run, see `rl4dlm.grading.sandbox.backends.require_backend`."""
+        require_backend()
 
     def check_many(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
         """`check` for each pair, all in one batch of the sandbox."""

@@ -84,6 +84,17 @@ def test_tests_that_are_more_than_claims_run_beside_the_program() -> None:
     assert {name for name, where in places.items() if where != "apart"} == set()
 
 
+def test_tests_that_need_a_class_of_the_program_are_counted_as_inside() -> None:
+    test = "class Own(Error):\n    pass\ntry:\n    f(-1)\nexcept Error:\n    pass\nelse:\n    raise AssertionError"
+    programs = {
+        "right": "class Error(Exception):\n    pass\ndef f(x):\n    if x < 0:\n        raise Error(x)\n    return x",
+        "wrong": "class Error(Exception):\n    pass\ndef f(x):\n    return x",
+    }
+    found = verdicts(programs, Problem(({"source": test},)))
+    assert [verdict.passed for verdict in found.values() if verdict] == [1.0, 0.0]
+    assert [verdict.tests[0].where for verdict in found.values() if verdict] == ["inside", "inside"]
+
+
 def test_the_problem_is_one_that_an_honest_program_solves() -> None:
     honest = {"honest": "def f(x):\n    return x * x + 1", "nearly": "def f(x):\n    return 10"}
     found = verdicts(honest, PROBLEM)

@@ -186,6 +186,11 @@ def test_a_test_as_a_whole_is_called_and_knows_what_it_needs() -> None:
     in_class = runnable("class TestF:\n    def test_one(self):\n        assert [f(x) for x in (1, 2)]", "f")
     assert in_class is not None and in_class.endswith("TestF().test_one()\n")
     assert runnable("x = 1", "f") is None  # nothing in it can fail
+    needs_pytest = "import pytest\ndef test_f():\n    with pytest.raises(ValueError, match='a+'):\n        f(1)"
+    assert runnable(needs_pytest, "f") is None
+    assert runnable("def test_f(tmp_path):\n    assert [f(x) for x in tmp_path]", "f") is None
+    unused = runnable("import pytest\nassert [f(x) for x in (1, 2)]", "f")
+    assert unused is not None and "pytest" not in unused
     matched = runnable("assert re.fullmatch('a+', f(2))", "f")
     assert matched is not None and matched.startswith("import re\n") and free_names(matched) == {"f"}
 
