@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rl4dlm.grading.code.compare import equal, same_output
 from rl4dlm.grading.code.evaluate import CannotEvaluateError, evaluate, is_within
 from rl4dlm.grading.code.extract import Found, extract_program
+from rl4dlm.grading.code.grouping import run_in_groups
 from rl4dlm.grading.code.parse import defined_names, parse, parse_expression
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.code.rewrite import Raises, Rewritten, rewritten
@@ -117,7 +118,7 @@ def judge(
             places.append(None)
         else:
             places.append(asked.setdefault(Program(source, parts, prepared.problem.setup), len(asked)))
-    results = run_programs(list(asked)) if asked else []
+    results = run_in_groups(list(asked), run_programs) if asked else []
     return [
         None if prepared is None else _verdict(prepared.tests, *program, None if place is None else results[place])
         for prepared, program, place in zip(given, found, places, strict=True)
