@@ -154,9 +154,8 @@ def page(report: dict[str, Any]) -> str:
             more.append(f"- `{level}` is not offered here: {found['not_offered']}")
             continue
         for name, row in found["cost"].items():
-            lines.append(
-                f"| {level} | {name} | {row['cpu_ms']} | {row['executions_per_core']} | {row['executions_per_second']} |"
-            )
+            numbers = " | ".join(str(row[key]) for key in ("cpu_ms", "executions_per_core", "executions_per_second"))
+            lines.append(f"| {level} | {name} | {numbers} |")
         hung, after = found["hanging"], found["leaks"]
         statuses = ", ".join(f"{count} {status}" for status, count in sorted(hung["statuses"].items()))
         kinds = ", ".join(f"{after[name]} {name}" for name in ("processes", "descriptors", "mounts", "files"))

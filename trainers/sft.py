@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
         argv, ExampleArguments, AdaptationArguments, DiffusionSFTConfig, ModelConfig
     )
     check_settings(training, model)
+    checked = script.checked_task(training)
+    decoding = None if checked is None else script.check_decoding(training)
     adapting = adaptation.adapt_attention is not None
     if adapting and (model.use_peft or model.load_in_4bit or model.load_in_8bit):
         raise ValueError(
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    if checked is not None:
+        trainer.check_exactly(checked, decoding, **script.check_options())
     finish(trainer)
     return trainer
 

@@ -20,7 +20,8 @@ from rl4dlm import resources
 from rl4dlm._optional import require
 from rl4dlm.cli.flags import GroupedParser
 from rl4dlm.plugins import did_you_mean
-from rl4dlm.tasks import load_task
+from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.tasks import Task, load_task
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -96,30 +97,20 @@ class DataArguments:
 
 
 @dataclass
-class RewardArguments(DataArguments):
-    """`DataArguments`, and the rewards of an RL script.
+class CheckArguments(DataArguments):
+    """`DataArguments`, and whether a script measures, while it trains, how often the task is solved.
 
     Args:
-        reward_funcs: names of reward plugins, `path/to/file.py:function` or `module:function`.
-        reward_model_name_or_path: a reward model with one output, as TRL takes it, beside these or instead of them;
-            `reward_weights` has its weight last.
-        exact_check: measure at each evaluation how often the task is solved; see `check_exactly` of a trainer.
-        exact_check_steps: the numbers of denoising steps of that, which switches it on; None: that of training.
+        exact_check: measure that at each evaluation; see `check_exactly` of a trainer.
+        exact_check_steps: the numbers of denoising steps of that, which switches it on; None: that of training, or half
+            the canvas.
         exact_check_split: of the task.
         exact_check_limit: so many rows of it at most.
 
     Raises:
-        ValueError: no rewards, or an exact check of something that is no task.
+        ValueError: an exact check of something that is no task, or settings of it without it.
     """
 
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Rewards: names of plugins, path/to/file.py:function or module:function."},
-    )
-
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model, a folder or hub id; beside reward_funcs or instead of them."}
-    )
     exact_check: bool = field(
         default=False, metadata={"help": "Measure at each evaluation how often the task is solved."}
     )
@@ -131,10 +122,6 @@ class RewardArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.reward_funcs and self.reward_model_name_or_path is None:
-            raise ValueError(
-                "reward_funcs is empty; name at least one reward function, or set reward_model_name_or_path"
-            )
         if self.exact_check_steps is not None:
             self.exact_check = True
         if self.exact_check and self.task is None:
@@ -142,20 +129,90 @@ class RewardArguments(DataArguments):
         if not self.exact_check and (self.exact_check_split != "validation" or self.exact_check_limit is not None):
             raise ValueError("exact_check_split and exact_check_limit have no meaning without exact_check; set it")
 
+    def checked_task(self, training: Any) -> Task | None:
+        """The task of the exact check, if there is one. Raises ValueError where nothing is ever evaluated."""
+        if not self.exact_check:
+            return None
+        if training.eval_strategy == "no":
+            raise ValueError("exact_check belongs to evaluations, and eval_strategy is 'no'; set it to steps or epoch")
+        assert self.task is not None
+        return load_task(self.task, **mapping("task_args", self.task_args))
+
+    def check_options(self) -> dict[str, Any]:
+        """What `check_exactly` is told besides."""
+        return {
+            "split": self.exact_check_split,
+            "steps": self.exact_check_steps,
+            "limit": self.exact_check_limit,
+        }
+
 
 @dataclass
-class ExampleArguments(DataArguments):
-    """`DataArguments`, and where a script that learns from examples finds the answers.
+class RewardArguments(CheckArguments):
+    """`CheckArguments`, and the rewards of an RL script.
+
+    Args:
+        reward_funcs: names of reward plugins, `path/to/file.py:function` or `module:function`.
+        reward_model_name_or_path: a reward model with one output, as TRL takes it, beside these or instead of them;
+            `reward_weights` has its weight last.
+
+    Raises:
+        ValueError: no rewards.
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rewards: names of plugins, path/to/file.py:function or module:function."},
+    )
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model, a folder or hub id; beside reward_funcs or instead of them."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reward_funcs and self.reward_model_name_or_path is None:
+            raise ValueError(
+                "reward_funcs is empty; name at least one reward function, or set reward_model_name_or_path"
+            )
+
+
+@dataclass
+class ExampleArguments(CheckArguments):
+    """`CheckArguments`, and where a script that learns from examples finds the answers.
 
     Args:
         completion_column: column with the answer to `prompt`; the others are dropped. None: the dataset is in one of
             TRL's formats already, columns `prompt` and `completion` or `messages`.
+        exact_check_canvas_length: completion slots that the exact check decodes; None: `max_completion_length`.
+        exact_check_block_length: blocks that it writes from left to right; None: the model's, or one.
     """
 
     completion_column: str | None = field(
         default=None,
         metadata={"help": "Column with the answer to each prompt. Default: the dataset is in TRL's format already."},
     )
+    exact_check_canvas_length: int | None = field(
+        default=None, metadata={"help": "Completion slots of the exact check. Default: max_completion_length."}
+    )
+    exact_check_block_length: int | None = field(
+        default=None, metadata={"help": "Blocks of the exact check. Default: the model's, or one."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = (self.exact_check_canvas_length, self.exact_check_block_length)
+        if not self.exact_check and any(value is not None for value in given):
+            raise ValueError(
+                "exact_check_canvas_length and exact_check_block_length have no meaning without exact_check; set it"
+            )
+
+    def check_decoding(self, training: Any) -> DecodingConfig:
+        """How the exact check decodes. Raises ValueError where no canvas is named."""
+        length = self.exact_check_canvas_length or training.max_completion_length
+        if length is None:
+            raise ValueError("exact_check needs a canvas; set exact_check_canvas_length or max_completion_length")
+        return DecodingConfig(canvas_length=length, block_length=self.exact_check_block_length)
 
 
 @dataclass

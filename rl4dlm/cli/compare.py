@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl4dlm.cli.decoding import count
+from rl4dlm.cli.decoding import count, table_console
 
 if TYPE_CHECKING:
     from rl4dlm.evaluation import EvaluationResult
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = _matched(read_results(arguments.first), read_results(arguments.second))
     if not pairs:
         raise ValueError(f"{arguments.first} and {arguments.second} have no task and split in common")
-    console, written = Console(), []
+    console, written = table_console(), []
     for first, second in pairs:
         chosen = [(labels[0], labels[1])] if labels else _shared_labels(first, second)
         if not chosen:

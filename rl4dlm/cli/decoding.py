@@ -7,9 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rl4dlm.tasks import Task
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WIDE = 240
+"""Columns of a table that is printed into a file."""
+
 STOPS = {"yes": True, "no": False, "block": "block"}
 
 
@@ -39,6 +44,14 @@ def add_decoding_flags(add: Callable[..., Any]) -> None:
     add("--chat-template-kwargs", metavar="JSON", help="for the chat template, as the training configuration has them")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: %(default)s, as saved)")
     add("--device", help="for example cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def table_console() -> Console:
+    """Where tables are printed: as wide as the terminal, and where there is none as wide as they are."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDE))
 
 
 def count(text: str) -> int:

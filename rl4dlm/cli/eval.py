@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl4dlm import resources
-from rl4dlm.cli.decoding import add_decoding_flags, count, decoding_settings, device_of, listed, named_tasks, numbers
+from rl4dlm.cli.decoding import (
+    add_decoding_flags,
+    count,
+    decoding_settings,
+    device_of,
+    listed,
+    named_tasks,
+    numbers,
+    table_console,
+)
 
 if TYPE_CHECKING:
     from rl4dlm.evaluation import EvaluationResult, Measurement, Rewards
@@ -159,7 +168,6 @@ def _pass_at(arguments: argparse.Namespace) -> list[int]:
 
 
 def _show(result: EvaluationResult) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     asked = f", {result.protocol}" if result.protocol else f", style {result.style}" if result.style else ""
@@ -195,9 +203,9 @@ def _show(result: EvaluationResult) -> None:
             f"{measured.completion_length:.1f}",
             str(measured.prompts) + (f" x {measured.samples}" if measured.samples > 1 else ""),
         )
-    Console().print(table)
+    table_console().print(table)
     if result.speed is not None and len(result.speed.points) > 1:
-        Console().print(f"over speed: area {result.speed.area:.3f}, AUP {result.speed.aup:.1f}")
+        table_console().print(f"over speed: area {result.speed.area:.3f}, AUP {result.speed.aup:.1f}")
 
 
 def _to_baseline(result: EvaluationResult, measured: Measurement) -> str:
@@ -215,7 +223,6 @@ def _to_baseline(result: EvaluationResult, measured: Measurement) -> str:
 
 def _show_styles(results: list[EvaluationResult]) -> None:
     """A task in several prompt styles: solve rates beside each other, since the order of decoders may depend on it."""
-    from rich.console import Console
     from rich.table import Table
 
     for task in dict.fromkeys(result.task for result in results):
@@ -227,7 +234,7 @@ def _show_styles(results: list[EvaluationResult]) -> None:
             rates = [result.measurements[label].solve_rate for result in of_task]
             shown = [*rates, sum(rates) / len(rates), max(rates) - min(rates)]
             table.add_row(label, *(f"{value:.3f}" for value in shown))
-        Console().print(table)
+        table_console().print(table)
 
 
 def _with_interval(found: PassAt | None) -> str:

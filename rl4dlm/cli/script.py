@@ -11,7 +11,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from rl4dlm.cli.arguments import RewardArguments, check_settings, load_splits, model_options, parse
 from rl4dlm.grading import load_rewards
 from rl4dlm.models.loading import load_tokenizer
-from rl4dlm.tasks import load_task
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
 from rl4dlm.training.preemption import PREEMPTED
@@ -71,8 +70,7 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     guidance = () if guided else (GuidanceArguments,)
     script, training, model, *given = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig, *guidance)
     check_settings(training, model)
-    if script.exact_check and training.eval_strategy == "no":
-        raise ValueError("exact_check belongs to evaluations, and eval_strategy is 'no'; set it to steps or epoch")
+    checked = script.checked_task(training)
     rewards: list[Any] = [*load_rewards(script.reward_funcs)]
     if script.reward_model_name_or_path is not None:
         rewards.append(script.reward_model_name_or_path)
@@ -90,13 +88,8 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    if script.exact_check:
-        trainer.check_exactly(
-            load_task(script.task, **script.task_args),
-            split=script.exact_check_split,
-            steps=script.exact_check_steps,
-            limit=script.exact_check_limit,
-        )
+    if checked is not None:
+        trainer.check_exactly(checked, **script.check_options())
     finish(trainer)
     return trainer
 

@@ -53,9 +53,9 @@ from rl4dlm.sft.data import (
     prompt_length,
     until_end,
 )
+from rl4dlm.sft.exact_check import CheckedTrainer
 from rl4dlm.sft.settings import AdaptationSettings
 from rl4dlm.tracking.trackers import TrackerSettings
-from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_guard
@@ -172,7 +172,7 @@ class DiffusionSFTConfig(AdaptationSettings, TrackerSettings, SFTConfig):
         self.check_adaptation(self.noise_floor)
 
 
-class DiffusionSFTTrainer(GuardedTrainer, CheckpointingTrainer, SFTTrainer):
+class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:

@@ -104,8 +104,6 @@ class Case:
         """What is to be done with a case of a covered family: one of `KINDS`, or why it is not covered."""
         if self.name.startswith("mdpo_loss"):
             return "objective"
-        if self.family == "tracerl" and self.settings.get("method", "TraceRL") not in ("TraceRL", "coupled"):
-            return "not covered: masks that TraceRL is compared with, in which tokens are scored several times"
         if self.family == "tracerl" and self.settings.get("process_reward"):
             return "not covered: TraceRL's values of a process reward model"
         if self.family == "tinydlm":

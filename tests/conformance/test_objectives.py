@@ -11,6 +11,7 @@ from tests.conformance import losses, report
 from tests.conformance.cases import Case, load_cases
 from tests.conformance.losses.ebpo import GRID, by_its_grid
 from tests.conformance.losses.tools import disturbed
+from tests.conformance.losses.tracerl import MASKS
 
 CASES = [case for case in load_cases() if not case.not_covered and case.kind == "objective"]
 
@@ -68,3 +69,14 @@ def test_the_ports_own_blocks_give_what_is_recorded_on_any_grid(case: Case):
         with pytest.raises(AssertionError):
             by_its_grid(altered)
             pytest.fail(f"{changed} was changed, and nothing noticed", pytrace=False)
+
+
+def test_masks_that_score_a_token_several_times_follow_from_forwards(tmp_path: Path):
+    """As those of `tracerl_block_coupled_b4`, which score it once, would if they were such masks."""
+    case = next((case for case in CASES if case.name == "tracerl_block_coupled_b4"), None)
+    if case is None:
+        pytest.skip("no conformance cases")
+    made = replace(case, settings={**case.settings, "method": "random"})
+    assert losses.run(made, tmp_path).rules == {MASKS}
+    with pytest.raises(AssertionError):
+        losses.run(replace(made, outputs={**made.outputs, "loss": made.outputs["loss"] + 0.01}), tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
 
 from rl4dlm import DecodingConfig, RolloutEngine, encode_prompt, log_likelihood, tiny_llada, tiny_sdar, tiny_tokenizer
 from rl4dlm.cli import main
@@ -156,6 +157,22 @@ def test_greedy_answers_are_the_engines(make):
     other = [written[0], written[1], 9 if written[2] != 9 else 10]
     found = denoiser._loglikelihood_tokens([(None, ids, written), (None, ids, other)])
     assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_an_adapter_answers_as_the_model_that_it_makes():
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(tiny_llada(initializer_range=0.3).double(), lora)
+    asked = requests("generate_until", [("ab", {"until": ["c"]}), ("x", {"until": ["c"]})])
+    pairs = requests("loglikelihood", [("ab", " c"), ("x", " yes")])
+
+    def answers(model):
+        denoiser = DiffusionLM(model, tiny_tokenizer(), DECODING, num_views=4)
+        return denoiser.generate_until(asked), denoiser.loglikelihood(pairs, disable_tqdm=True)
+
+    texts, values = answers(adapted)
+    merged_texts, merged = answers(adapted.merge_and_unload())
+    assert texts == merged_texts
+    assert [value for value, _ in values] == pytest.approx([value for value, _ in merged], abs=1e-9)
 
 
 def test_texts_without_context_and_chats(denoiser, model):

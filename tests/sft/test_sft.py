@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rl4dlm import DecodingConfig, evaluate, load_task
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.loading import load_denoiser, save_denoiser
@@ -357,3 +358,23 @@ def test_a_path_and_a_stream_train_too(make_sft: Any, tmp_path: Path) -> None:
     trainer = make_sft(stream, model=str(tmp_path / "model"))
     trainer.train()
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_an_exact_check_is_made_at_each_evaluation(make_sft: Any) -> None:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "do_eval": True}
+    trainer = make_sft(eval_dataset=TEXTS, **evaluated)
+    task, decoding = load_task("few_clue_sudoku", size=5), DecodingConfig(canvas_length=16)
+    trainer.check_exactly(task, decoding, steps=(4, 16))
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2 and all(0 <= entry["eval_solved_at_16"] <= 1 for entry in found)
+    assert found[-1]["eval_unjudged"] == 0
+    decodings = {steps: DecodingConfig(canvas_length=16, steps=steps) for steps in (4, 16)}
+    measured = evaluate(
+        trainer.model, tiny_tokenizer(), task, decodings=decodings, split="validation", seed=trainer.args.seed
+    ).measurements
+    for label, each in measured.items():
+        assert found[-1][f"eval_solved_at_{label}"] == each.solve_rate
+        assert found[-1][f"eval_tokens_per_forward_at_{label}"] == pytest.approx(each.tokens_per_forward)
+    with pytest.raises(ValueError, match="eval_strategy is 'no'"):
+        make_sft().check_exactly(task, decoding)

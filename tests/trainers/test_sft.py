@@ -80,3 +80,17 @@ def test_bad_input_is_named_before_anything_is_computed(settings, said, run_sft,
     monkeypatch.setattr(PreTrainedModel, "__init__", lambda *_, **__: pytest.fail("a model was built"))
     with pytest.raises(ValueError, match=said):
         run_sft(argv({**sft_flags, **settings}))
+
+
+def test_the_exact_check_is_a_flag(run_sft, sft_flags, argv):
+    checked = {"exact_check": True, "exact_check_limit": 3, "exact_check_canvas_length": 16}
+    evaluated = {**sft_flags, **checked, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = run_sft(argv(evaluated))
+    assert any("eval_solved_at_low_confidence" in log for log in trainer.state.log_history)
+    for changes, said in (
+        ({**sft_flags, **checked}, "exact_check belongs to evaluations"),
+        ({**evaluated, "exact_check_canvas_length": None}, "exact_check needs a canvas"),
+        ({**sft_flags, "exact_check_canvas_length": 8}, "have no meaning without exact_check"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_sft(argv(changes))

@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from rl4dlm.grading.sandbox import kernel, landlock, seccomp
@@ -114,15 +115,16 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def seal(limits: Limits, tasks: int) -> None:
+def seal(limits: Limits, tasks: int, parts: int = 1) -> None:
     """The last step before what a program says is run. Open files must be closed before.
 
     Args:
         tasks: of `Prepared`.
+        parts: that the process may come to run; `more_time` grants the processor's time for each but the first.
     """
     soft_cpu = max(1, int(limits.cpu_seconds + 0.999))
     wanted = {
-        resource.RLIMIT_CPU: (soft_cpu, soft_cpu + 1),
+        resource.RLIMIT_CPU: (soft_cpu, soft_cpu * parts + 1),
         resource.RLIMIT_AS: (limits.memory_bytes,) * 2,
         resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
         resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
@@ -138,6 +140,12 @@ def seal(limits: Limits, tasks: int) -> None:
         resource.setrlimit(kind, (soft, hard))
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     seccomp.install(seccomp.program(os.getpid()))
+
+
+def more_time(limits: Limits) -> None:
+    """Lets a sealed process use the processor for as long again as a part may."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (min(most, int(time.process_time() + limits.cpu_seconds + 0.999)), most))
 
 
 def _python_paths() -> tuple[str, ...]:

@@ -1,14 +1,16 @@
 """One program in its keeper: reads what is asked, has each part run in a process of its own, sends what came of it.
 
-Owns the keeper's loop and its deadlines. The keeper compiles the source once but never runs it: each part is run by a
+Owns the keeper's loop and its deadlines. The keeper compiles the source once but never runs it: a part is run by a
 child (`rl4dlm.grading.sandbox.part`), which loads the program afresh and may start no process, so that one child and
-its threads are all there ever is, and their memory has one limit. Answers and printed text are in files in memory,
+its threads are all there ever is, and their memory has one limit. A child goes on with the next call where the program
+keeps nothing from one to the next. Answers and printed text are in files in memory,
 whose size is limited, so that nothing needs to be read while a program runs.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import select
@@ -52,21 +54,26 @@ def serve(job: int, channel: int, tasks: int) -> None:
             send(job, number, "syntax", compiled)
         return
     end, late, room = time.monotonic() + limits.program_seconds, 0, limits.output_bytes
-    for number, asked in enumerate(request["parts"]):
+    asked, number = request["parts"], 0
+    while number < len(asked):
         seconds = min(limits.seconds, end - time.monotonic())
         if seconds <= 0 or late >= limits.timeouts:
             send(job, number, "timeout", "parts before it took the time")
+            number += 1
             continue
-        keeper = _Part(asked, limits, channel, tasks)
+        together = list(itertools.takewhile(lambda part: part["kind"] == "call", asked[number:])) or [asked[number]]
+        process = _Process(together, limits, channel, tasks)
         try:
-            status, message, value = keeper.run(compiled, seconds)
+            answers = process.run(compiled, seconds, end)
         finally:
-            keeper.close()
-        late += status == "timeout"
-        room -= len(value)
-        if room < 0:
-            status, message, value = "output", f"its answers take more than {limits.output_bytes} bytes", b""
-        send(job, number, status, message, value)
+            process.close()
+        for status, message, value in answers:
+            late += status == "timeout"
+            room -= len(value)
+            if room < 0:
+                status, message, value = "output", f"its answers take more than {limits.output_bytes} bytes", b""
+            send(job, number, status, message, value)
+            number += 1
 
 
 def compile_all(request: dict[str, Any]) -> tuple[CodeType, CodeType] | str:
@@ -78,48 +85,81 @@ def compile_all(request: dict[str, Any]) -> tuple[CodeType, CodeType] | str:
     return setup, source
 
 
-class _Part:
-    """A part's files and its process."""
+_Answer = tuple[str, str, bytes]  # status, message, value
 
-    def __init__(self, asked: dict[str, Any], limits: Limits, channel: int, tasks: int) -> None:
+
+class _Process:
+    """The process of a part, or of the first few of several calls, and its files."""
+
+    def __init__(self, asked: list[dict[str, Any]], limits: Limits, channel: int, tasks: int) -> None:
         self.asked, self.limits, self.channel, self.tasks = asked, limits, channel, tasks
+        self.kind = asked[0]["kind"]
         self.answer = os.memfd_create("answer")
+        self.sealed, self.say_sealed = os.pipe()
         self.nonce = os.urandom(16).hex().encode()
         self.stdin = self.stdout = -1
-        if asked["kind"] == "feed":
+        if self.kind == "feed":
             self.stdin, self.stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
-            os.pwrite(self.stdin, asked["stdin"].encode("utf-8", "surrogatepass"), 0)
+            os.pwrite(self.stdin, asked[0]["stdin"].encode("utf-8", "surrogatepass"), 0)
 
     def close(self) -> None:
-        for handle in (self.answer, self.stdin, self.stdout):
+        for handle in (self.answer, self.sealed, self.say_sealed, self.stdin, self.stdout):
             if handle >= 0:
                 os.close(handle)
 
-    def run(self, code: tuple[CodeType, CodeType], seconds: float) -> tuple[str, str, bytes]:
-        """Status, message and value of the part."""
+    def run(self, code: tuple[CodeType, CodeType], seconds: float, end: float) -> list[_Answer]:
+        """At least one answer; where there are fewer than parts, the rest needs another process.
+
+        Args:
+            seconds: for each part.
+            end: time at which all of them must have ended.
+        """
         due = time.monotonic() + seconds
         keeper = os.getpid()
         pid = os.fork()
         if pid == 0:
             _leave(lambda: self._child(keeper, code))
-        ended = wait_for(pid, due)
-        if ended is None:
-            return "timeout", f"it took longer than {seconds:g} seconds", b""
-        status, used = ended
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            late = number == signal.SIGXCPU or (number == signal.SIGKILL and used >= self.limits.cpu_seconds)
-            if late:
-                return "timeout", f"it used more than {self.limits.cpu_seconds:g} seconds of a processor", b""
-            if number == signal.SIGXFSZ:
-                return "output", "it wrote more than it may", b""
-            return "ended", f"the process was ended by signal {number}", b""
-        answer = self._answer()
+        handle, ended, known = os.pidfd_open(pid), False, 0
+        try:
+            while not (ended := _ends(handle, due)):
+                answers, told = self._answers()
+                if len(answers) <= known or min(told + seconds, end) <= time.monotonic():
+                    break
+                due, known = min(told + seconds, end), len(answers)  # it is at the next part
+            if not ended:
+                os.kill(pid, signal.SIGKILL)
+        finally:
+            os.close(handle)
+            _, status, used = os.wait4(pid, 0)
+        os.set_blocking(self.sealed, False)
+        try:
+            os.read(self.sealed, 1)
+        except BlockingIOError:  # nothing of the program was run
+            return [("lost", "its process could not be sealed", b"")]
+        answers, _ = self._answers()
+        if not ended:
+            late = ("timeout", f"it took longer than {seconds:g} seconds", b"")
+            return answers if len(answers) == len(self.asked) else [*answers, late]
         if self.stdout >= 0:
-            return self._printed(answer, os.WEXITSTATUS(status))
-        if answer is None:
-            return "ended", f"the process ended with status {os.WEXITSTATUS(status)} without an answer", b""
-        return answer
+            return [self._failure(status, used.ru_utime + used.ru_stime) or self._printed(answers)]
+        return answers or [
+            self._failure(status, used.ru_utime + used.ru_stime)
+            or ("ended", "the process ended with status 0 without an answer", b"")
+        ]
+
+    def _failure(self, status: int, used: float) -> _Answer | None:
+        """Why a process did not end as it should."""
+        if not os.WIFSIGNALED(status):
+            code = os.WEXITSTATUS(status)
+            if code and self.stdout >= 0:
+                return ("error", f"SystemExit: {code}", b"")
+            return ("ended", f"the process ended with status {code} without an answer", b"") if code else None
+        number = os.WTERMSIG(status)
+        if number == signal.SIGXCPU or (number == signal.SIGKILL and used >= self.limits.cpu_seconds):
+            return "timeout", f"it used more than {self.limits.cpu_seconds:g} seconds of a processor", b""
+        if number == signal.SIGXFSZ:
+            return "output", "it wrote more than it may", b""
+        return "ended", f"the process was ended by signal {number}", b""
 
     def _child(self, keeper: int, code: tuple[CodeType, CodeType]) -> None:
         isolation.die_with_parent(keeper)
@@ -128,36 +168,40 @@ class _Part:
             os.dup2(self.stdin, 0)
             os.dup2(self.stdout, 1)
         handles = [self.answer, self.channel] if self.channel >= 0 else [self.answer]
+        handles.append(self.say_sealed)
         safe = [fcntl.fcntl(handle, fcntl.F_DUPFD, 64) for handle in handles]
         for number, handle in enumerate(safe, 3):
             os.dup2(handle, number, inheritable=False)
         os.closerange(3 + len(safe), os.sysconf("SC_OPEN_MAX"))
-        asked, nonce = self.asked, self.nonce
-        isolation.seal(self.limits, self.tasks)
-        parts.run(asked, code, nonce, self.limits.output_bytes)
+        asked, nonce, limits = self.asked, self.nonce, self.limits
+        isolation.seal(limits, self.tasks, len(asked))
+        os.write(2 + len(safe), b"1")
+        os.close(2 + len(safe))
+        parts.run(asked, code, nonce, limits.output_bytes, lambda: isolation.more_time(limits))
 
-    def _answer(self) -> tuple[str, str, bytes] | None:
-        """What the child wrote. Only its form is trusted, and that is checked."""
-        most = self.limits.output_bytes + 8192
-        text = os.pread(self.answer, most + 1, 0)
-        if not text.startswith(self.nonce) or len(text) > most:
-            return None
-        header, _, value = text[len(self.nonce) :].partition(b"\n")
-        try:
-            status, message = json.loads(header)
-        except (ValueError, TypeError, RecursionError):
-            return None
-        if status not in _STATUSES[self.asked["kind"]] or not isinstance(message, str):
-            return None
-        return status, message[:1000], value
+    def _answers(self) -> tuple[list[_Answer], float]:
+        """What the child wrote so far, and when it wrote the last of it. Its form is checked, the rest is its word."""
+        text = os.pread(self.answer, self.limits.output_bytes + 8192 * len(self.asked), 0)
+        found: list[_Answer] = []
+        told = 0.0
+        while text.startswith(self.nonce) and len(found) < len(self.asked):
+            header, _, rest = text[len(self.nonce) :].partition(b"\n")
+            try:
+                status, message, length, stamp = json.loads(header)
+                if status not in _STATUSES[self.kind] or not isinstance(message, str) or not 0 <= length <= len(rest):
+                    break
+                told = min(float(stamp), time.monotonic())
+            except (ValueError, TypeError, RecursionError, OverflowError):
+                break
+            found.append((status, message[:1000], rest[:length]))
+            text = rest[length:]
+        return found, told
 
-    def _printed(self, answer: tuple[str, str, bytes] | None, status: int) -> tuple[str, str, bytes]:
+    def _printed(self, answers: list[_Answer]) -> _Answer:
         if os.fstat(self.stdout).st_size > self.limits.output_bytes:
             return "output", f"it printed more than {self.limits.output_bytes} bytes", b""
-        if answer is not None and answer[0] != "value":
-            return answer
-        if status != 0:
-            return "error", f"SystemExit: {status}", b""
+        if answers and answers[0][0] != "value":
+            return answers[0]
         text = os.pread(self.stdout, self.limits.output_bytes, 0).decode("utf-8", "replace")
         return "value", "", json.dumps(text).encode()
 
@@ -172,19 +216,11 @@ def _leave(work: Callable[[], None]) -> None:
         os._exit(70)
 
 
-def wait_for(pid: int, due: float) -> tuple[int, float] | None:
-    """A child's status and the seconds of a processor that it used, once it has ended; None if it was late."""
-    handle = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        late = not poll.poll(max(0.0, due - time.monotonic()) * 1000)
-    finally:
-        os.close(handle)
-    if late:
-        os.kill(pid, signal.SIGKILL)
-    _, status, used = os.wait4(pid, 0)
-    return None if late else (status, used.ru_utime + used.ru_stime)
+def _ends(process: int, due: float) -> bool:
+    """Whether a process has ended, once it has or time is up."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(max(0.0, due - time.monotonic()) * 1000))
 
 
 def send(job: int, number: int, status: str, message: str = "", value: bytes = b"") -> None:

@@ -6,62 +6,95 @@ are compared elsewhere, and why the nonce guards against accidents alone.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from types import CodeType, ModuleType
 from typing import Any
 
 from rl4dlm.grading.sandbox import remote
 from rl4dlm.grading.sandbox.data import NotData, encode
+from rl4dlm.grading.sandbox.stateless import Watch
 
 ANSWER, CHANNEL = 3, 4  # numbers of the files
 
 
-def run(asked: dict[str, Any], code: tuple[CodeType, CodeType], nonce: bytes, max_bytes: int) -> None:
-    """Runs a part, writes its answer and ends the process.
+def run(
+    asked: list[dict[str, Any]],
+    code: tuple[CodeType, CodeType],
+    nonce: bytes,
+    max_bytes: int,
+    more_time: Callable[[], None],
+) -> None:
+    """Runs a part, or the first few of several calls, writes their answers and ends the process.
+
+    Calls go on in this process as long as the program keeps nothing from one to the next (`stateless`); who asked sees
+    by the number of answers how far they came.
 
     Args:
-        asked: its `kind`: `call` with an `expression`, `feed`, `inside` with the `tests` that run beside the program,
-            `serve` the program to the tests of another process, `test` with the `names` that are over there, where
-            the source is that of the tests; `compile` the `sources`.
+        asked: of each part its `kind`: `call` with an `expression`, `feed`, `inside` with the `tests` that run beside
+            the program, `serve` the program to the tests of another process, `test` with the `names` that are over
+            there, where the source is that of the tests; `compile` the `sources`. Only calls come together.
         code: of the set-up and of the source.
-        nonce: what the answer begins with.
-        max_bytes: of the answer's value.
+        nonce: what each answer begins with.
+        max_bytes: of an answer's value.
+        more_time: grants a next call its time of a processor.
     """
-    write, leave, describe, dumps = os.write, os._exit, _describe, json.dumps
-    kind = asked["kind"]
-    random.seed(0)  # with a fixed order of sets: a program has the same value whenever it is graded
+    write, leave, describe, dumps, clock = os.write, os._exit, _describe, json.dumps, time.monotonic
+    kind = asked[0]["kind"]
 
-    def answer(status: str, message: str = "", value: bytes = b"") -> None:
-        text = nonce + dumps([status, message]).encode() + b"\n" + value
+    def answer(status: str, message: str = "", value: bytes = b"") -> tuple[str, str]:
+        text = nonce + dumps([status, message, len(value), clock()]).encode() + b"\n" + value
         while text:
             text = text[write(ANSWER, text) :]
+        return status, message
 
-    try:
-        answer("value", value=_WORK[kind](asked, code, max_bytes))
-    except NotData as error:
-        answer("data", str(error)[:1000])
-    except MemoryError:
-        answer("memory", "it needs more memory than it may use")
-    except remote.Gone:
-        answer("gone")
-    except remote.Unsendable as error:
-        answer("inside", str(error))
-    except AssertionError as error:
-        answer("wrong" if kind in ("inside", "test") else "error", describe(error))
-    except SystemExit as error:
-        if kind == "feed" and not error.code:
-            answer("value")
-        else:
-            answer("error", describe(error))
-    except BaseException as error:
-        answer("error", describe(error))
-    if kind == "feed":
-        _quietly(sys.stdout.flush)
+    def attempt(work: Callable[[], bytes]) -> tuple[str, str]:
+        random.seed(0)  # with a fixed order of sets: a program has the same value whenever it is graded
+        try:
+            return answer("value", value=work())
+        except NotData as error:
+            return answer("data", str(error)[:1000])
+        except MemoryError:
+            return answer("memory", "it needs more memory than it may use")
+        except remote.Gone:
+            return answer("gone")
+        except remote.Unsendable as error:
+            return answer("inside", str(error))
+        except AssertionError as error:
+            return answer("wrong" if kind in ("inside", "test") else "error", describe(error))
+        except SystemExit as error:
+            return answer("value") if kind == "feed" and not error.code else answer("error", describe(error))
+        except BaseException as error:
+            return answer("error", describe(error))
+
+    if kind != "call":
+        attempt(lambda: _WORK[kind](asked[0], code, max_bytes))
+        if kind == "feed":
+            _quietly(sys.stdout.flush)
+        leave(0)
+    loaded: list[tuple[dict[str, Any], Watch]] = []
+
+    def first() -> bytes:
+        names = load(code, "program")
+        loaded.append((names, Watch(names)))
+        return _value(asked[0], names, max_bytes)
+
+    said = attempt(first)
+    for item in asked[1:]:
+        if not loaded:  # what does not load does not do so for the others either
+            said = answer(*said)
+            continue
+        names, watch = loaded[0]
+        if said[0] == "memory" or not watch.unchanged():
+            break
+        more_time()
+        said = attempt(functools.partial(_value, item, names, max_bytes))
     leave(0)
 
 
@@ -82,8 +115,7 @@ def load(code: tuple[CodeType, CodeType], name: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def _call(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int) -> bytes:
-    names = load(code, "program")
+def _value(asked: dict[str, Any], names: dict[str, Any], max_bytes: int) -> bytes:
     value = eval(compile(asked["expression"], "<call>", "eval", dont_inherit=True), names)  # noqa: S307  (sealed)
     return encode(value, max_bytes)
 
@@ -130,7 +162,7 @@ def _compile(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: 
 
 
 _TRUE = b"true"
-_WORK = {"compile": _compile, "call": _call, "feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
+_WORK = {"compile": _compile, "feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
 
 
 def _describe(error: BaseException) -> str:

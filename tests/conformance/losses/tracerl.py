@@ -33,6 +33,7 @@ VALUE_OUTPUTS = {
     "value_grad", "loss", "grad",
 }  # fmt: skip
 VALUES = "TraceRL's code takes the mean of value losses over forwards and slots of the canvas; here over tokens"
+MASKS = "masks that TraceRL's code compares with score a token in several forwards; no trainer here has them"
 SCORES = 2e-5
 RETURNS = 2e-5
 
@@ -66,6 +67,9 @@ def run(case: Case, folder: Path) -> Verdict:
         everywhere = Views(views.hidden, torch.ones_like(views.weight))
         scores = score_views(model, spec, rows.ids, rows.attention_mask, everywhere).log_probs
     found, scored = scores[place[:, 0], place[:, 1]], used[place[:, 0], place[:, 1]]
+    if settings.get("method", "TraceRL") not in ("TraceRL", "coupled"):
+        return by_forwards(case, model, rows, views, place)
+    assert (used.sum(1) <= 1).all()
     if "logps" in outputs:
         tools.compare("logps", found, outputs["logps"], SCORES)
 
@@ -180,12 +184,12 @@ def run_values(case: Case, folder: Path) -> Verdict:
 
 
 def recorded_views(case: Case, rows: Rows) -> Views:
-    """What each recorded forward hides of its sequence; every token is scored in one of them at most."""
-    shown, sequence = torch.tensor(case.noise["noisy_copy"]), torch.tensor(case.outputs["row_sequence"])
+    """What each recorded forward hides of its sequence."""
+    noise = case.noise.get("noisy_copy", case.noise.get("noisy_completion"))
+    shown, sequence = torch.tensor(noise), torch.tensor(case.outputs["row_sequence"])
     each = [shown[sequence == row] == spec_of(case).mask_token_id for row in range(len(rows))]
     hidden = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)  # [B, K, L]
     prompt = hidden.new_zeros(*hidden.shape[:2], rows.prompt_ids.shape[1])
-    assert (hidden.sum(1) <= 1).all()
     return Views(torch.cat([prompt, hidden], dim=-1), hidden.double())
 
 
@@ -193,6 +197,20 @@ def in_recorded_order(case: Case, place: Tensor) -> Tensor:
     """Forwards in the order of the record, where those of a sequence keep theirs."""
     left = {row: place[place[:, 0] == row].tolist() for row in place[:, 0].unique().tolist()}
     return torch.tensor([left[row].pop(0) for row in case.outputs["row_sequence"]])
+
+
+def by_forwards(case: Case, model: Any, rows: Rows, views: Views, place: Tensor) -> Verdict:
+    """Masks that score a token several times, which TraceRL is compared with: the mean of the losses of forwards."""
+    everywhere = Views(views.hidden, torch.ones_like(views.weight))
+    scores = score_views(model.train(), DiffusionSpec.of(model), rows.ids, rows.attention_mask, everywhere).log_probs
+    found, scored = scores[place[:, 0], place[:, 1]], views.scored[place[:, 0], place[:, 1]]
+    if "logps" in case.outputs:
+        tools.compare("logps", found, case.outputs["logps"], SCORES)
+    each = loss_per_forward(case, found, scored, place[:, 0])
+    if "loss_per_row" in case.outputs:
+        tools.compare("loss_per_row", each, case.outputs["loss_per_row"], tools.LOSS_TOLERANCE)
+    tools.compare_loss(case, each.mean(), model)
+    return Verdict(equal=False, rules=frozenset([MASKS]))
 
 
 class Fixed(RecordedSteps):

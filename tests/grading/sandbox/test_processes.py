@@ -157,7 +157,8 @@ def test_fork_has_a_server_of_its_own(sandbox: Sandbox) -> None:
 
 
 _TRAINER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 sys.path.insert(0, sys.argv[1])
 from rl4dlm.grading.sandbox import Call, Check, Limits, Program
 from rl4dlm.grading.sandbox.pool import Sandbox

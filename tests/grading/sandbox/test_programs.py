@@ -262,3 +262,42 @@ def double(x):
 """
     check = Check("secret = 'the-secret'\nassert double(1) is True, 'the program has seen its tests'", ("double",))
     assert one(sandbox, source, check) == Result("value", True)
+
+
+MEMORIES = {
+    "global": "n = 0\ndef f(x):\n    global n\n    n += 1\n    return n",
+    "list": "a = []\ndef f(x):\n    a.append(x)\n    return len(a)",
+    "default": "def f(x, a=[]):\n    a.append(x)\n    return len(a)",
+    "class": "class C:\n    n = 0\ndef f(x):\n    C.n += 1\n    return C.n",
+    "list of a class": "class C:\n    seen = []\ndef f(x):\n    C.seen.append(x)\n    return len(C.seen)",
+    "closure": "def make(s):\n    def f(x):\n        s.append(x)\n        return len(s)\n    return f\nf = make([])",
+    "attribute": "def f(x):\n    f.n = getattr(f, 'n', 0) + 1\n    return f.n",
+    "instance": "class C:\n    n = 0\n    def f(self, x):\n        self.n += 1\n        return self.n\nf = C().f",
+    "generator": "g = iter(range(1, 9))\ndef f(x): return next(g)",
+    "random": "import random\nr = random.Random(1)\ndef f(x): return r.random()",
+    "shared random": "import random\ndef f(x): return random.random()",
+    "partial": "import functools\nf = functools.partial(lambda s, x: s.append(x) or len(s), [])",
+}
+
+
+def test_no_part_sees_what_another_did_to_the_program(sandbox: Sandbox) -> None:
+    programs = [Program(source, (Call("f(1)"), Call("f(1)"), Call("f(1)"))) for source in MEMORIES.values()]
+    results = sandbox.run(programs, Limits(seconds=20.0), 120.0)
+    for name, row in zip(MEMORIES, results, strict=True):
+        assert row[0].status == "value" and row == [row[0]] * 3, name
+
+
+def test_calls_of_a_program_without_memory_share_a_process(sandbox: Sandbox) -> None:
+    source = "import os\nfrom typing import List\nLIMIT = (1, 2)\ndef g(x: List[int], n=1): return os.getpid()\n"
+    source += "class Solution:\n    def f(self, x): return g([x])\n"
+    remembers = source + "memory = []\n"
+    calls = tuple(Call("Solution().f(1)") for _ in range(3))
+    results = sandbox.run([Program(source, calls), Program(remembers, calls)], Limits(seconds=20.0), 60.0)
+    assert [len({result.value for result in row}) for row in results] == [1, 3]
+
+
+def test_each_call_has_its_own_time(sandbox: Sandbox) -> None:
+    source = "import time\ndef f(x):\n    time.sleep(x)\n    return x\n"
+    calls = tuple(Call(f"f({x})") for x in (0.6, 0.6, 0.6, 60, 0))
+    (results,) = sandbox.run([Program(source, calls)], Limits(seconds=1.5), 60.0)
+    assert [result.status for result in results] == ["value", "value", "value", "timeout", "value"]
