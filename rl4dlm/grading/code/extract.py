@@ -14,7 +14,7 @@ from rl4dlm.grading.code.parse import defined_names, parse
 from rl4dlm.grading.text import last_answer_block
 
 _FENCE = "```"
-_PYTHON = ("", "python", "python3", "py", "py3")
+_PYTHON = ("python", "python3", "py", "py3")
 _ENDS = ("[DONE]", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")  # texts behind which nothing belongs to the answer
 _DEFINITION = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
 _DEDENTED = re.compile(r"^(?=[^\s#)\]}])", re.MULTILINE)
@@ -87,7 +87,8 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 
 def _chosen(blocks: list[tuple[str, str]], wanted: str | None) -> str | None:
-    codes = [code for label, code in blocks if label.lower() in _PYTHON]
+    marked = [code for label, code in blocks if label and label.lower() in _PYTHON]
+    codes = marked or [code for label, code in blocks if not label]  # beside marked ones, the others are output
     if wanted is not None:
         # Looked for in the text, not in a tree: a block with a syntax error is still the one that is meant.
         defines = re.compile(rf"^\s*(?:async\s+def|def|class)\s+{re.escape(wanted)}\b|^{re.escape(wanted)}\s*=", re.M)

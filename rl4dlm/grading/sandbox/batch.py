@@ -125,7 +125,6 @@ class Batch:
             self._look_at_syntax()
         while self.waiting or self.busy:
             try:
-                self.unsent = False
                 with selectors.DefaultSelector() as self.selector:
                     self.selector.register(self.server.control, selectors.EVENT_READ)
                     while self.waiting or self.busy:
@@ -146,13 +145,12 @@ class Batch:
         while self.waiting and self.busy < self.workers and (not looking or self.waiting[0].rows):
             self._start(self._next())
             looking = any(job.rows for job, _ in self.running.values())
-        unsent = not self.server.flush()
-        if unsent != self.unsent:
-            self.unsent = unsent
-            self.selector.modify(self.server.control, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.server.outbox else 0)
+        self.selector.modify(self.server.control, wanted)
         nearest = min([self.end, *(run.due for _, run in self.running.values())])
         for key, events in self.selector.select(max(0.0, nearest - time.monotonic())):
             if key.data is None:
+                self.server.flush()
                 if events & selectors.EVENT_READ:
                     self._heard()
             else:
@@ -234,20 +232,16 @@ class Batch:
     def _start(self, job: _Job) -> None:
         self.busy += 1
         job.runs, job.begun = self._runs(job), time.monotonic()
-        with contextlib.ExitStack() as closing:
-            channels = socket.socketpair() if len(job.runs) > 1 else ()
-            for channel in channels:
-                closing.enter_context(channel)
-            for side, run in enumerate(job.runs):
-                run.number = self.server.new_number()
-                run.stream, theirs = socket.socketpair()
-                closing.enter_context(theirs)
-                run.stream.setblocking(False)
-                run.unsent, run.request = memoryview(run.request), b""
-                run.due = time.monotonic() + job.seconds + _GRACE
-                self.running[run.number] = (job, run)
-                self.server.start(run.number, job.seconds, self.limits, [theirs, *channels[side : side + 1]])
-                self.selector.register(run.stream, selectors.EVENT_READ | selectors.EVENT_WRITE, run)
+        channels = socket.socketpair() if len(job.runs) > 1 else ()
+        for side, run in enumerate(job.runs):
+            run.number = self.server.new_number()
+            run.stream, theirs = socket.socketpair()
+            run.stream.setblocking(False)
+            run.unsent, run.request = memoryview(run.request), b""
+            run.due = time.monotonic() + job.seconds + _GRACE
+            self.running[run.number] = (job, run)
+            self.selector.register(run.stream, selectors.EVENT_READ | selectors.EVENT_WRITE, run)
+            self.server.start(run.number, job.seconds, self.limits, [theirs, *channels[side : side + 1]])
 
     def _heard(self) -> None:
         """A keeper has ended."""
@@ -362,10 +356,9 @@ class Batch:
                 if place in job.runs[-1].answers and (result := self._result(job, place)).status in _SETTLED:
                     self.results[job.row][part] = result
         for _, run in self.running.values():
-            self.server.kill(run.number)
+            with contextlib.suppress(OSError):
+                self.server.kill(run.number)
             self._close(run)
-        with contextlib.suppress(OSError):
-            self.server.flush()
         self.running.clear()
         self.busy = 0
 

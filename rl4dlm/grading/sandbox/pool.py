@@ -8,7 +8,6 @@ sandbox may be used from any thread, beside CUDA, and inside a process that mult
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -27,7 +26,6 @@ from rl4dlm.grading.sandbox.batch import Batch
 from rl4dlm.grading.sandbox.limits import Limits
 from rl4dlm.grading.sandbox.programs import Program, Result
 
-_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)  # the server has not read what it was sent
 _PACKAGE = Path(__file__).resolve().parent
 # The server has the standard library alone. The packages above its own are empty there, so that nothing else is loaded.
 _BOOT = """
@@ -55,7 +53,7 @@ class Server:
     def __init__(self, level: str, startup_seconds: float) -> None:
         self.level = level
         self._numbers = 0
-        self._unsent: deque[tuple[bytes, list[socket.socket]]] = deque()
+        self.outbox: deque[tuple[bytes, tuple[socket.socket, ...]]] = deque()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         folders = [str(_PACKAGE.parents[1]), str(_PACKAGE.parent), str(_PACKAGE)]
@@ -88,35 +86,25 @@ class Server:
         return self._numbers
 
     def start(self, number: int, seconds: float, limits: Limits, handles: Sequence[socket.socket]) -> None:
-        """Has a keeper forked, which gets the other ends of streams."""
+        """Has a keeper forked, which gets the other ends of streams; they are closed here."""
         message = {"start": number, "seconds": seconds, "limits": asdict(limits)}
-        self._send(message, [handle.dup() for handle in handles])
+        self.outbox.append((json.dumps(message).encode(), tuple(handles)))
+        self.flush()
 
     def kill(self, number: int) -> None:
         """Ends a keeper and what it runs."""
-        self._send({"kill": number}, [])
+        self.outbox.append((json.dumps({"kill": number}).encode(), ()))
+        self.flush()
 
-    def _send(self, message: dict[str, Any], handles: list[socket.socket]) -> None:
-        self._unsent.append((json.dumps(message).encode(), handles))
-
-    def flush(self) -> bool:
-        """Sends what the server takes at once; whether that was all.
-
-        Raises:
-            ConnectionError: it has ended.
-        """
-        while self._unsent:
-            text, handles = self._unsent[0]
-            try:
+    def flush(self) -> None:
+        """Sends what can be sent of the messages to the process, which may lag behind."""
+        with contextlib.suppress(BlockingIOError):
+            while self.outbox:
+                text, handles = self.outbox[0]
                 socket.send_fds(self.control, [text], [handle.fileno() for handle in handles])
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                return False
-            self._unsent.popleft()
-            for handle in handles:
-                handle.close()
-        return True
+                self.outbox.popleft()
+                for handle in handles:
+                    handle.close()
 
     def has_ended(self) -> bool:
         """Whether the process is gone."""
@@ -124,10 +112,11 @@ class Server:
 
     def stop(self) -> int:
         """Ends the server and all that it runs; its exit status."""
-        self.control.close()  # it ends its keepers and itself
-        while self._unsent:
-            for handle in self._unsent.popleft()[1]:
+        for _, handles in self.outbox:
+            for handle in handles:
                 handle.close()
+        self.outbox.clear()
+        self.control.close()  # it ends its keepers and itself
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=1)
         with contextlib.suppress(ProcessLookupError, PermissionError):

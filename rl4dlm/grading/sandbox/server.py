@@ -140,8 +140,8 @@ class _Server:
             self.selector.close()
             for handle in self.keepers:
                 os.close(handle)
-            isolation.prepare_keeper(self.prepared, cast(Any, SimpleNamespace(**message["limits"])))
             isolation.die_with_parent(parent)
+            isolation.prepare_keeper(self.prepared, cast(Any, SimpleNamespace(**message["limits"])))
             job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared.tasks)
             status = 0
         except BaseException as error:
