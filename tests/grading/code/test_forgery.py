@@ -105,7 +105,7 @@ def test_the_problem_is_one_that_an_honest_program_solves() -> None:
 def test_what_a_program_does_to_its_arguments_does_not_change_what_is_expected() -> None:
     tests: Tests = [
         "xs = [3, 1]\nassert f(xs) == sorted(xs)",
-        "for n in (2, 3):\n    xs = [n - i for i in range(n)]\n    assert f(xs) == sorted(xs)",
+        "for n in (2, 3):\n    xs = [n, n - 1]\n    assert f(xs) == sorted(xs)",
         "n = 2\nwhile n < 5:\n    n += 1\n    xs = [-i for i in range(n)]\n    assert f(xs) == sorted(xs)",
     ]
     programs = {
