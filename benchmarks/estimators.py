@@ -54,6 +54,7 @@ from rl4dlm.likelihood.iid import IIDRatio
 from rl4dlm.likelihood.left_to_right import LeftToRight
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.quadrature import Quadrature
+from rl4dlm.likelihood.strata import Strata
 from rl4dlm.likelihood.views import Rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,7 @@ ENTRIES = [
     Entry("complementary", "1 pair: Dream-Coder", Complementary(), "any-order bound"),
     Entry("coupled", "1 pair: coupled-GRPO", Coupled(), "any-order bound"),
     Entry("coupled", "4 pairs", Coupled(4), "any-order bound"),
+    *(Entry("strata", f"{q} strata: DACA", Strata(q), "any-order bound") for q in (2, 4)),
     *(Entry("block ELBO", "", BlockELBO(k, BLOCK), "block bound") for k in (1, 2, 4, 8)),
     *(spg(2, bound, words) for bound, words in (("elbo", "lower"), ("eubo", "upper"), ("mix", "mix"))),
     spg(8, "mix", "mix"),

@@ -1,7 +1,7 @@
 """What README and docs tell a user to type works: code runs, commands are understood, files and links exist.
 
 Python blocks run, one document's blocks in order, unless `<!-- not run -->` stands before them. Shell blocks run where
-`<!-- run -->` does; the others are read.
+`<!-- run -->` does, one document's in order and in one folder; the others are read.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def test_python_runs(document, checkout):
     runpy.run_path(str(checkout / "blocks.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("block", [b for b in SHELL if b.mark == "run"], ids=lambda block: block.document)
-def test_shell_runs(block, checkout):
+@pytest.mark.parametrize("document", sorted({b.document for b in SHELL if b.mark == "run"}))
+def test_shell_runs(document, checkout):
     # The commands of this environment, and not of another that may be on the path.
     for name, start in (("python", []), ("rl4dlm", ["-m", "rl4dlm.cli"])):
         command = checkout / "bin" / name
@@ -74,10 +74,11 @@ def test_shell_runs(block, checkout):
         command.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *start])} "$@"\n')
         command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    outcome = subprocess.run(
-        ["bash", "-eu", "-c", block.code], cwd=checkout, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    for code in [b.code for b in SHELL if b.document == document and b.mark == "run"]:
+        outcome = subprocess.run(
+            ["bash", "-eu", "-c", code], cwd=checkout, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert outcome.returncode == 0, outcome.stderr[-2000:]
 
 
 def test_commands_name_files_that_exist():

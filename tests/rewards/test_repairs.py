@@ -155,7 +155,7 @@ def test_a8_every_reader_is_linear(name: str, unit: str) -> None:
     columns = {
         "answer": ["5"], "numbers": [[2, 3]], "target": [5], "puzzle": ["1040002001022000"],
         "solution": ["1243342141322314"], "expression": ["1+2*2"],
-        "problem": ['{"tests": [{"call": "1", "expected": "1"}]}'],
+        "problem": ['{"tests": [{"call": "f(2)", "expected": "4"}], "entry_point": "f"}'],
     }  # fmt: skip
     reward = load_reward(name)
     is_linear(lambda length: reward(["?"], ["<reasoning>" + unit * (length // len(unit))], **columns))

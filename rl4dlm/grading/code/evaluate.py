@@ -285,7 +285,7 @@ def _binary(node: ast.BinOp, values: Mapping[str, Any]) -> Any:
     left, right = _value(node.left, values), _value(node.right, values)
     if isinstance(node.op, ast.BitOr) and isinstance(left, type):  # a union of types, as `int | None`
         return (left, right)
-    if _bits(left) + _bits(right) > _MOST_BITS:
+    if not isinstance(node.op, ast.Add | ast.Sub) and _bits(left) * _bits(right) > _MOST_BITS**2:
         raise CannotEvaluateError("too large")
     if type(node.op) not in _BINARY:
         raise CannotEvaluateError(f"{type(node.op).__name__} is not evaluated here")
@@ -325,8 +325,7 @@ def _call(node: ast.Call, values: Mapping[str, Any]) -> Any:
     if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not node.keywords:
         owner = _value(node.func.value, values)
         if type(owner) in METHODS[node.func.attr]:
-            result = getattr(owner, node.func.attr)(*arguments)
-            return list(result) if node.func.attr in ("keys", "values", "items") else result
+            return getattr(owner, node.func.attr)(*arguments)
     raise CannotEvaluateError("this call is not evaluated here")
 
 

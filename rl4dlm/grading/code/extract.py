@@ -14,7 +14,7 @@ from rl4dlm.grading.code.parse import LONGEST_SOURCE, defined_names, parse
 from rl4dlm.grading.text import last_answer_block
 
 _FENCE = "```"
-_PYTHON = ("", "python", "python3", "py", "py3")
+_PYTHON = ("python", "python3", "py", "py3")
 _ENDS = ("[DONE]", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")  # texts behind which nothing belongs to the answer
 _DEFINITION = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _DEDENTED = re.compile(r"^(?=[^\s#)\]}])", re.MULTILINE)
@@ -89,8 +89,9 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 
 def _chosen(blocks: list[tuple[str, str]], wanted: str | None) -> str | None:
-    # No expression is looked for in what is too long to be parsed.
-    codes = [code for label, code in blocks if label.lower() in _PYTHON and len(code) <= LONGEST_SOURCE]
+    # No expression is looked for in what is too long to be parsed. Beside marked blocks, the others are output.
+    short = [(label.lower(), code) for label, code in blocks if len(code) <= LONGEST_SOURCE]
+    codes = [code for label, code in short if label in _PYTHON] or [code for label, code in short if not label]
     if wanted is not None:
         # Looked for in the text, not in a tree: a block with a syntax error is still the one that is meant.
         defines = re.compile(

@@ -23,7 +23,7 @@ def _each_of(calls, copied=__import__("copy").deepcopy):
     for call in calls:
         try:
             found.append((True, copied(call())))
-        except Exception as error:
+        except BaseException as error:
             found.append((False, type(error).__name__ + ": " + str(error)[:500]))
     return found
 """

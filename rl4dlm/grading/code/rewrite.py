@@ -250,9 +250,13 @@ class _Test:
         value = body[0].value
         if not self._about_program(value):
             raise CannotRewriteError
-        # What came before is done again, in a process of its own; that it does not raise is told by the others.
+        # What came before is done again, in a process of its own; that it does not raise is told by the others. The
+        # form is that of a value, so that the program cannot see that it should raise. It has to define its names.
         told = self._told(value)
-        expression = self._listed_items([*self.done, told], ())
+        expression = self._listed_items([*self.done, told], (len(self.done),))
+        for part in ast.walk(value):
+            if isinstance(part, ast.Name) and part.id not in bound_within(value) and self._is_program(part.id):
+                self.done.append(f"({part.id}, None)[1]")
         names = tuple(ast.unparse(each).rpartition(".")[2] for each in kinds)
         self.raises.append(Raises(expression, names, text))
 
@@ -278,12 +282,7 @@ class _Test:
 
     def _makes_object(self, node: ast.expr) -> bool:
         """Whether an expression is a call of a class of the program, which by custom has a capital letter."""
-        return (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id[:1].isupper()
-            and self._is_program(node.func.id)
-        )
+        return isinstance(node, ast.Call) and self._is_class(node.func)
 
     def _told(self, node: ast.expr) -> str:
         """The text of an expression for the program's process, after what it needs has been told it."""
@@ -408,7 +407,7 @@ class _Test:
                 self._refuse_object(node)
                 if self._is_live(node.id):
                     return True
-                if self._is_program(node.id) and node.id[:1].isupper() and not node.id.isupper():
+                if self._is_class(node) and not node.id.isupper():
                     raise CannotRewriteError  # a class is no data
                 return self._is_program(node.id)
             case ast.List() if len(node.elts) == 1 and isinstance(node.elts[0], ast.Starred):
@@ -420,15 +419,19 @@ class _Test:
                 if isinstance(node.func, ast.Attribute):
                     if node.func.attr in METHODS and not self._is_object(node.func.value):
                         return False
-                    return self._is_object(node.func.value) or self._is_value(node.func.value)
+                    owner = node.func.value
+                    return self._is_object(owner) or self._is_class(owner) or self._is_value(owner)
                 return False
             case ast.Attribute() | ast.Subscript():
-                return self._is_object(node.value) or self._is_value(node.value)
+                return self._is_object(node.value) or self._is_class(node.value) or self._is_value(node.value)
             case _:
                 return False
 
     def _is_object(self, node: ast.expr) -> bool:
         return (isinstance(node, ast.Name) and node.id in self.objects) or self._makes_object(node)
+
+    def _is_class(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id[:1].isupper() and self._is_program(node.id)
 
     def _refuse_object(self, node: ast.expr) -> None:
         if self._is_object(node):

@@ -181,7 +181,23 @@ def runnable(source: str, entry_point: str | None) -> str | None:
             for name in (name for name in names if name.startswith("test")):
                 calls.append(f"{node.name}({name!r}).debug()" if node.bases else f"{node.name}().{name}()")
     imports = [f"import {name}" for name in implied_modules(tree)]
-    return "\n".join([*imports, *(ast.unparse(node) for node in body), *calls]) + "\n"
+    whole = "\n".join([*imports, *(ast.unparse(node) for node in body), *calls]) + "\n"
+    return whole if any(_may_fail(node) for node in _reached(ast.parse(whole))) else None
+
+
+def _reached(tree: ast.Module) -> list[ast.AST]:
+    """The nodes that are run, as far as names tell: outside of functions and classes, and in those that these name."""
+    definitions = {
+        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    waiting: list[ast.AST] = [node for node in tree.body if node not in definitions.values()]
+    reached: list[ast.AST] = []
+    while waiting:
+        found = list(ast.walk(waiting.pop()))
+        reached += found
+        for name in {node.id for node in found if isinstance(node, ast.Name)} & definitions.keys():
+            waiting.append(definitions.pop(name))
+    return reached
 
 
 def expected_first(node: ast.Compare, calls_program: Callable[[ast.expr], bool]) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rl4dlm.grading.sandbox.pool import Server
 
 _GRACE = 2.0  # seconds that a keeper has beyond its program's
-_HURRY = 1.0  # seconds that a part gets at first where other programs wait
+_HURRY = 1.0  # seconds that a program gets at first where others wait
 _LONGEST = 1 << 26
 _TESTED, _TESTS = 0, 1  # the two keepers of a check
 _MOST_STARTS = 3  # of a server, for a batch
@@ -122,10 +122,14 @@ class Batch:
         while self.waiting and self.busy < self.workers and (not looking or self.waiting[0].rows):
             self._start(self.waiting.popleft())
             looking = any(job.rows for job, _ in self.running.values())
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.server.outbox else 0)
+        self.selector.modify(self.server.control, wanted)
         nearest = min([self.end, *(run.due for _, run in self.running.values())])
         for key, events in self.selector.select(max(0.0, nearest - time.monotonic())):
             if key.data is None:
-                self._heard()
+                self.server.flush()
+                if events & selectors.EVENT_READ:
+                    self._heard()
             else:
                 self._move(key.data, events)
         now = time.monotonic()
@@ -171,7 +175,7 @@ class Batch:
         return [self._job(row, places, hurried) for places in [together, *alone] if places]
 
     def _job(self, row: int, places: list[int], hurried: bool, inside: bool = False) -> _Job:
-        limits = replace(self.limits, seconds=_HURRY, timeouts=1) if hurried else self.limits
+        limits = replace(self.limits, seconds=_HURRY, program_seconds=_HURRY, timeouts=1) if hurried else self.limits
         program, job = self.programs[row], _Job(row, places, limits, hurried, inside)
         first = program.parts[places[0]]
         job.seconds = min(limits.program_seconds, limits.seconds * len(places)) + _GRACE
@@ -189,20 +193,16 @@ class Batch:
 
     def _start(self, job: _Job) -> None:
         self.busy += 1
-        with contextlib.ExitStack() as closing:
-            channels = socket.socketpair() if len(job.runs) > 1 else ()
-            for channel in channels:
-                closing.enter_context(channel)
-            for side, run in enumerate(job.runs):
-                run.number = self.server.new_number()
-                run.stream, theirs = socket.socketpair()
-                closing.enter_context(theirs)
-                run.stream.setblocking(False)
-                run.unsent = memoryview(run.request)
-                run.due = time.monotonic() + job.seconds + _GRACE
-                self.running[run.number] = (job, run)
-                self.server.start(run.number, job.seconds, self.limits, [theirs, *channels[side : side + 1]])
-                self.selector.register(run.stream, selectors.EVENT_READ | selectors.EVENT_WRITE, run)
+        channels = socket.socketpair() if len(job.runs) > 1 else ()
+        for side, run in enumerate(job.runs):
+            run.number = self.server.new_number()
+            run.stream, theirs = socket.socketpair()
+            run.stream.setblocking(False)
+            run.unsent = memoryview(run.request)
+            run.due = time.monotonic() + job.seconds + _GRACE
+            self.running[run.number] = (job, run)
+            self.selector.register(run.stream, selectors.EVENT_READ | selectors.EVENT_WRITE, run)
+            self.server.start(run.number, job.seconds, self.limits, [theirs, *channels[side : side + 1]])
 
     def _heard(self) -> None:
         """A keeper has ended."""
@@ -259,9 +259,9 @@ class Batch:
     def _checked(self, job: _Job, result: Result) -> Result:
         """The result of tests that ran apart from the program."""
         if result.status == "gone":
-            told = job.runs[_TESTED].answers.get(0)
+            told = job.runs[_TESTED].result(0)
             ended = Result("ended", message="the process ended before its tests did")
-            return told if told is not None and told.status not in ("value", "gone") else ended
+            return ended if told.status in ("value", "gone") else told
         if result.status == "syntax":
             return Result("lost", message=f"the tests do not compile: {result.message}")
         return result

@@ -43,6 +43,7 @@ class Prepared(NamedTuple):
         proc: an open `/proc`, which its own view of files has not; -1 at the level `landlock`.
         rules: Landlock's rules at the level `landlock`, else -1.
         tasks: processes and threads that the user has elsewhere, which count towards a program's; 0 where they do not.
+        kept: capabilities, as a mask.
     """
 
     level: str
@@ -51,6 +52,7 @@ class Prepared(NamedTuple):
     proc: int = -1
     rules: int = -1
     tasks: int = 0
+    kept: int = 0
 
 
 def prepare_server(level: str) -> Prepared:
@@ -70,9 +72,9 @@ def prepare_server(level: str) -> Prepared:
         entries = [f"{path}/{name}" for path in readable for name in os.listdir(path) if name not in _PACKAGES]
         rules = landlock.ruleset(version, entries)
         seccomp.template(kernel.MACHINE)
-        _become_nobody(readable)
+        kept = _become_nobody(readable)
         os.chdir("/")
-        return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=_tasks())
+        return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=_tasks(), kept=kept)
     seccomp.template(kernel.MACHINE)
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _private_root(proc, readable)
@@ -97,7 +99,7 @@ def prepare_keeper(prepared: Prepared, limits: Limits) -> None:
         kernel.mount("tmpfs", FOLDER, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
         os.chdir(FOLDER)
         rules = landlock.ruleset(prepared.landlock, ("/",), (FOLDER,))
-    kernel.drop_capabilities()
+    kernel.drop_capabilities(prepared.kept)
     landlock.restrict(rules)
     os.close(rules)
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -197,16 +199,25 @@ def _read_only(target: str) -> None:
     kernel.mount(None, target, None, flags)
 
 
-def _become_nobody(readable: tuple[str, ...]) -> None:
-    """Gives up the superuser's identity, or where its files can be read by no one else, all its rights."""
+def _become_nobody(readable: tuple[str, ...]) -> int:
+    """Gives up the superuser's identity and rights.
+
+    Returns:
+        What right is kept, as a mask: to read files of others, where Python lies in a folder that is closed to them.
+        Landlock then says which files.
+    """
     if os.getuid() != 0:
-        return
-    if all(_readable_by_all(path) for path in readable):
-        with contextlib.suppress(PermissionError):  # a container may have only this one user
-            os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        return 0
+    kept = 0 if all(_readable_by_all(path) for path in readable) else kernel.READ_ANYWHERE
+    with contextlib.suppress(PermissionError):  # a container may have only this one user
+        kernel.prctl(kernel.PR_SET_KEEPCAPS, bool(kept))
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        if kept:
+            kernel.drop_capabilities(kept)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # an identity that changed hides /proc/self, which maps are written to
+    return kept if os.getuid() != 0 else 0
 
 
 def _readable_by_all(path: str) -> bool:

@@ -16,7 +16,8 @@ CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 38
+READ_ANYWHERE = 1 << 2  # the capability to pass folders and read files whatever their mode
 
 MACHINE = os.uname().machine if os.name == "posix" else ""
 # x86_64, aarch64
@@ -80,10 +81,10 @@ def prctl(option: int, value: int = 0) -> None:
     _checked(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero), f"prctl {option}")
 
 
-def drop_capabilities() -> None:
-    """Leaves this process without any capability; as it may get no new privileges, what it becomes has none either."""
+def drop_capabilities(kept: int = 0) -> None:
+    """Leaves this process, which may get no new privileges, without any capability but those of a mask."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+    call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", kept, kept, 0, 0, 0, 0))
 
 
 def clone(flags: int) -> int:

@@ -10,17 +10,18 @@ import functools
 import logging
 import math
 import os
+import sys
 from collections.abc import Sequence
 
-from rl4dlm.grading.pool import count_work, current_settings
-from rl4dlm.grading.sandbox.isolation import LEVELS
+from rl4dlm.grading.pool import SANDBOX_LEVELS, count_work, current_settings
 from rl4dlm.grading.sandbox.limits import Limits
 from rl4dlm.grading.sandbox.pool import Sandbox, SandboxError
 from rl4dlm.grading.sandbox.programs import Call, Program, Result
 
 logger = logging.getLogger(__name__)
 
-STRONGEST = "strongest"
+STRONGEST, *_levels = SANDBOX_LEVELS
+LEVELS = tuple(_levels)  # from the strongest on
 _SETTING = "sandbox_level"
 # What each of them raises shows that a level holds. The first must work.
 _TRIED = (
@@ -38,6 +39,8 @@ _TRIED = (
 @functools.cache
 def why_not(level: str) -> str:
     """Why this machine does not offer a level; "" if it does. Tried once in a process."""
+    if sys.platform != "linux":
+        return f"it needs Linux, and this is {sys.platform}"
     try:
         with Sandbox(level, 1, current_settings().startup_seconds) as sandbox:
             program = Program("import os", tuple(map(Call, _TRIED)))
@@ -61,7 +64,7 @@ def strongest_level() -> str | None:
 def active_level() -> str:
     """The level at which programs are run.
 
-    It is the setting `sandbox_level` (`rl4dlm.grading.pool.Settings`): one of `isolation.LEVELS`, or `strongest`.
+    It is the setting `sandbox_level` (`rl4dlm.grading.pool.Settings`): one of `LEVELS`, or `strongest`.
 
     Raises:
         SandboxError: this machine does not offer it. Nothing is run then.
@@ -113,7 +116,7 @@ def run_programs(
         programs: what is run, and what is asked of it.
         limits: of each part; `None` takes the defaults, with `deadline` of `current_settings` for the seconds.
         budget: seconds for all of them, after which what is left has the status `budget`; `None` takes what
-            `current_settings` says. Where programs wait for others, a part that takes longer than a second is put off
+            `current_settings` says. Where programs wait for others, what one has not done within a second is put off
             to the end and gets its whole time there, so that few that hang do not cost the rest their turn.
 
     Returns:

@@ -6,8 +6,8 @@ are compared elsewhere, and why the nonce guards against accidents alone.
 
 from __future__ import annotations
 
+import atexit
 import functools
-import io
 import json
 import os
 import random
@@ -109,6 +109,7 @@ def compiled(source: str, name: str = "<program>") -> CodeType | str:
 def load(code: tuple[CodeType, CodeType], name: str) -> dict[str, Any]:
     """What a program defines, as a fresh module of a name."""
     module = ModuleType(name)
+    module.__file__ = "program.py"
     sys.modules[name] = module
     for block in code:
         exec(block, module.__dict__)  # noqa: S102  (sealed: what a sandbox is for)
@@ -121,11 +122,18 @@ def _value(asked: dict[str, Any], names: dict[str, Any], max_bytes: int) -> byte
 
 
 def _feed(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int) -> bytes:
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8", errors="surrogateescape")
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="surrogateescape")
-    sys.argv[:] = ["program"]
-    load(code, "__main__")
-    sys.stdout.flush()
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w")):
+        stream = open(number, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115  (stays open)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)  # so that it stays open when a program puts another in its place
+    sys.argv[:] = ["program.py"]
+    try:
+        load(code, "__main__")
+    finally:  # what Python does when a script is through
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
     return b""
 
 

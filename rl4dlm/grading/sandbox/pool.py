@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +53,7 @@ class Server:
     def __init__(self, level: str, startup_seconds: float) -> None:
         self.level = level
         self._numbers = 0
+        self.outbox: deque[tuple[bytes, tuple[socket.socket, ...]]] = deque()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         folders = [str(_PACKAGE.parents[1]), str(_PACKAGE.parent), str(_PACKAGE)]
@@ -84,13 +86,25 @@ class Server:
         return self._numbers
 
     def start(self, number: int, seconds: float, limits: Limits, handles: Sequence[socket.socket]) -> None:
-        """Has a keeper forked, which gets the other ends of streams."""
+        """Has a keeper forked, which gets the other ends of streams; they are closed here."""
         message = {"start": number, "seconds": seconds, "limits": asdict(limits)}
-        socket.send_fds(self.control, [json.dumps(message).encode()], [handle.fileno() for handle in handles])
+        self.outbox.append((json.dumps(message).encode(), tuple(handles)))
+        self.flush()
 
     def kill(self, number: int) -> None:
         """Ends a keeper and what it runs."""
-        self.control.send(json.dumps({"kill": number}).encode())
+        self.outbox.append((json.dumps({"kill": number}).encode(), ()))
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what can be sent of the messages to the process, which may lag behind."""
+        with contextlib.suppress(BlockingIOError):
+            while self.outbox:
+                text, handles = self.outbox[0]
+                socket.send_fds(self.control, [text], [handle.fileno() for handle in handles])
+                self.outbox.popleft()
+                for handle in handles:
+                    handle.close()
 
     def has_ended(self) -> bool:
         """Whether the process is gone."""
@@ -98,6 +112,10 @@ class Server:
 
     def stop(self) -> int:
         """Ends the server and all that it runs; its exit status."""
+        for _, handles in self.outbox:
+            for handle in handles:
+                handle.close()
+        self.outbox.clear()
         self.control.close()  # it ends its keepers and itself
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import os
 import struct
 from collections.abc import Sequence
 
@@ -18,13 +19,13 @@ from rl4dlm.grading.sandbox.kernel import CLONE_THREAD, MACHINE, PR_SET_NO_NEW_P
 # Name: number on x86_64, on aarch64 (None: it has no such call).
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222),
-    "munmap": (11, 215), "brk": (12, 214), "futex": (202, 98), "openat": (257, 56), "newfstatat": (262, 79),
+    "munmap": (11, 215), "brk": (12, 214), "futex": (202, 98), "newfstatat": (262, 79),
     "getdents64": (217, 61), "madvise": (28, 233), "mprotect": (10, 226), "mremap": (25, 216),
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "exit_group": (231, 94),
     "exit": (60, 93), "clock_gettime": (228, 113), "clock_nanosleep": (230, 115), "clock_getres": (229, 114),
     "nanosleep": (35, 101), "gettimeofday": (96, 169), "time": (201, None), "getrandom": (318, 278),
     "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66), "sendfile": (40, 71),
-    "copy_file_range": (326, 285), "open": (2, None), "stat": (4, None), "lstat": (6, None), "statx": (332, 291),
+    "copy_file_range": (326, 285), "stat": (4, None), "lstat": (6, None), "statx": (332, 291),
     "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "getcwd": (79, 17), "chdir": (80, 49),
     "fchdir": (81, 50), "getdents": (78, None), "readlink": (89, None), "readlinkat": (267, 78), "statfs": (137, 43),
     "fstatfs": (138, 44), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None),
@@ -58,6 +59,8 @@ CHECKED: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
 # Only to this process: abort() and raise() need it.
 _TO_ITSELF = {"kill": (62, 129), "tgkill": (234, 131)}
 _CLONE, _CLONE3, _SOCKETPAIR = (56, 220), (435, 435), (53, 199)
+# Opening a file: the numbers, and the argument that has the flags.
+OPENING: dict[str, tuple[tuple[int | None, int | None], int]] = {"open": ((2, None), 1), "openat": ((257, 56), 2)}
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LOAD, _JUMP, _EQUAL, _AT_LEAST, _SET, _AND, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -101,11 +104,17 @@ def template(machine: str) -> bytes:
         raise OSError(f"no numbers of system calls for {machine}")
     column, architecture = _ARCHITECTURES[machine]
     one = _instruction
-    actions = {pair[column]: [_RETURN_ALLOW] for pair in ALLOWED.values() if pair[column] is not None}
+    actions: dict[int | None, list[bytes]] = {
+        pair[column]: [_RETURN_ALLOW] for pair in ALLOWED.values() if pair[column] is not None
+    }
     actions |= {pair[column]: _only(argument, values) for pair, argument, values in CHECKED.values()}
     actions |= {pair[column]: _only(0, [_PID]) for pair in _TO_ITSELF.values()}
     actions[_CLONE[column]] = [one(_LOAD, 16), one(_SET, CLONE_THREAD, 1, 0), _RETURN_EPERM, _RETURN_ALLOW]
     actions[_CLONE3[column]] = [one(_RETURN, _ERRNO | errno.ENOSYS)]  # then the C library takes clone
+    # Not to read and truncate at once, which the first versions of Landlock take for reading.
+    for numbers, argument in OPENING.values():
+        head = [one(_LOAD, 16 + 8 * argument), one(_AND, os.O_ACCMODE | os.O_TRUNC), one(_EQUAL, os.O_TRUNC, 0, 1)]
+        actions[numbers[column]] = [*head, _RETURN_EPERM, _RETURN_ALLOW]
     # A connected pair of streams, which event loops wake themselves with; no other kind can name a receiver.
     pair = [one(_LOAD, 16), one(_EQUAL, 1, 0, 3), one(_LOAD, 24), one(_AND, 0xF), one(_EQUAL, 1, 1, 0)]
     actions[_SOCKETPAIR[column]] = [*pair, _RETURN_EPERM, _RETURN_ALLOW]

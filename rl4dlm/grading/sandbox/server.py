@@ -10,6 +10,7 @@ id}`. From it: `{"ready": level}` or `{"failed": reason}` once, then `{"ended": 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import importlib
@@ -22,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from _sitebuiltins import Quitter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -50,6 +52,7 @@ def main() -> None:
     for name in (*PRELOADED, *LOADED):
         with contextlib.suppress(ImportError):  # Python may have been built without one
             importlib.import_module(name)
+    builtins.exit, builtins.quit = (Quitter(name, "end of file") for name in ("exit", "quit"))  # as `site` does
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         prepared = isolation.prepare_server(level)
@@ -128,8 +131,8 @@ class _Server:
             self.selector.close()
             for handle in self.keepers:
                 os.close(handle)
-            isolation.prepare_keeper(self.prepared, cast(Any, SimpleNamespace(**message["limits"])))
             isolation.die_with_parent(parent)
+            isolation.prepare_keeper(self.prepared, cast(Any, SimpleNamespace(**message["limits"])))
             job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared.tasks)
             status = 0
         except BaseException as error:

@@ -92,7 +92,7 @@ for _number, _test in enumerate((
 )):  # fmt: skip
     WITHSTOOD[f"rewritten_{_number}"] = (ZERO, _test)
 
-SUCCEEDED = {
+DEALT_WITH = {
     "peeks_comprehension": (PEEK, "want = [i * i for i in range(4)]\nassert f(4) == want"),
     "peeks_join": (PEEK, "want = ', '.join(['a', 'b'])\nassert f(4) == want"),
     "peeks_in_a_loop": (PEEK, "for i in range(3):\n    want = pow(i, 2, 7)\n    assert f(i) == want"),
@@ -112,6 +112,14 @@ SUCCEEDED = {
         FORGE + "def f(x):\n    if ', None)[1]' in request()['expression']: raise ValueError\n    return 0",
         "import pytest\nwith pytest.raises(ValueError):\n    f(-1)",
     ),
+    "test_about_nothing": (ZERO, "x = 5\nassert x == 5"),
+    "test_never_called": (ZERO, "def verify():\n    assert f(2) == 4"),
+    "test_only_in_main": (ZERO, "def tst():\n    assert f(2) == 4\nif __name__ == '__main__':\n    tst()"),
+    "test_is_async": (ZERO, "async def test_a():\n    assert f(2) == 4"),
+    "test_defines_the_function": (ZERO, "def f(x): return x * x\nassert f(3) == 9"),
+}
+
+SUCCEEDED = {
     "stops_a_map": (
         "def f(x): raise StopIteration",
         "for got, want in zip(map(f, [1, 2]), [5, 6]):\n    if got != want: raise ValueError",
@@ -120,15 +128,14 @@ SUCCEEDED = {
         "import os\ndef f(x): os._exit(0)",
         "try:\n    f(-1)\n    ok = 0\nexcept:\n    ok = 1\nif ok != 1: raise ValueError",
     ),
-    "test_about_nothing": (ZERO, "x = 5\nassert x == 5"),
-    "test_never_called": (ZERO, "def verify():\n    assert f(2) == 4"),
-    "test_only_in_main": (ZERO, "def tst():\n    assert f(2) == 4\nif __name__ == '__main__':\n    tst()"),
-    "test_is_async": (ZERO, "async def test_a():\n    assert f(2) == 4"),
-    "test_defines_the_function": (ZERO, "def f(x): return x * x\nassert f(3) == 9"),
     "infinite_membership": (INFINITE + "def f(x): return F()", "if 77 not in f(2): raise ValueError"),
 }
 
 HONEST = {
+    "keys": ("def f(x): return {'b': 1, 'a': 2}", "assert f(2).keys() == {'a', 'b'}"),
+    "items": ("def f(x): return {'b': 1, 'a': 2}", "assert f(2).items() == {'a': 2, 'b': 1}.items()"),
+    "static_method": ("class Ops:\n    @staticmethod\n    def add(a, b): return a + b", "assert Ops.add(1, 2) == 3"),
+    "large_numbers": ("def f(n): return 3 ** n", "assert f(200_000) % 2 == 1"),
     "generator": ("def f(n):\n    yield from range(n)", "assert [x for x in f(3)] == [0, 1, 2]"),
     "lambda": ("f = lambda x: x * 2", "assert f(2) == 4"),
     "counter": ("from collections import Counter as f",
@@ -140,12 +147,11 @@ HONEST = {
                  "self.want = 2\n    def test_a(self):\n        self.assertEqual(f(2), self.want)"),
 }  # fmt: skip
 UNPAID = {
+    "import_solution": ("def f(x): return x", "import solution\nassert solution.f(2) == 2"),
     "subclass_of_the_exception": (
         "class E(ValueError): pass\ndef f(x): raise E('a')",
         "import pytest\nwith pytest.raises(ValueError):\n    f(2)",
     ),
-    "keys": ("def f(x): return {'b': 1, 'a': 2}", "assert f(2).keys() == {'a', 'b'}"),
-    "items": ("def f(x): return {'b': 1, 'a': 2}", "assert f(2).items() == {'a': 2, 'b': 1}.items()"),
     "range": ("def f(x): return range(x)", "assert f(3) == range(3)"),
     "fraction_for_float": ("from fractions import Fraction\ndef f(x): return Fraction(1, x)", "assert f(2) == 0.5"),
     "decimal_made_float": ("from decimal import Decimal\ndef f(x): return Decimal('1.5')", "assert float(f(2)) == 1.5"),
@@ -153,7 +159,6 @@ UNPAID = {
               "from collections import deque\nassert f(1) == deque([1])"),
     "enum": ("from enum import Enum\nclass Color(Enum):\n    RED = 1\ndef f(x): return Color.RED",
              "assert f(1) == Color.RED"),
-    "static_method": ("class Ops:\n    @staticmethod\n    def add(a, b): return a + b", "assert Ops.add(1, 2) == 3"),
     "class_in_lower_case": ("class cache:\n    def __init__(s): s.d = {}\n    def get(s, k): return s.d.get(k)\n"
                             "    def put(s, k, v): s.d[k] = v", "c = cache()\nc.put(1, 2)\nassert c.get(1) == 2"),
     "object_from_a_function": ("class C:\n    def count(s): return 3\ndef make(): return C()",
@@ -163,19 +168,13 @@ UNPAID = {
                 "with Ctx() as c:\n    if c != 5: raise ValueError"),
     "in_place_by_name": ("def f(arr): arr.sort()",
                          "xs = [2, 1]\nfor i in [1]:\n    f(arr=xs)\nif xs != [1, 2]: raise ValueError"),
-    "import_solution": ("def f(x): return x", "import solution\nassert solution.f(2) == 2"),
     "async": ("async def f(x): return x", "import asyncio\nassert asyncio.run(f(2)) == 2"),
     "setup_method": ("def f(x): return x", "class TestF:\n    def setup_method(self):\n        self.v = 2\n"
                      "    def test_a(self):\n        assert f(self.v) == 2"),
-    "large_numbers": ("def f(n): return 3 ** n", "assert f(200_000) % 2 == 1"),
 }  # fmt: skip
 
 
-OPEN = {
-    "forces_inside", "inside_by_nonce", "raises_at_load", "defines_nothing", "exit_as_exception",
-    "sees_that_it_must_raise", "stops_a_map", "exits_under_a_bare_except", "test_about_nothing", "test_never_called",
-    "test_only_in_main", "test_is_async", "test_defines_the_function", "infinite_membership", *UNPAID,
-}  # fmt: skip
+OPEN = {"forces_inside", "inside_by_nonce", *SUCCEEDED, *UNPAID}  # fmt: skip
 
 
 def open_still(name: str) -> None:
@@ -187,8 +186,8 @@ def open_still(name: str) -> None:
 @functools.cache
 def found() -> dict[str, Verdict | None]:
     """All verdicts, from one batch."""
-    cases = {**WITHSTOOD, **SUCCEEDED, **HONEST, **UNPAID}
-    assert len(cases) == sum(map(len, (WITHSTOOD, SUCCEEDED, HONEST, UNPAID)))
+    cases = {**WITHSTOOD, **DEALT_WITH, **SUCCEEDED, **HONEST, **UNPAID}
+    assert len(cases) == sum(map(len, (WITHSTOOD, DEALT_WITH, SUCCEEDED, HONEST, UNPAID)))
     problems = [Problem(({"source": test},), entry_point="f" if "f(" in test else None) for _, test in cases.values()]
     return dict(
         zip(cases, judge([f"```python\n{program}\n```" for program, _ in cases.values()], problems), strict=True)
@@ -199,6 +198,13 @@ def found() -> dict[str, Verdict | None]:
 def test_forgery_earns_nothing(name: str) -> None:
     verdict = found()[name]
     assert verdict is not None and verdict.passed == 0
+
+
+@pytest.mark.parametrize("name", DEALT_WITH)
+def test_forgery_that_once_earned_something_earns_nothing(name: str) -> None:
+    open_still(name)
+    verdict = found()[name]
+    assert verdict is not None and verdict.passed in (0, None)
 
 
 @pytest.mark.parametrize("name", SUCCEEDED)
@@ -221,7 +227,6 @@ def test_honest_program_that_was_not_paid(name: str) -> None:
     assert verdict is not None and verdict.passed in (1, None)
 
 
-@pytest.mark.xfail(strict=False, reason="one call that exits costs the other 31 of its group theirs")
 def test_a_call_that_exits_costs_itself_alone() -> None:
     tests = tuple({"call": f"f({n})", "expected": str(n)} for n in range(64))
     program = "import sys\ndef f(x):\n    if x == 5: sys.exit()\n    return x"
@@ -229,13 +234,11 @@ def test_a_call_that_exits_costs_itself_alone() -> None:
     assert verdict is not None and verdict.passed == 63 / 64
 
 
-@pytest.mark.xfail(strict=False, reason="an unmarked block of output after a script is taken for the script")
 def test_block_of_output_is_no_program() -> None:
     text = "```python\nprint(int(input()) * 2)\n```\nFor 2 it prints:\n```\n4\n```\n"
     assert extract_program(text).source == "print(int(input()) * 2)"
 
 
-@pytest.mark.xfail(strict=False, reason="a definition within a statement is not seen where the prompt has a signature")
 def test_definition_within_a_statement_is_one() -> None:
     code = "if True:\n    def f(x):\n        return x * 2"
     found_source = extract_program(f"```python\n{code}\n```", prefix="def f(x):\n    pass", entry_point="f").source

@@ -116,6 +116,10 @@ def attack(): return os.setxattr(FILE, 'user.x', b'x') or 1
 import os
 def attack(): return open(os.__file__, 'a').write('x')
 
+## truncate_library
+import os
+def attack(): return os.open(os.__file__, os.O_RDONLY | os.O_TRUNC)
+
 ## write_library_folder
 import os
 def attack(): return open(os.path.dirname(os.__file__) + '/evil.py', 'w').write('x')

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 import struct
 
 import pytest
 
 from rl4dlm.grading.sandbox import seccomp
-from rl4dlm.grading.sandbox.seccomp import ALLOWED, CHECKED, program
+from rl4dlm.grading.sandbox.seccomp import ALLOWED, CHECKED, OPENING, program
 
 ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -43,6 +44,7 @@ def test_what_is_allowed(machine: str) -> None:
     assert len(filter_) // 8 < 4096  # as many as the kernel takes
     listed = {pair[column] for pair in ALLOWED.values()}
     special = {pair[column] for pair, _, _ in CHECKED.values()}
+    special |= {pair[column] for pair, _ in OPENING.values()}
     special |= {pair[column] for pair in (*seccomp._TO_ITSELF.values(), seccomp._CLONE, seccomp._SOCKETPAIR)}
     for number in [*range(700), 0x40000000, 0x40000027, 2**32 - 1]:
         result = decide(filter_, ARCHITECTURE[machine], number, 2**32 - 1, 2**32 - 1)
@@ -63,8 +65,8 @@ def test_what_is_allowed(machine: str) -> None:
 def test_what_depends_on_an_argument(machine: str) -> None:
     filter_, column, architecture = program(77, machine), COLUMN[machine], ARCHITECTURE[machine]
 
-    def result(pair: tuple[int, int], *arguments: int) -> int:
-        return decide(filter_, architecture, pair[column], *arguments)
+    def result(pair: tuple[int | None, int | None], *arguments: int) -> int:
+        return decide(filter_, architecture, pair[column] or 0, *arguments)
 
     for pair, argument, values in CHECKED.values():
         before = (0,) * argument
@@ -77,6 +79,11 @@ def test_what_depends_on_an_argument(machine: str) -> None:
     for pair in seccomp._TO_ITSELF.values():
         assert result(pair, 77, 9) == ALLOW
         assert {result(pair, value, 9) for value in (0, 1, 76, 78, 2**32 - 1)} == {EPERM}
+    for pair, argument in OPENING.values():
+        if pair[column] is not None:
+            flags = [os.O_RDONLY, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_CREAT, os.O_RDONLY | os.O_CLOEXEC]
+            assert {result(pair, *(0,) * argument, flag) for flag in flags} == {ALLOW}
+            assert result(pair, *(0,) * argument, os.O_RDONLY | os.O_TRUNC | os.O_CLOEXEC) == EPERM
     assert result(seccomp._CLONE, 0x3D0F00) == ALLOW  # a thread
     assert {result(seccomp._CLONE, flags) for flags in (17, 0x1200011, 0x10000000, 0x4111)} == {EPERM}
     assert result(seccomp._SOCKETPAIR, 1, 0x80801) == ALLOW
@@ -90,6 +97,7 @@ def test_numbers_are_those_of_libseccomp(machine: str) -> None:
         pytest.skip("no libseccomp on this machine")
     library = ctypes.CDLL(name)
     pairs = ALLOWED | {name: pair for name, (pair, _, _) in CHECKED.items()} | seccomp._TO_ITSELF
+    pairs |= {name: pair for name, (pair, _) in OPENING.items()}
     pairs |= {"clone": seccomp._CLONE, "clone3": seccomp._CLONE3, "socketpair": seccomp._SOCKETPAIR}
     known = {}
     for call in pairs:
