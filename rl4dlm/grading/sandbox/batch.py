@@ -413,7 +413,7 @@ def _result(said: dict[str, Any], value: bytes) -> Result:
     if said["status"] != "value":
         return Result(said["status"], message=said["message"])
     try:
-        return Result("value", decode(value) if value else None)
+        return Result("value", decode(value))
     except NotData as error:
         return Result("data", message=str(error))
 

@@ -145,7 +145,9 @@ class _Process:
             late = ("timeout", f"it took longer than {seconds:g} seconds", b"")
             if due - begun < _FULL * seconds:
                 late = ("over", "parts before it took the time", b"")
-            return answers if len(answers) == len(self.asked) else [*answers, late]
+            if len(answers) < len(self.asked):
+                return [*answers, late]
+            return answers if self.stdout < 0 else [self._printed(answers)]
         if self.stdout >= 0:
             return [self._failure(status, used.ru_utime + used.ru_stime) or self._printed(answers)]
         failure = self._failure(status, used.ru_utime + used.ru_stime)

@@ -81,7 +81,7 @@ def run(
         for item in asked:
             more_time()
             error = compiled(item["source"], seconds=_COMPILING)
-            answer("syntax", error) if isinstance(error, str) else answer("value")
+            answer("syntax", error) if isinstance(error, str) else answer("value", value=b"null")
         leave(0)
     block = compiled(source, seconds=_COMPILING)
     if isinstance(block, str):
