@@ -10,13 +10,13 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from rl4dlm.grading.code.parse import defined_names, parse
+from rl4dlm.grading.code.parse import LONGEST_SOURCE, defined_names, parse
 from rl4dlm.grading.text import last_answer_block
 
 _FENCE = "```"
 _PYTHON = ("python", "python3", "py", "py3")
 _ENDS = ("[DONE]", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")  # texts behind which nothing belongs to the answer
-_DEFINITION = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
+_DEFINITION = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _DEDENTED = re.compile(r"^(?=[^\s#)\]}])", re.MULTILINE)
 _LONGEST_COMPLETION = 1 << 18
 
@@ -63,6 +63,8 @@ def extract_program(completion: str, *, prefix: str = "", entry_point: str | Non
             code = before
     if not code.strip():
         return Found(None, "no_code")
+    if len(code) > LONGEST_SOURCE:
+        return Found(None, "syntax")
     return _assembled(code.strip("\n").rstrip(), prefix, wanted)
 
 
@@ -87,11 +89,14 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 
 def _chosen(blocks: list[tuple[str, str]], wanted: str | None) -> str | None:
-    marked = [code for label, code in blocks if label and label.lower() in _PYTHON]
-    codes = marked or [code for label, code in blocks if not label]  # beside marked ones, the others are output
+    # No expression is looked for in what is too long to be parsed. Beside marked blocks, the others are output.
+    short = [(label.lower(), code) for label, code in blocks if len(code) <= LONGEST_SOURCE]
+    codes = [code for label, code in short if label in _PYTHON] or [code for label, code in short if not label]
     if wanted is not None:
         # Looked for in the text, not in a tree: a block with a syntax error is still the one that is meant.
-        defines = re.compile(rf"^\s*(?:async\s+def|def|class)\s+{re.escape(wanted)}\b|^{re.escape(wanted)}\s*=", re.M)
+        defines = re.compile(
+            rf"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+{re.escape(wanted)}\b|^{re.escape(wanted)}[ \t]*[=:]", re.M
+        )
         codes = [code for code in codes if defines.search(code)] or codes
     return codes[-1] if codes else None
 
