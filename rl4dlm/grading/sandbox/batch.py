@@ -242,8 +242,9 @@ class Batch:
         if late:
             self.waiting.append(self._job(job.row, late, hurried=False, inside=job.inside))
         if lost:
-            self.waiting.append(self._job(job.row, lost, job.hurried, job.inside))
-            self.waiting[-1].again = True
+            again = self._job(job.row, lost, job.hurried, job.inside)
+            again.again = True
+            self.waiting.appendleft(again)  # it has had no turn yet
 
     def _settle_syntax(self, job: _Job) -> None:
         """Programs that do not compile need not run. If the look itself failed, each is looked at when it runs."""
