@@ -162,7 +162,24 @@ def test_a8_every_reader_is_linear(name: str, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["\n", " ", "\t", " \n", "def\n", "async ", "f ", "f\n", "def f", ".a", "x.", "# ", "(", "[DONE]", "```"]
+    "unit",
+    [
+        "\n",
+        " ",
+        "\t",
+        " \n",
+        "def\n",
+        "async ",
+        "f ",
+        "f\n\n\n\n\n\n\n\n",
+        "def f",
+        ".a",
+        "x.",
+        "# ",
+        "(",
+        "[DONE]",
+        "```",
+    ],
 )
 def test_a8_a_program_is_found_in_linear_time(unit: str) -> None:
     for prefix, wanted in (("", None), ("", "f"), ("def f(x):", None), ("def f(x):", "g")):

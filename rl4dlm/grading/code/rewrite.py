@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from rl4dlm.grading.code.evaluate import METHODS, CannotEvaluateError, called, evaluate, is_within
 from rl4dlm.grading.code.known import refuse_work, with_results, worked_out
 from rl4dlm.grading.code.parse import parse, parse_expression
+from rl4dlm.grading.code.scorable import SOLUTION_MODULES, can_fail
 from rl4dlm.grading.code.source import (
     BUILTINS,
     MOST_STATEMENTS,
-    SOLUTION_MODULES,
     CannotRewriteError,
     bound_within,
     expected_error,
@@ -313,7 +313,7 @@ class _Test:
     # --- what an assert claims --------------------------------------------------------------------------------------
 
     def _claim(self, test: ast.expr) -> None:
-        if isinstance(test, ast.Constant) and test.value:
+        if not can_fail(ast.Assert(test)):
             return  # HumanEval has `assert True, "..."`
         holes: dict[str, int] = {}
         test = copy.deepcopy(test)

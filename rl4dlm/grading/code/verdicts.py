@@ -20,7 +20,9 @@ from rl4dlm.grading.code.grouping import run_in_groups
 from rl4dlm.grading.code.parse import defined_names, parse, parse_expression
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.code.rewrite import Raises, Rewritten, rewritten
+from rl4dlm.grading.code.scorable import binds, with_program_by_name
 from rl4dlm.grading.code.source import free_names, runnable, with_expected_first
+from rl4dlm.grading.pool import current_settings
 from rl4dlm.grading.sandbox.backends import run_programs
 from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Result
 
@@ -42,7 +44,8 @@ class TestVerdict(NamedTuple):
         where: where it was decided: `outside` (values came back and were compared here), `apart` (the test ran in a
             process beside the program's) or `inside` (it ran in the program's own process, which can tamper with it).
         status: of the part that decided, see `Result.status`; `value` where all parts gave one; `no_code` or `syntax`
-            where there was no program to run.
+            where there was no program to run; `malformed` where the test says nothing of a program, `inside` where it
+            was passed where a program could have tampered with it, and `sandbox_inside` does not say that it is paid.
     """
 
     outcome: str
@@ -66,7 +69,7 @@ class Verdict:
     def passed(self) -> float | None:
         """The share of tests that were passed; None where the problem has none that can be scored, or a test of the
         program's was lost by the machine that ran it."""
-        judged = [test for test in self.tests if test.status != "malformed"]
+        judged = [test for test in self.tests if test.status not in ("malformed", "inside")]
         if not judged or any(test.outcome == NOT_SCORABLE for test in judged):
             return None
         return sum(test.outcome == PASSED for test in judged) / len(judged)
@@ -169,7 +172,11 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
     tolerance = _tolerance(test)
     if "stdin" in test and "stdout" in test:
         return _Test((Feed(test["stdin"]),), OUTSIDE, stdout=test["stdout"], tolerance=tolerance)
+    if problem.entry_point in trusted:
+        return _Test((), OUTSIDE)  # the set-up defines what is asked for
     if "call" in test and "expected" in test:
+        if parse(test["call"]) is not None and not free_names(test["call"]) - trusted:
+            return _Test((), OUTSIDE)  # it calls nothing of the program
         expected = parse_expression(test["expected"])
         if expected is not None and is_within(expected, {"nan", "inf"}):
             try:
@@ -181,11 +188,14 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
         test = {"source": f"assert {test['call']} == ({test['expected']})"}
     if "source" not in test:
         return _Test((), OUTSIDE)
-    turned = rewritten(test["source"], problem.entry_point, trusted)
+    asked = with_program_by_name(test["source"])
+    if asked is None or binds(asked, problem.entry_point):
+        return _Test((), OUTSIDE)
+    turned = rewritten(asked, problem.entry_point, trusted)
     if turned is not None:
         calls = [Call(turned.expression)] if turned.expression is not None else []
         return _Test((*calls, *(Call(each.expression) for each in turned.raises)), OUTSIDE, rewritten=turned)
-    source = runnable(test["source"], problem.entry_point)
+    source = runnable(asked, problem.entry_point)
     if source is None:
         return _Test((), OUTSIDE)
     names = free_names(source) - trusted
@@ -222,7 +232,11 @@ def _judged(test: _Test, results: Sequence[Result], late: bool) -> TestVerdict:
     for result in results:
         if result.status == "lost" or (result.status == "budget" and not late):
             return TestVerdict(NOT_SCORABLE, where, result.status)
+    if test.where == APART and results[0].value == "uncalled":
+        return TestVerdict(NOT_SCORABLE, where, "malformed")  # it came to its end without asking the program
     status, passed = _passes(test, results)
+    if passed and where == INSIDE and current_settings().sandbox_inside != "paid":
+        return TestVerdict(NOT_SCORABLE, where, "inside")
     return TestVerdict(PASSED if passed else FAILED, where, status)
 
 

@@ -171,8 +171,12 @@ def _test(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int
     sys.modules["tests"] = module
     exec(setup, module.__dict__)  # noqa: S102  (sealed)
     module.__dict__.update({name: remote.stand_in(peer, name) for name in asked["names"]})
-    exec(tests, module.__dict__)  # noqa: S102  (sealed)
-    return _TRUE
+    try:
+        exec(tests, module.__dict__)  # noqa: S102  (sealed)
+    finally:
+        if peer.failed is not None:  # whatever the tests made of it: `except:` and the like
+            raise peer.failed
+    return _TRUE if peer.asked else b'"uncalled"'
 
 
 _TRUE = b"true"

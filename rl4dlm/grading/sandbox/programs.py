@@ -71,7 +71,7 @@ class Result(NamedTuple):
             over before it ran), or `lost` (the machine failed, not the program: such a part cannot be scored).
         value: of a call its value in plain data (None, bool, int, float, complex, str, bytes, list, tuple, set,
             frozenset, dict of these; subclasses come back as what they are made of), of a feed the text written to
-            standard output, of a check True.
+            standard output, of a check True, or `uncalled` where it has asked nothing of the program.
         message: of an error its type and message, cut to 1,000 characters.
         inside: of a check whether it ran in the program's own process, where a program could tamper with it.
     """

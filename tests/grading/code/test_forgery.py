@@ -91,8 +91,11 @@ def test_tests_that_need_a_class_of_the_program_are_counted_as_inside() -> None:
         "wrong": "class Error(Exception):\n    pass\ndef f(x):\n    return x",
     }
     found = verdicts(programs, Problem(({"source": test},)))
-    assert [verdict.passed for verdict in found.values() if verdict] == [1.0, 0.0]
+    assert [verdict.passed for verdict in found.values() if verdict] == [None, 0.0]
     assert [verdict.tests[0].where for verdict in found.values() if verdict] == ["inside", "inside"]
+    pool.configure(sandbox_inside="paid")
+    found = verdicts(programs, Problem(({"source": test},)))
+    assert [verdict.passed for verdict in found.values() if verdict] == [1.0, 0.0]
 
 
 def test_the_problem_is_one_that_an_honest_program_solves() -> None:

@@ -128,6 +128,17 @@ SUCCEEDED = {
         "import os\ndef f(x): os._exit(0)",
         "try:\n    f(-1)\n    ok = 0\nexcept:\n    ok = 1\nif ok != 1: raise ValueError",
     ),
+    "asserts_true": (ZERO, "f(2)\nassert True"),
+    "asserts_a_tuple": (ZERO, "assert (f(2) == 4, 'wrong')"),
+    "asserts_a_generator": (ZERO, "assert (x == 4 for x in [f(2)])"),
+    "asserts_nested": (ZERO, "def test_a():\n    def inner():\n        assert f(2) == 4"),
+    "asserts_under_if": (ZERO, "if False:\n    assert f(2) == 4"),
+    "swallows": (ZERO, "try:\n    assert f(2) == 4\nexcept AssertionError:\n    print('wrong')"),
+    "swallows_all": (ZERO, "for i in range(2):\n    try:\n        assert f(i) == 4\n    except:\n        continue"),
+    "suppresses": (ZERO, "import contextlib\nwith contextlib.suppress(Exception):\n    assert f(2) == 4"),
+    "swallows_false": (ZERO, "try:\n    f(-1)\n    assert False\nexcept Exception:\n    pass"),
+    "defines_it_in_the_test": (ZERO, "def test_a():\n    def f(x): return x * x\n    assert f(3) == 9"),
+    "imports_it": (ZERO, "from math import sqrt as f\nassert f(9) == 3"),
     "infinite_membership": (INFINITE + "def f(x): return F()", "if 77 not in f(2): raise ValueError"),
 }
 
@@ -147,6 +158,13 @@ HONEST = {
                  "self.want = 2\n    def test_a(self):\n        self.assertEqual(f(2), self.want)"),
 }  # fmt: skip
 UNPAID = {
+    "imported_in_a_function": ("def f(x): return x", "def test_a():\n    from solution import f\n"
+                               "    assert [f(x) for x in (1, 2)] == [1, 2]"),
+    "imported_by_another_name": ("def f(x): return x", "from solution import f as g\nassert [g(1)] == [1]"),
+    "imported_module": ("def f(x): return x", "import solution as s\nassert [s.f(x) for x in (1, 2)] == [1, 2]"),
+    "imports_what_is_not_there": ("def f(x): return x", "import nowhere_to_be_found\nassert f(1) == 1"),
+    "parameter_of_its_name": ("def f(x): return x", "def check(f):\n    for i in (1, 2):\n"
+                              "        if f(i) != i: raise ValueError\ncheck(f)"),
     "import_solution": ("def f(x): return x", "import solution\nassert solution.f(2) == 2"),
     "subclass_of_the_exception": (
         "class E(ValueError): pass\ndef f(x): raise E('a')",
@@ -174,7 +192,7 @@ UNPAID = {
 }  # fmt: skip
 
 
-OPEN = {"forces_inside", "inside_by_nonce", *SUCCEEDED, *UNPAID}  # fmt: skip
+OPEN = {*UNPAID}  # fmt: skip
 
 
 def open_still(name: str) -> None:
