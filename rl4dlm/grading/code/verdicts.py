@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,7 @@ from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Re
 PASSED, FAILED, NOT_SCORABLE = "passed", "failed", "not_scorable"
 OUTSIDE, APART, INSIDE = "outside", "apart", "inside"
 
+_MISSING = re.compile(r"NameError: name '(\w+)' is not defined.*|AttributeError: .* has no attribute '(\w+)'.*")
 _REMEMBERED = 1 << 16  # characters of a problem; those of competitions have megabytes of tests
 
 _EXCEPTIONS = {
@@ -279,14 +281,17 @@ def _claims_hold(test: Rewritten, results: Sequence[Result]) -> tuple[str, bool]
 def _raised(wanted: Raises, message: str) -> bool:
     """Whether the exception of a message is one of those that are wanted, or one of Python's that derives from it."""
     name, _, text = message.partition(":")
-    name = name.strip().rpartition(".")[2]
-    if wanted.text is not None and wanted.text not in text:
+    own, _, bases = name.strip().removesuffix(")").partition("(")
+    if own == "NotLoaded" or _is_missing(wanted.expression, message) or (wanted.text or "") not in text:
         return False
-    raised = _EXCEPTIONS.get(name)
-    for each in wanted.exceptions:
-        kind = _EXCEPTIONS.get(each)
-        if each == name or (raised is None and each == "Exception"):
-            return True
-        if raised is not None and kind is not None and issubclass(raised, kind):
-            return True
-    return False
+    own = own.rpartition(".")[2]
+    kinds = [_EXCEPTIONS[each] for each in (own, *bases.split(", ")) if each in _EXCEPTIONS] or [Exception]
+    return any(
+        each == own or issubclass(kind, _EXCEPTIONS.get(each, ())) for each in wanted.exceptions for kind in kinds
+    )
+
+
+def _is_missing(expression: str, message: str) -> bool:
+    """Whether the program does not define what it is asked for. That is no exception that it raises."""
+    found = _MISSING.fullmatch(message)
+    return found is not None and re.search(rf"\b{found[1] or found[2]}\b", expression) is not None

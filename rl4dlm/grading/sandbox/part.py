@@ -6,6 +6,7 @@ are compared elsewhere, and why the nonce guards against accidents alone.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import json
 import os
@@ -94,7 +95,12 @@ def run(
     loaded: list[tuple[dict[str, Any], Watch]] = []
 
     def first() -> bytes:
-        names = load(code, "program")
+        try:
+            names = load(code, "program")
+        except MemoryError:
+            raise
+        except BaseException as error:
+            raise NotLoaded(describe(error)) from None
         loaded.append((names, Watch(names)))
         return _value(asked[0], names, max_bytes)
 
@@ -109,6 +115,10 @@ def run(
         more_time()
         said = attempt(functools.partial(_value, item, names, max_bytes))
     leave(0)
+
+
+class NotLoaded(BaseException):
+    """The program raised before anything was asked of it, which is no answer to a call that should raise."""
 
 
 def compiled(source: str, name: str = "<program>", seconds: float = 0.0) -> CodeType | str:
@@ -184,7 +194,15 @@ _WORK = {"feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
 
 
 def _describe(error: BaseException) -> str:
+    """Its type and message; behind a type of the program's, in brackets, Python's own that it derives from."""
+    name = type(error).__name__
     try:
-        return f"{type(error).__name__}: {error}"[:1000]
+        kinds = type(error).__mro__
+        if getattr(builtins, name, None) is not kinds[0] and kinds[0] is not NotLoaded:
+            known = [kind.__name__ for kind in kinds[1:] if vars(builtins).get(kind.__name__) is kind]
+            usual = () if "Exception" in known else ("BaseException",)
+            known = [*(each for each in known if each not in ("object", "Exception", "BaseException")), *usual]
+            name = f"{name}({', '.join(known)})" if known else name
+        return f"{name}: {error}"[:1000]
     except BaseException:
-        return type(error).__name__[:1000]
+        return name[:1000]

@@ -128,6 +128,15 @@ SUCCEEDED = {
         "import os\ndef f(x): os._exit(0)",
         "try:\n    f(-1)\n    ok = 0\nexcept:\n    ok = 1\nif ok != 1: raise ValueError",
     ),
+    "raises_at_load_when_it_must": (
+        FORGE + "if request().get('expression') == '[f(-1)]': raise ValueError\ndef f(x): return x",
+        "import pytest\nwith pytest.raises(ValueError):\n    f(-1)",
+    ),
+    "lacks_a_method": ("class F: pass", "import pytest\nwith pytest.raises(AttributeError):\n    F().f(-1)"),
+    "leaves_by_its_own_exit": (
+        "class E(SystemExit): pass\ndef f(x): raise E",
+        "import pytest\nwith pytest.raises(Exception):\n    f(-1)",
+    ),
     "asserts_true": (ZERO, "f(2)\nassert True"),
     "asserts_a_tuple": (ZERO, "assert (f(2) == 4, 'wrong')"),
     "asserts_a_generator": (ZERO, "assert (x == 4 for x in [f(2)])"),
@@ -192,7 +201,9 @@ UNPAID = {
 }  # fmt: skip
 
 
-OPEN = {*UNPAID}  # fmt: skip
+OPEN = {
+    "enum", "class_in_lower_case", "object_from_a_function", "constant", "context", "in_place_by_name", "async",
+    "setup_method"}  # fmt: skip
 
 
 def open_still(name: str) -> None:
@@ -250,6 +261,14 @@ def test_a_call_that_exits_costs_itself_alone() -> None:
     program = "import sys\ndef f(x):\n    if x == 5: sys.exit()\n    return x"
     (verdict,) = judge([f"```python\n{program}\n```"], [Problem(tests, entry_point="f")])
     assert verdict is not None and verdict.passed == 63 / 64
+
+
+def test_a_subclass_of_the_exception_is_one_in_a_group_too() -> None:
+    tests = ({"source": "import pytest\nwith pytest.raises(LookupError):\n    f(-1)"},) * 2
+    program = "class E(KeyError): pass\ndef f(x):\n    if x < 0: raise E('no')\n    return x"
+    calls = tuple({"call": f"f({n})", "expected": str(n)} for n in range(64))
+    (verdict,) = judge([f"```python\n{program}\n```"], [Problem((*tests, *calls), entry_point="f")])
+    assert verdict is not None and verdict.passed == 1
 
 
 def test_block_of_output_is_no_program() -> None:
