@@ -83,7 +83,6 @@ def active_level() -> str:
     )
 
 
-@functools.cache
 def require_sandbox() -> str:
     """Finds out, before anything is trained, that programs can be run, and says at which level: once, in the log.
 
@@ -94,8 +93,13 @@ def require_sandbox() -> str:
         SandboxError: they cannot; the message says which setting and what is missing.
     """
     level = active_level()
-    logger.info("programs of the model run in a sandbox at the level %r", level)
+    _announce(level)
     return level
+
+
+@functools.cache
+def _announce(level: str) -> None:
+    logger.info("programs of the model run in a sandbox at the level %r", level)
 
 
 def share_of_cores() -> int:
@@ -130,7 +134,7 @@ def run_programs(
     budget = settings.budget if budget is None else budget
     if not 0 < budget < math.inf:
         raise ValueError(f"budget={budget} seconds; it must be positive and finite")
-    level = require_sandbox() if settings.sandbox_level == STRONGEST else active_level()
+    level = require_sandbox()
     limits = limits or Limits(seconds=settings.deadline, cpu_seconds=settings.deadline)
     with count_work() as count:
         results = _sandbox(level, share_of_cores()).run(programs, limits, budget)
