@@ -289,7 +289,7 @@ class Batch:
         if late:
             self.waiting.append(self._job(job.row, late, hurried=False, inside=job.inside))
         if lost:
-            self.waiting.append(replace(self._job(job.row, lost, job.hurried, job.inside), again=True))
+            self.waiting.appendleft(replace(self._job(job.row, lost, job.hurried, job.inside), again=True))
 
     def _result(self, job: _Job, place: int) -> Result:
         result = job.runs[-1].result(place)
