@@ -197,6 +197,7 @@ def test_end_of_the_trainer_leaves_no_process(sandbox: Sandbox, number: signal.S
 def test_what_the_machine_lost_has_another_turn_before_the_others(sandbox: Sandbox) -> None:
     batch_ = batch.Batch(lambda: sandbox._server(), 1, [FINE] * 3, Limits(), 60.0)
     job = batch_.waiting.popleft()
+    job.runs = batch_._runs(job)
     job.runs[0].status = -1  # its keeper could not be forked
     batch_._settle(job)
     assert [(waiting.row, waiting.again) for waiting in batch_.waiting] == [(0, True), (1, False), (2, False)]
