@@ -201,9 +201,7 @@ UNPAID = {
 }  # fmt: skip
 
 
-OPEN = {
-    "enum", "class_in_lower_case", "object_from_a_function", "constant", "context", "in_place_by_name", "async",
-    "setup_method"}  # fmt: skip
+OPEN = {"class_in_lower_case", "object_from_a_function"}
 
 
 def open_still(name: str) -> None:
