@@ -196,12 +196,14 @@ def test_end_of_the_trainer_leaves_no_process(sandbox: Sandbox, number: signal.S
 
 def test_what_the_machine_lost_has_another_turn_before_the_others(sandbox: Sandbox) -> None:
     batch_ = batch.Batch(lambda: sandbox._server(), 1, [FINE] * 3, Limits(), 60.0)
-    job = batch_.waiting.popleft()
-    job.runs[0].status = -1  # its keeper could not be forked
-    batch_._settle(job)
+
+    def lose(job: Any) -> None:
+        job.runs = batch_._runs(job)
+        job.runs[0].status = -1  # its keeper could not be forked
+        batch_._settle(job)
+
+    lose(batch_.waiting.popleft())
     assert [(waiting.row, waiting.again) for waiting in batch_.waiting] == [(0, True), (1, False), (2, False)]
-    again = batch_.waiting.popleft()
-    again.runs[0].status = -1
-    batch_._settle(again)
+    lose(batch_.waiting.popleft())
     assert [waiting.row for waiting in batch_.waiting] == [1, 2]
     assert batch_.results[0][0] is not None and batch_.results[0][0].status == "lost"
