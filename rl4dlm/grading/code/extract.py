@@ -70,11 +70,13 @@ def extract_program(completion: str, *, prefix: str = "", entry_point: str | Non
 
 def _before(text: str, end: str) -> str:
     """The text before a mark of its end; within a fenced block it is the program's, which may print it."""
-    place = text.find(end)
+    place, counted, fences = text.find(end), 0, 0
     while place >= 0:
-        if end != "[DONE]" or text.count(_FENCE, 0, place) % 2 == 0 or _FENCE not in text[place:]:
+        fences, counted = fences + text.count(_FENCE, counted, place), place
+        close = text.find(_FENCE, place)
+        if end != "[DONE]" or fences % 2 == 0 or close < 0:
             return text[:place]
-        place = text.find(end, text.find(_FENCE, place))
+        place = text.find(end, close)
     return text
 
 
