@@ -332,8 +332,13 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_gains(results: Results, path: Path) -> None:
-    """Points gained at the speed of training by every line, one panel for each task, on the full-attention model."""
-    groups = [group for group in results.groups() if group[1:] == ("full", "completions")] or results.groups()[:1]
+    """Points gained at the speed of training by every line, with full attention: a panel for each task that most
+    lines have run on."""
+    groups = [
+        group
+        for group in results.groups()
+        if group[1:] == ("full", "completions") and 2 * sum(name in LINES for name in results.runs[group]) > len(LINES)
+    ] or results.groups()[:1]
     names = [name for name in reversed(_ordered(results, groups)) if any(results.runs[g].get(name) for g in groups)]
     figure, [panels] = _figure(len(groups), height=1.2 + 0.26 * len(names))
     for axes, group in zip(panels, groups, strict=True):
