@@ -332,7 +332,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_gains(results: Results, path: Path) -> None:
-    """Points gained at the speed of training by every line, on the full-attention model: a panel for each task that most
+    """Points gained at the speed of training by every line, with full attention: a panel for each task that most
     lines have run on."""
     groups = [
         group

@@ -46,7 +46,7 @@ def extract_program(completion: str, *, prefix: str = "", entry_point: str | Non
     """
     text = completion[:_LONGEST_COMPLETION]
     for end in _ENDS:
-        text = text.partition(end)[0]
+        text = _before(text, end)
     answer = last_answer_block(text)
     blocks = _blocks(answer) if answer is not None and _FENCE in answer else _blocks(text)
     wanted = entry_point or _last_definition(prefix)
@@ -66,6 +66,18 @@ def extract_program(completion: str, *, prefix: str = "", entry_point: str | Non
     if len(code) > LONGEST_SOURCE:
         return Found(None, "syntax")
     return _assembled(code.strip("\n").rstrip(), prefix, wanted)
+
+
+def _before(text: str, end: str) -> str:
+    """The text before a mark of its end; within a fenced block it is the program's, which may print it."""
+    place, counted, fences = text.find(end), 0, 0
+    while place >= 0:
+        fences, counted = fences + text.count(_FENCE, counted, place), place
+        close = text.find(_FENCE, place)
+        if end != "[DONE]" or fences % 2 == 0 or close < 0:
+            return text[:place]
+        place = text.find(end, close)
+    return text
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
@@ -90,7 +102,7 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 def _chosen(blocks: list[tuple[str, str]], wanted: str | None) -> str | None:
     # No expression is looked for in what is too long to be parsed. Beside marked blocks, the others are output.
-    short = [(label.lower(), code) for label, code in blocks if len(code) <= LONGEST_SOURCE]
+    short = [(label.lower().partition(" ")[0], code) for label, code in blocks if len(code) <= LONGEST_SOURCE]
     codes = [code for label, code in short if label in _PYTHON] or [code for label, code in short if not label]
     if wanted is not None:
         # Looked for in the text, not in a tree: a block with a syntax error is still the one that is meant.

@@ -422,8 +422,10 @@ class _Test:
                     owner = node.func.value
                     return self._is_object(owner) or self._is_class(owner) or self._is_value(owner)
                 return False
+            case ast.Attribute() if self._is_class(node.value):
+                raise CannotRewriteError  # a member of an enumeration, which is no data
             case ast.Attribute() | ast.Subscript():
-                return self._is_object(node.value) or self._is_class(node.value) or self._is_value(node.value)
+                return self._is_object(node.value) or self._is_value(node.value)
             case _:
                 return False
 

@@ -8,7 +8,6 @@ is said by the process that runs it (`rl4dlm.grading.sandbox.part`).
 from __future__ import annotations
 
 import ast
-import importlib.util
 import symtable
 import sys
 from collections.abc import Iterator
@@ -47,18 +46,22 @@ def names_of(source: str) -> tuple[set[str], set[str]]:
     return used - bound, bound
 
 
-def with_program_by_name(source: str) -> str | None:
+def with_program_by_name(source: str, *, alone: bool = True) -> str | None:
     """A test with the functions of the program under their own names, however it imports them.
 
     `import solution` and `from solution import f as g` become uses of `f`, for the test has no such module: what it
     means by it is the program. None where it cannot be scored: it is no Python, it binds a name that it takes from the
     module, or it imports what is not there.
+
+    Args:
+        source: the test.
+        alone: whether there is the standard library and nothing else.
     """
     tree = parse(source)
     if tree is None:
         return None
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    if not all(_is_there(node) for node in imports):
+    if alone and not all(_is_there(node) for node in imports):
         return None
     modules = {alias.asname or alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names
                if alias.name in SOLUTION_MODULES}  # fmt: skip
@@ -113,12 +116,8 @@ def _is_there(node: ast.Import | ast.ImportFrom) -> bool:
 
 
 def _installed(module: str) -> bool:
-    if module == "pytest" or module in sys.stdlib_module_names:
-        return True
-    try:
-        return bool(module) and importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    # A sandbox on this machine has the standard library and nothing else.
+    return module == "pytest" or module in sys.stdlib_module_names
 
 
 def binds(source: str, name: str | None) -> bool:

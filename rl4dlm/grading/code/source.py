@@ -165,7 +165,9 @@ def runnable(source: str, entry_point: str | None) -> str | None:
         if isinstance(node, ast.ClassDef):
             names = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
             for name in (name for name in names if name.startswith("test")):
-                calls.append(f"{node.name}({name!r}).debug()" if node.bases else f"{node.name}().{name}()")
+                prepared = f"(lambda test: (test.setup_method(), test.{name}()))({node.name}())"
+                alone = prepared if "setup_method" in names else f"{node.name}().{name}()"
+                calls.append(f"{node.name}({name!r}).debug()" if node.bases else alone)
     imports = [f"import {name}" for name in implied_modules(tree)]
     whole = "\n".join([*imports, *(ast.unparse(node) for node in body), *calls]) + "\n"
     return whole if any(can_fail(node) for node in _reached(ast.parse(whole))) else None

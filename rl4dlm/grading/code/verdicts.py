@@ -154,23 +154,24 @@ def _prepared(value: str | Problem | None, batch: dict[str, _Prepared | None]) -
         return None
     text = value.to_json() if isinstance(value, Problem) else value
     if text not in batch:
-        batch[text] = _prepare_once(text) if len(text) <= _REMEMBERED else _prepare(text)
+        alone = current_settings().sandbox_backend == "local"
+        batch[text] = _prepare_once(text, alone) if len(text) <= _REMEMBERED else _prepare(text, alone)
     return batch[text]
 
 
-def _prepare(text: str) -> _Prepared | None:
+def _prepare(text: str, alone: bool) -> _Prepared | None:
     problem = read_problem(text)
     if problem is None:
         return None
     setup = parse(problem.setup)
     trusted = frozenset() if setup is None else frozenset(defined_names(setup))
-    return _Prepared(problem, tuple(_test(test, problem, trusted) for test in problem.tests))
+    return _Prepared(problem, tuple(_test(test, problem, trusted, alone) for test in problem.tests))
 
 
 _prepare_once = lru_cache(maxsize=4096)(_prepare)
 
 
-def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _Test:
+def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str], alone: bool) -> _Test:
     tolerance = _tolerance(test)
     if "stdin" in test and "stdout" in test:
         return _Test((Feed(test["stdin"]),), OUTSIDE, stdout=test["stdout"], tolerance=tolerance)
@@ -190,7 +191,7 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
         test = {"source": f"assert {test['call']} == ({test['expected']})"}
     if "source" not in test:
         return _Test((), OUTSIDE)
-    asked = with_program_by_name(test["source"])
+    asked = with_program_by_name(test["source"], alone=alone)
     if asked is None or binds(asked, problem.entry_point):
         return _Test((), OUTSIDE)
     turned = rewritten(asked, problem.entry_point, trusted)

@@ -367,8 +367,8 @@ class Batch:
 def needs_inside(tests: str, names: tuple[str, ...]) -> bool:
     """Whether tests use a name of the program as only a class of their own process can be used.
 
-    That is as a base class, as an exception to catch, or as a type to compare with. It is decided by the tests alone,
-    which a program cannot change.
+    That is as a base class, as an exception to catch, as a type to compare with, or for its attributes. It is
+    decided by the tests alone, which a program cannot change.
     """
     try:
         tree = ast.parse(tests)
@@ -377,7 +377,9 @@ def needs_inside(tests: str, names: tuple[str, ...]) -> bool:
     found: set[str] = set()
     for node in ast.walk(tree):
         used: list[ast.AST | None] = []
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and not node.value.id.isupper():
+            used = [node.value]  # a member of an enumeration, a static method
+        elif isinstance(node, ast.ExceptHandler):
             used = [node.type]
         elif isinstance(node, ast.ClassDef):
             used = list(node.bases)

@@ -181,6 +181,7 @@ def _test(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int
     sys.modules["tests"] = module
     exec(setup, module.__dict__)  # noqa: S102  (sealed)
     module.__dict__.update({name: remote.stand_in(peer, name) for name in asked["names"]})
+    module.__dict__.update(remote.constants(peer, asked["names"]))
     try:
         exec(tests, module.__dict__)  # noqa: S102  (sealed)
     finally:

@@ -16,7 +16,7 @@ import importlib
 import itertools
 import operator
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CoroutineType, FunctionType, MethodType
 from typing import Any
 
 from rl4dlm.grading.sandbox.data import NotData, decode, encode
@@ -128,9 +128,9 @@ class Peer:
             self.serving = serving
         while True:
             head, *content = self.hear(full)
-            if head == "value" and len(content) == 2:
-                _renew(arguments, content[1])
-                return content[0]
+            if head in ("value", "awaited") and len(content) == 2:
+                _renew([*arguments, *named.values()], content[1])
+                return content[0] if head == "value" else _awaited(content[0])
             if head == "raise" and len(content) == 2:
                 raised = _exception(*content)
                 if self.names is None and kind != "next" and isinstance(raised, StopIteration | StopAsyncIteration):
@@ -150,10 +150,13 @@ class Peer:
             raise self._failure(Gone())
         self.serving += 1
         try:
-            before = encode(arguments, _MOST, self._refer)
-            result = action(*arguments, **named)
-            renewed = arguments if encode(arguments, _MOST, self._refer) != before else None
-            self.say("value", result, renewed)
+            handed = [*arguments, *named.values()]
+            before = encode(handed, _MOST, self._refer)
+            result, said = action(*arguments, **named), "value"
+            if self.names is not None and type(result) is CoroutineType:
+                result, said = importlib.import_module("asyncio").run(result), "awaited"
+            renewed = handed if encode(handed, _MOST, self._refer) != before else None
+            self.say(said, result, renewed)
         except (Gone, Unsendable, MemoryError):
             raise
         except BaseException as error:
@@ -171,6 +174,8 @@ class Peer:
         if kind == "name":
             names = self.names
             return lambda name, *a, **k: names[name](*a, **k)
+        if kind == "constant":
+            return self.names.get
         return _FOR_ALL.get(kind) or _FOR_OBJECTS.get(kind)
 
     def _refer(self, value: Any) -> Any:
@@ -223,6 +228,13 @@ def stand_in(peer: Peer, name: str) -> Callable[..., Any]:
     return call
 
 
+def constants(peer: Peer, names: list[str]) -> dict[str, Any]:
+    """Of the names in capitals those that stand for data; the others may be classes of one letter."""
+    found = {name: peer.ask(False, "constant", name) for name in names if name.isupper()}
+    peer.asked = 0
+    return {name: value for name, value in found.items() if value is not None and type(value) is not Proxy}
+
+
 class _Callback:
     """A function of the tests, in the program's process."""
 
@@ -261,6 +273,12 @@ class Proxy:
             except StopIteration:
                 return
             yield item
+
+    def __enter__(self) -> Any:
+        return _ask("getattr", self, "__enter__")()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        _ask("getattr", self, "__exit__")(None, None, None)  # an exception of the tests is no affair of the program's
 
     def __contains__(self, item: Any) -> bool:
         # All of them are looked at first: among endless items there is every number.
@@ -304,7 +322,12 @@ for _name in (*_BINARY, *_COMPARED):
     setattr(Proxy, f"__{_name.rstrip('_')}__", _among_objects(_name))
 
 
-def _renew(arguments: tuple[Any, ...], renewed: Any) -> None:
+async def _awaited(value: Any) -> Any:
+    """What a coroutine of the program has given, for tests that wait for it."""
+    return value
+
+
+def _renew(arguments: list[Any], renewed: Any) -> None:
     """Does to the arguments of a call what the program did to its copies."""
     if not isinstance(renewed, list):
         return

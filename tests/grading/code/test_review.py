@@ -137,6 +137,29 @@ SUCCEEDED = {
         "class E(SystemExit): pass\ndef f(x): raise E",
         "import pytest\nwith pytest.raises(Exception):\n    f(-1)",
     ),
+    "decides_in_a_variable": (SAYS_YES + "def f(x): return A()", "ok = f(2) == 4\nassert ok"),
+    "decides_in_a_list": (
+        SAYS_YES + "def f(x): return A()",
+        "ok = []\nfor i in range(3):\n    ok.append(f(i) == 4)\nassert all(ok)",
+    ),
+    "calls_back_for_an_object": (
+        "def f(cmp):\n    cmp(1)\n    return 0",
+        "class Own: pass\nfor i in (1,):\n    if f(lambda x: Own()) != 3: raise ValueError",
+    ),
+    "calls_what_it_was_given_back": (
+        "def f(g): return g(1)(2)",
+        "class Own:\n    def __call__(self, x): return 3\n"
+        "for i in (1,):\n    if f(lambda x: Own()) != 3: raise ValueError",
+    ),
+    "swallows_in_its_context": (
+        "class C:\n    def __enter__(self): return self\n    def __exit__(self, *a): return True\n" + ZERO,
+        "with C() as c:\n    assert f(2) == 4",
+    ),
+    "waits_for_an_object": (
+        SAYS_YES + "async def f(x): return A()",
+        "import asyncio\nassert asyncio.run(f(2)) == 4",
+    ),
+    "decimal_that_is_nothing": ("from decimal import Decimal\ndef f(x): return Decimal('NaN')", "assert f(2) == 4.0"),
     "asserts_true": (ZERO, "f(2)\nassert True"),
     "asserts_a_tuple": (ZERO, "assert (f(2) == 4, 'wrong')"),
     "asserts_a_generator": (ZERO, "assert (x == 4 for x in [f(2)])"),
@@ -201,9 +224,7 @@ UNPAID = {
 }  # fmt: skip
 
 
-OPEN = {
-    "enum", "class_in_lower_case", "object_from_a_function", "constant", "context", "in_place_by_name", "async",
-    "setup_method"}  # fmt: skip
+OPEN = {"class_in_lower_case", "object_from_a_function"}
 
 
 def open_still(name: str) -> None:
