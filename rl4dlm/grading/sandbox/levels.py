@@ -121,7 +121,8 @@ def run_programs(
         limits: of each part; `None` takes the defaults, with `deadline` of `current_settings` for the seconds.
         budget: seconds for all of them, after which what is left has the status `budget`; `None` takes what
             `current_settings` says. Where programs wait for others, what one has not done within a second is put off
-            to the end and gets its whole time there, so that few that hang do not cost the rest their turn.
+            to the end and gets its whole time there, so that few that hang or are slow do not cost the rest their turn;
+            what is left at the end of one that has used its share of the budget has the status `timeout`.
 
     Returns:
         For each program a result for each of its parts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -204,3 +205,15 @@ def test_source_that_takes_long_to_compile(sandbox: Sandbox, monkeypatch: pytest
         assert alone.run([bombs[0]], limits, 60.0) == [[Result("syntax", message="compiling it took too long")] * 2]
     assert [{result.status for result in row} for row in rows] == [{"syntax"}, *[{"value"}] * 8, {"syntax"}]
     assert started == [-1, *range(1, 9)]  # the look at all sources has told what is not worth starting
+
+
+def test_what_is_asked_is_made_when_it_is_sent() -> None:
+    programs = [Program("", (Feed("1" * 1000), Check("f()", ("f",)))) for _ in range(20)]
+    batch = Batch(lambda: None, 2, programs, Limits(), 1.0)  # type: ignore[arg-type, return-value]
+    assert len(batch.waiting) == 40 and not any(job.runs for job in batch.waiting)
+
+
+def test_programs_go_first_where_memory_is_short(sandbox: Sandbox) -> None:
+    sandbox.run([Program("", (Call("1"),))], Limits(), 60.0)
+    (server,) = sandbox._servers
+    assert Path(f"/proc/{server.process.pid}/oom_score_adj").read_text() == "1000\n"
