@@ -289,6 +289,16 @@ _JUSTGRPO = _in(
     use_peft=False,
 )
 
+_TRACERL_SDAR = _in(
+    "configs/rl_sdar.yaml",
+    **_TRACERL,
+    max_completion_length=2000,
+    num_generations=16,
+    temperature=1.0,
+    merge=1,
+    schedule="threshold",
+)
+
 PUBLISHED: dict[str, dict[str, Flag]] = {
     "diffu_grpo/gsm8k_llada-8b": _d1("gsm8k", 12),
     "diffu_grpo/math_llada-8b": _d1("math", 12),
@@ -449,15 +459,8 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
     ),
     "cj_grpo/gsm8k_llada-8b": _cj(12),
     "cj_grpo/sudoku_llada-8b": _cj(8),
-    "tracerl/math_sdar-8b": _in(
-        "configs/rl_sdar.yaml",
-        **_TRACERL,
-        max_completion_length=2000,
-        num_generations=16,
-        temperature=1.0,
-        merge=1,
-        schedule="threshold",
-    ),
+    "tracerl/math_sdar-8b": _TRACERL_SDAR,
+    "tracerl/math_sdar-4b": _TRACERL_SDAR,
     "tracerl/math_llada-8b": _in(
         "configs/rl_llada.yaml",
         **_TRACERL,

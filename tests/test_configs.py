@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaForCausalLM
 from trl import ModelConfig
 
 from rl4dlm import load_rewards, resources, save_denoiser, tiny_llada, tiny_tokenizer
+from rl4dlm.cli.arguments import RewardArguments, parse
 from rl4dlm.tasks import load_task
+from tests.models.families import BUILDERS, edit
 from tests.published_settings import DELIBERATE, NOT_HELD, PUBLISHED, REPOSITORIES
 
 CONFIGS = {
@@ -24,7 +28,40 @@ CONFIGS = {
     if path.parent.name != "accelerate"
 }
 CODE = ("acecode", "kodcode")  # tasks whose configurations are tried on `code_mini`
+FAMILIES = {  # how the names of published models begin -> what stands for them; LLaDA for all others
+    "JetLM/SDAR-30B": "sdar_moe",
+    "JetLM/": "sdar",
+    "Gen-Verse/": "sdar",
+    "inclusionAI/LLaDA2": "llada2",
+    "inclusionAI/LLaDA-MoE": "llada_moe",
+    "Dream-org/": "dream",
+    "apple/": "dream",
+    "Efficient-Large-Model/": "fast_dllm",
+    "google/diffusiongemma": "diffusion_gemma",
+    "GSAI-ML/iLLaDA": "illada",
+}
+OF_ANOTHER_SIZE = {  # what differs from another configuration in the model and the number of GPUs alone
+    "tracerl/math_sdar-4b": "tracerl/math_sdar-8b",
+    "tracerl/math_sdar-1.7b": "tracerl/math_sdar-8b",
+    "tracerl/math_trado-4b": "tracerl/math_sdar-8b",
+    "tracerl/math_trado-8b": "tracerl/math_sdar-8b",
+    "tracerl/gsm8k_fast-dllm-1.5b": "tracerl/gsm8k_fast-dllm-7b",
+    "espo/gsm8k_llada-1.5": "espo/gsm8k_llada-8b",
+}
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def family(settings: dict) -> str:
+    """The family of the published model that a configuration names."""
+    name = settings["model_name_or_path"]
+    return next((known for start, known in FAMILIES.items() if name.startswith(start)), "llada")
+
+
+def tiny_illada() -> LlamaForCausalLM:
+    """LLaDA with what iLLaDA has of its own: fewer key/value heads, and a head that is tied to the embedding."""
+    config = tiny_llada().config
+    config.num_key_value_heads, config.tie_word_embeddings = 2, True
+    return LlamaForCausalLM(config)
 
 
 def load_script(path: Path):
@@ -39,7 +76,12 @@ def load_script(path: Path):
 def folder(tmp_path_factory) -> Path:
     """A tiny model, and small files in the forms of the data sets that would be downloaded."""
     folder = tmp_path_factory.mktemp("configs")
-    save_denoiser(tiny_llada(), folder / "model", tiny_tokenizer())
+    save_denoiser(tiny_llada(), folder / "llada", tiny_tokenizer())
+    for name in set(FAMILIES.values()):  # in their published form, as they would be downloaded
+        tokenizer = tiny_tokenizer()
+        if name == "illada":
+            tokenizer.mask_token = None  # `config.json` alone says which token it is
+        save_denoiser(tiny_illada() if name == "illada" else BUILDERS[name](), folder / name, tokenizer, form="hub")
     causal = tiny_llada()
     causal.config.is_causal = True
     del causal.config.diffusion
@@ -80,15 +122,20 @@ SMALL_RL = {
 
 
 def overrides(name: str, settings: dict, folder: Path) -> dict:
-    small = {"model_name_or_path": folder / "model", "output_dir": folder / "outputs", **SMALL}
+    model = folder / family(settings)
+    small = {"model_name_or_path": model, "output_dir": folder / "outputs", **SMALL}
     if "adapt_attention" in settings:
         small["model_name_or_path"] = folder / "causal"
         small["adapt_mask_token"] = tiny_tokenizer().mask_token
     if "num_generations" in settings:
         small |= {key: value for key, value in SMALL_RL.items() if key in settings}
-        small["per_device_train_batch_size"] = settings["num_generations"]
+        if family(settings) != "llada":
+            small["num_generations"] = min(4, settings["num_generations"])
+        small["per_device_train_batch_size"] = small.get("num_generations", settings["num_generations"])
         if "block_length" not in settings:
             small |= {"max_completion_length": 16}
+        if "max_steps" in settings.get("schedule_args", {}):
+            small["schedule_args"] = json.dumps({**settings["schedule_args"], "max_steps": 2})
     if settings.get("task") in ("gsm8k", "math"):
         small["task_args"] = json.dumps({"path": {"train": str(folder / f"{settings['task']}.jsonl")}})
     elif settings.get("task") in CODE:
@@ -107,7 +154,7 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
     return small
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - OF_ANOTHER_SIZE.keys()))
 def test_a_configuration_runs_one_step(name, folder):
     settings = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
     small = overrides(name, settings, folder)
@@ -123,9 +170,46 @@ def test_a_configuration_runs_one_step(name, folder):
     if settings.get("use_peft"):
         (lora,) = trainer.model.peft_config.values()
         assert (lora.lora_alpha, lora.lora_dropout) == (settings["lora_alpha"], settings["lora_dropout"])
-        assert set(lora.target_modules) == set(settings["lora_target_modules"])
+        named = settings["lora_target_modules"]  # one alone is a pattern
+        assert lora.target_modules == (named[0] if len(named) == 1 else set(named))
     if "reward_funcs" in settings:
         assert len(trainer.reward_funcs) == len(settings["reward_funcs"])
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_SIZE)
+def test_a_configuration_of_another_size_is_the_one_that_runs(name):
+    """It parses, names a model of the same family, and has the same batch of an optimizer step, on one GPU or eight."""
+    text = CONFIGS[name].read_text(encoding="utf-8")
+    settings, other = (
+        yaml.safe_load(CONFIGS[which].read_text(encoding="utf-8")) for which in (name, OF_ANOTHER_SIZE[name])
+    )
+    assert family(settings) == family(other) and settings["model_name_or_path"] != other["model_name_or_path"]
+    free = ("model_name_or_path", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps")
+    assert {key: settings[key] for key in settings if key not in free} == {
+        key: other[key] for key in other if key not in free
+    }
+    gpus = 1 if "one_process.yaml" in text else 8
+    batch, as_there = (s["per_device_train_batch_size"] * s["gradient_accumulation_steps"] for s in (settings, other))
+    assert batch * gpus == as_there * 8
+    trainer = load_script(resources.find("trainers") / f"{CONFIGS[name].parent.name}.py")
+    (config,) = (value.config_class for key, value in vars(trainer).items() if key.endswith("Trainer"))
+    parse(["--config", str(CONFIGS[name]), "--bf16", "False"], RewardArguments, config, ModelConfig)
+
+
+def test_the_mask_token_of_illada_is_what_its_files_say(folder, tmp_path):
+    """Its vocabulary is not LLaDA's: where nothing states the token, training refuses to start, and an id is taken."""
+    stated = json.loads((folder / "illada" / "config.json").read_text())
+    assert stated["mask_token_id"] == tiny_tokenizer().mask_token_id
+    assert stated["n_kv_heads"] == 2 and stated["weight_tying"]
+    silent = shutil.copytree(folder / "illada", tmp_path / "silent")
+    edit(silent, mask_token_id=None)
+    edit(silent, "generation_config.json", mask_token_id=None)
+    settings = yaml.safe_load(CONFIGS["espo/gsm8k_illada-8b"].read_text(encoding="utf-8"))
+    small = {**overrides("espo/gsm8k_illada-8b", settings, folder), "model_name_or_path": silent}
+    flags = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    script = load_script(resources.find("trainers") / "espo.py")
+    with pytest.raises(ValueError, match="mask_token_id"):
+        script.main(["--config", str(CONFIGS["espo/gsm8k_illada-8b"]), *flags])
 
 
 def test_configurations_of_code_name_tasks_and_rewards_that_fit(folder):
