@@ -30,7 +30,9 @@ from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Re
 PASSED, FAILED, NOT_SCORABLE = "passed", "failed", "not_scorable"
 OUTSIDE, APART, INSIDE = "outside", "apart", "inside"
 
-_MISSING = re.compile(r"NameError: name '(\w+)' is not defined.*|AttributeError: .* has no attribute '(\w+)'.*")
+_MISSING = re.compile(
+    r"NameError\b[^:]*: name '(\w+)' is not defined.*|AttributeError\b[^:]*: .* has no attribute '(\w+)'.*"
+)
 _REMEMBERED = 1 << 16  # characters of a problem; those of competitions have megabytes of tests
 
 _EXCEPTIONS = {
