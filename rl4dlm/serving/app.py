@@ -139,9 +139,12 @@ async def _body(request: Request) -> Any:
         if len(data) > MAX_BODY:
             raise BadRequest(f"the body has more than {MAX_BODY} bytes; at most so many are allowed", status=413)
     try:
-        return json.loads(data)
+        body = json.loads(data)
+        if b"\\u" in data:  # half of a pair of escapes is no character, and could not be answered either
+            json.dumps(body, ensure_ascii=False).encode()
+        return body
     except (ValueError, RecursionError):
-        raise BadRequest("the body is not JSON; it must be a JSON object") from None
+        raise BadRequest("the body is not JSON in UTF-8; it must be a JSON object") from None
 
 
 def _refusal(message: str, status: int, field: str | None = None) -> Response:

@@ -12,13 +12,13 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rl4dlm.evaluation.likelihood import request_key
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.checks import check_call, check_parts
-from rl4dlm.rollout.decoding import DecodingConfig
+from rl4dlm.rollout.decoding import DecodingConfig, available_schedules, schedule_arguments
 from rl4dlm.rollout.schedules.parts import CanvasSchedule
 from rl4dlm.rollout.stopping import Ends, StopStrings, text_ends
 from rl4dlm.tasks.prompts import encode_prompt, prompt_problem
@@ -26,9 +26,9 @@ from rl4dlm.tasks.prompts import encode_prompt, prompt_problem
 DECODING = (
     "canvas_length", "schedule", "schedule_args", "steps", "block_length", "cfg_scale", "cache", "cache_args",
     "stop_at_eos", "min_new_tokens", "eos_penalty", "eos_penalty_decay", "suppress_token_ids", "defer_token_ids",
-    "draft_steps", "draft_width",
 )  # fmt: skip
-"""What a request's `decoding` may set; names of `DecodingConfig`."""
+"""What a request's `decoding` may set; names of `DecodingConfig`. Guesses (`draft_steps`) change what decoding
+costs, others' rows included, and nothing that is decoded, so they are the server's."""
 
 SAMPLING = ("temperature", "top_p", "top_k")
 """Fields of a request itself that are settings of `DecodingConfig`."""
@@ -57,6 +57,7 @@ _OFF_EVERYWHERE: dict[str, tuple[Any, ...]] = {
 _ONLY = {False: ("prompt",), True: ("messages", "max_completion_tokens", "chat_template_kwargs")}
 
 SEEDS = 2**63
+LARGEST = 2**31 - 1
 
 
 class BadRequest(ValueError):
@@ -196,6 +197,7 @@ def _decoding(served: Served, given: Mapping[str, Any]) -> DecodingConfig:
         if name not in DECODING:
             hint = f"; {name} is a field of the request itself" if name in SAMPLING else ""
             raise BadRequest(f"decoding has no setting {name!r}{hint}; allowed: {', '.join(DECODING)}", "decoding")
+    _check_schedule_args(served, asked)
     defaults = DecodingConfig()
     settings = {
         reset: getattr(defaults, reset)
@@ -205,6 +207,9 @@ def _decoding(served: Served, given: Mapping[str, Any]) -> DecodingConfig:
     }
     settings |= {name: value for name, value in asked.items() if value is not None or name in ("steps", "block_length")}
     settings |= {name: given[name] for name in SAMPLING if name in given}
+    for name, value in settings.items():
+        if isinstance(value, int) and abs(value) > LARGEST:  # of any size, in JSON and in Python
+            raise BadRequest(f"{name}={_shown(value)} is not allowed; it must be {LARGEST} at most", name)
     try:
         return replace(served.decoding, **settings).for_model(served.spec)
     except (ValueError, TypeError, OverflowError) as error:
@@ -213,6 +218,31 @@ def _decoding(served: Served, given: Mapping[str, Any]) -> DecodingConfig:
             message = f"decoding={_shown(asked)} is not allowed: {message}"
         names = [name for name in (*SAMPLING, *DECODING) if message.startswith(f"{name}=")]
         raise BadRequest(message, names[0] if names and names[0] in SAMPLING else "decoding") from None
+
+
+def _check_schedule_args(served: Served, asked: Mapping[str, Any]) -> None:
+    """Clients may choose numbers and words. What may name a file or a model, which the server would read, is the
+    server's to choose: text and objects are let through only where a setting is a word, or as the server has them."""
+    name, own = asked.get("schedule") or served.decoding.schedule, served.decoding
+    values = asked.get("schedule_args")
+    if not isinstance(name, str) or name not in available_schedules() or not isinstance(values, Mapping):
+        return  # nothing yet, or something that the settings themselves refuse
+    known = {setting.name: setting for setting in fields(schedule_arguments(name))}
+    for key, value in values.items():
+        if key not in known or _is_plain(value) or (isinstance(value, str) and known[key].type in ("str", str)):
+            continue
+        if value == known[key].default or (name == own.schedule and value == own.schedule_args.get(key, known[key])):
+            continue
+        raise BadRequest(
+            f"schedule_args has {key}={_shown(value)}, which a request may not set for schedule={name!r}: it may name "
+            "files or models, which only the server's own settings can",
+            "decoding",
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether something is a number, true, false, null or a list of such."""
+    return value is None or isinstance(value, int | float) or (isinstance(value, list) and all(map(_is_plain, value)))
 
 
 def _most(given: Mapping[str, Any], chat: bool) -> int | None:

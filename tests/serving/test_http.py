@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from rl4dlm import DecodingConfig, RolloutEngine, encode_prompt, save_denoiser, tiny_llada, tiny_tokenizer
 from rl4dlm.cli import main
@@ -218,6 +220,7 @@ def test_what_is_no_request(running):
         (b"{", 400, "the body is not JSON"),
         (b"[" * 100_000, 400, "the body is not JSON"),
         (b'"\xff"', 400, "the body is not JSON"),
+        (rb'{"\ud800": 1}', 400, "the body is not JSON"),
         (b" " * (8 * 2**20 + 1), 413, "the body has more than"),
     ]:
         answer = httpx.post(post, content=content, timeout=60)
@@ -256,6 +259,56 @@ def test_an_engine_that_fails_is_a_500_without_text(running, caplog):
     finally:
         running.worker.engine.generate = decode
     assert running.complete("a").choices[0].text == running.complete("a").choices[0].text
+
+
+def test_lm_eval_asks_the_server(running, tmp_path, monkeypatch):
+    """Its `local-completions`, four requests at a time, gets what OpenAI's client gets."""
+    for module in ("lm_eval", "aiohttp", "tenacity"):
+        pytest.importorskip(module, reason="lm-eval, or its extra api, is not installed")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    questions = ["what is it", "ab", "a longer question than the others", "x"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
+    task = {
+        "task": "local_questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "x",
+        "generation_kwargs": {"until": ["e"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 9, "top_k": 50},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    results = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "org/tiny",
+            "base_url": f"{running.url}/v1/completions",
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "tokenizer_backend": "huggingface",
+            "num_concurrent": 4,
+            "max_retries": 1,
+        },
+        tasks=["local_questions"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+    )
+    answers = {sample["doc"]["question"]: sample["resps"][0][0] for sample in results["samples"]["local_questions"]}
+    expected = {
+        question: running.complete(
+            question, seed=1234, max_tokens=9, temperature=1.0, stop=["e", "<eos>"], extra_body={"top_k": 50}
+        ).choices[0]
+        for question in questions
+    }
+    assert answers == {question: choice.text for question, choice in expected.items()}
 
 
 def test_it_drains(caplog):

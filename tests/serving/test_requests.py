@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -17,6 +17,7 @@ from rl4dlm import (
     tiny_tokenizer,
 )
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.decoding import available_schedules, schedule_arguments
 from rl4dlm.rollout.stopping import text_ends
 from rl4dlm.serving.answers import Answer
 from rl4dlm.serving.fields import BadRequest, Served, read, settles
@@ -127,6 +128,8 @@ BAD = [
     ({"decoding": {"suppress_token_ids": 5}}, "decoding", "decoding={'suppress_token_ids': 5} is not allowed"),
     ({"decoding": {"schedule_args": {"x": 1}}}, "decoding", "schedule_args has unknown settings ['x']"),
     ({"decoding": {"record": ["fillings"]}}, "decoding", "decoding has no setting 'record'; allowed: canvas_length"),
+    ({"decoding": {"draft_steps": 10**6}}, "decoding", "decoding has no setting 'draft_steps'"),
+    ({"temperature": 10**400}, "temperature", "is not allowed; it must be 2147483647 at most"),
     ({"decoding": {"temperature": 1}}, "decoding", "temperature is a field of the request itself"),
 ]
 
@@ -170,6 +173,47 @@ def test_a_body_that_is_no_object_and_a_model_without_an_end(served):
     endless = replace(served, spec=replace(served.spec, eos_token_ids=()))
     with pytest.raises(BadRequest, match="need an end-of-sequence token"):
         ask(endless, prompt="a", stop="x")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("guided", {"guide": "some/model"}),
+        ("edlm", {"energy": {"a": 1}}),
+        ("learn2pd", {"acceptance": 0.5, "filter_path": "/etc/passwd"}),
+        ("ctrldiff", {"policy": "/etc/passwd"}),
+        ("pc_sampler", {"frequencies": "/etc/passwd"}),
+        ("pc_sampler", {"frequencies": {"1000000000000": 1}}),
+    ],
+    ids=str,
+)
+def test_a_request_cannot_name_files_and_models(served, schedule, values):
+    with pytest.raises(BadRequest, match="which a request may not set"):
+        ask(served, prompt="a", decoding={"schedule": schedule, "schedule_args": values})
+
+
+def test_the_servers_own_files_and_words_can_be_named(served, tmp_path):
+    counts = tmp_path / "counts.json"
+    counts.write_text('{"5": 3}')
+    own = {"frequencies": str(counts)}
+    base = replace(served, decoding=replace(DECODING, schedule="pc_sampler", schedule_args=own))
+    assert ask(base, prompt="a").config.schedule_args == own
+    more = {**own, "decay": 0.5}
+    assert ask(base, prompt="a", decoding={"schedule_args": more}).config.schedule_args == more
+    words = {"schedule": "rcr", "schedule_args": {"confidence": "nonsense"}}
+    with pytest.raises(BadRequest, match="confidence='nonsense'"):
+        ask(served, prompt="a", decoding=words)
+    # Settings that are words. One that names a file must not be among them: its type has to say more than `str`.
+    found = {
+        (name, setting.name)
+        for name in available_schedules()
+        for setting in fields(schedule_arguments(name))
+        if setting.type == "str"
+    }
+    assert found == {
+        *((name, "counts") for name in ("dream_entropy", "dream_maskgit_plus", "dream_topk_margin", "rcr")),
+        ("edlm", "order"), ("guided", "accept"), ("rcr", "confidence"), ("rcr", "update"),
+    }  # fmt: skip
 
 
 def test_a_request_sets_its_own_decoding(served):
