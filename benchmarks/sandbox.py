@@ -30,6 +30,7 @@ _COMPUTES = (
     "def f(x):\n    total = 0\n    for number in range({loops}):\n        total += number & x\n    return total\n"
 )
 _HANGS = Program("def f(x):\n    while True: pass\n", (Call("f(1)"),))
+_FILE = "written-by-a-program-in-the-sandbox"
 _CLAIMS = {"executions_per_core": 100, "cpu_ms": 7.0}
 
 
@@ -98,6 +99,10 @@ def leaks(sandbox: Sandbox, programs: Sequence[Program], size: int) -> dict[str,
     """What there is more of afterwards."""
     (server,) = sandbox._servers
     mixed = [*programs, Program("1 / 0", (Call("1"),)), Program("import os\nos._exit(1)", (Call("1"),))]
+    mixed.append(Program(f"open('/tmp/{_FILE}', 'w').write('x')", (Call("1"),)))
+    deadline = time.monotonic() + 30
+    while left(server.process.pid)["processes"] and time.monotonic() < deadline:
+        time.sleep(0.05)  # those of the batch before are still ending
     many = [mixed[row % len(mixed)] for row in range(size)]
     before = left(server.process.pid)
     sandbox.run(many, Limits(seconds=60.0), 3600.0)
@@ -105,13 +110,13 @@ def leaks(sandbox: Sandbox, programs: Sequence[Program], size: int) -> dict[str,
 
 
 def left(server: int) -> dict[str, int]:
-    """Processes below the server, descriptors of it and of this process, and files in the temporary folder."""
+    """Processes below the server, descriptors of it and of this process, its mounts, and a file that programs write."""
     children = Path(f"/proc/{server}/task/{server}/children")
     return {
         "processes": len(children.read_text().split()) if children.exists() else 0,
         "descriptors": len(os.listdir("/proc/self/fd")) + len(os.listdir(f"/proc/{server}/fd")),
         "mounts": len(Path(f"/proc/{server}/mounts").read_text().splitlines()),
-        "files": len(os.listdir("/tmp")),
+        "files": int(Path("/tmp", _FILE).exists()),
     }
 
 

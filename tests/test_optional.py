@@ -29,6 +29,12 @@ def test_a_package_broken_inside_keeps_its_own_error(tmp_path, monkeypatch):
         _optional.require("broken_package", extra="plots", purpose="the plot")
 
 
+@pytest.mark.skipif(find_spec("fastapi") is not None, reason="FastAPI is installed")
+def test_the_command_that_serves_says_what_to_install(capsys):
+    assert main(["serve", "--model", "no_such_model"]) == 2
+    assert "rl4dlm serve needs fastapi, which is not installed: pip install 'rl4dlm[serve]'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_the_command_for_lm_eval_says_what_to_install(capsys):
     assert main(["lm-eval", "--model", "no_such_model", "--tasks", "gsm8k"]) == 2

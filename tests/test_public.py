@@ -15,6 +15,7 @@ import pytest
 
 import rl4dlm
 from rl4dlm.grading import available_rewards
+from rl4dlm.grading.pool import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,6 +193,11 @@ REWARDS = {
 }
 """Names of rewards; those of other files are guarded by the tests that use them."""
 
+REWARD_SETTINGS = (
+    "workers deadline budget memory_gib startup_seconds sandbox_level sandbox_workers sandbox_backend sandbox_url"
+)
+"""Of rewards that run something outside the trainer's process."""
+
 METRICS = {
     "diffusion/audit_agreement",
     "diffusion/audit_delta",
@@ -244,6 +250,10 @@ def test_options_of_tasks_stay(name: str) -> None:
 
 def test_names_of_rewards_stay() -> None:
     assert set(available_rewards()) >= REWARDS
+
+
+def test_settings_of_rewards_stay() -> None:
+    assert set(REWARD_SETTINGS.split()) <= set(Settings._fields)
 
 
 def test_metrics_stay_and_are_explained() -> None:

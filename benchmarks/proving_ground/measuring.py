@@ -25,9 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.proving_ground.settings import SPEEDS, THRESHOLD, TRAINED, Run
-from benchmarks.proving_ground.statistics import area
 from rl4dlm import DecodingConfig, RolloutEngine, attach_scoring, load_denoiser, load_task
-from rl4dlm.evaluation import encode_prompt, evaluate
+from rl4dlm.evaluation import area, encode_prompt, evaluate
 from rl4dlm.evaluation.measure import completion_texts
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.scoring import score_views
@@ -72,7 +71,7 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "rows": len(task.rows("test")[: scale.test]),
         "solved": greedy,
-        "area": round(area({int(s): v["solved"] for s, v in greedy.items() if s != "threshold"}), 4),
+        "area": round(area([(float(s), v["solved"]) for s, v in greedy.items() if s != "threshold"]), 4),
         "drawn": {
             "right": [right[count] for count in range(scale.samples + 1)],
             "length": round(lengths.float().mean().item(), 2),

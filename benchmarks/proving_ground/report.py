@@ -17,7 +17,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.proving_ground.settings import ALGORITHMS, LINES, MODELS, QUESTIONS, RESULTS, ROOT, TASKS, TRAINED, Run
+from benchmarks.proving_ground.settings import (
+    ALGORITHMS,
+    LINES,
+    MODELS,
+    ON_ALL_KINDS,
+    QUESTIONS,
+    RESULTS,
+    ROOT,
+    TASKS,
+    TRAINED,
+    Run,
+)
 from benchmarks.proving_ground.statistics import pass_at, pass_half, student_half
 from rl4dlm.evaluation.intervals import wilson_interval
 
@@ -160,16 +171,20 @@ def answers(question: str, results: Results) -> str:
     groups = [group for group in results.groups() if any(name in results.runs[group] for name in varied)]
     if not groups:
         return NOTHING
-    rows = []
+    rows, open_ones = [], []
     for name in names:
         title = Run(groups[0][0], groups[0][1], name).title
+        if not any(results.runs[group].get(name) for group in groups):
+            open_ones.append(title)
+            continue
         cells = [title, ", ".join(f"`{k}: {v}`" for k, v in varied[name][1].items()) if name in varied else ""]
         for group in groups:
             at_most = results.gains(group, name, "1")
             cells += [interval(results.gains(group, name)), interval(at_most)]
         rows.append(cells)
     heads = [f"{', '.join(group)}: at {speed}" for group in groups for speed in (TRAINED, 1)]
-    return markdown(["points gained, by tokens per step", "settings", *heads], rows)
+    text = markdown(["points gained, by tokens per step", "settings", *heads], rows)
+    return f"{text}\n\nNot run: {', '.join(open_ones)}." if open_ones else text
 
 
 def cost(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
@@ -306,7 +321,8 @@ def _notes(results: Results, groups: Sequence[Group]) -> list[str]:
     """What is missing and what was given up."""
     notes = []
     for group in groups:
-        few = {name: len(results.runs[group].get(name, ())) for name in LINES if Run(*group[:2], name).exists}
+        wanted = LINES if group[1] == "full" else ON_ALL_KINDS
+        few = {name: len(results.runs[group].get(name, ())) for name in wanted if Run(*group[:2], name).exists}
         for count in range(SEEDS):
             names = [LINES[name].title for name in few if few[name] == count]
             if names:
@@ -332,8 +348,13 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_gains(results: Results, path: Path) -> None:
-    """Points gained at the speed of training by every line, one panel for each task, on the full-attention model."""
-    groups = [group for group in results.groups() if group[1:] == ("full", "completions")] or results.groups()[:1]
+    """Points gained at the speed of training by every line, with full attention: a panel for each task that most
+    lines have run on."""
+    groups = [
+        group
+        for group in results.groups()
+        if group[1:] == ("full", "completions") and 2 * sum(name in LINES for name in results.runs[group]) > len(LINES)
+    ] or results.groups()[:1]
     names = [name for name in reversed(_ordered(results, groups)) if any(results.runs[g].get(name) for g in groups)]
     figure, [panels] = _figure(len(groups), height=1.2 + 0.26 * len(names))
     for axes, group in zip(panels, groups, strict=True):

@@ -174,6 +174,8 @@ ALGORITHMS = {
     ),
 }
 """One line for each."""
+ON_ALL_KINDS = ("diffu_grpo", "tracerl", "ebpo", "spg", "cj_grpo")
+"""Those that are also run with shifted logits and on blocks."""
 CONTROLS = {
     "sft": Line("SFT goes on", "DiffusionSFTTrainer", {"learning_rate": 2e-4}),
     "positives": Line(

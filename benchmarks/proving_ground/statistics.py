@@ -1,23 +1,13 @@
-"""Numbers made of numbers: area over speed, pass@k, and intervals. Owns formulas alone."""
+"""Numbers made of numbers: pass@k, and intervals. Owns formulas alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from math import comb, log2, sqrt
+from collections.abc import Sequence
+from math import comb, sqrt
 from statistics import stdev
 
 T_95 = (float("inf"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """The 0.975 quantile of Student's t by degrees of freedom: half the length of a 95% interval in standard errors."""
-
-
-def area(solved: Mapping[int, float]) -> float:
-    """Accuracy over speed, from the solve rate by tokens per step; of one speed, its own."""
-    speeds = sorted(solved)
-    if len(speeds) == 1:
-        return solved[speeds[0]]
-    whole = sum(log2(high / low) * (solved[low] + solved[high]) / 2 for low, high in pairwise(speeds))
-    return whole / log2(speeds[-1] / speeds[0])
 
 
 def pass_at(right: Sequence[int], k: int) -> float:

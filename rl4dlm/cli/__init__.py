@@ -1,7 +1,7 @@
 """The `rl4dlm` command: `train` starts a trainer, `eval` measures a checkpoint, `compare` sets two
-measurements against each other, `lm-eval` runs tasks of that
-harness, `decode` shows it at work, `filter` keeps prompts that it can learn from, `convert` changes its form, `merge`
-puts an adapter into its base, `env` says what is installed.
+measurements against each other, `lm-eval` runs tasks of that harness, `serve` answers OpenAI's clients, `decode` shows
+it at work, `filter` keeps prompts that it can learn from, `convert` changes its form, `merge` puts an adapter into its
+base, `env` says what is installed.
 
 Owns the way from arguments to a command and what becomes of its errors; each command has a file of its own. Heavy
 libraries are imported by the command that needs them, so `--help` is quick.
@@ -22,6 +22,7 @@ from rl4dlm.cli.eval import add_eval_parser
 from rl4dlm.cli.filter import add_filter_parser
 from rl4dlm.cli.lm_eval import add_lm_eval_parser
 from rl4dlm.cli.merge import add_merge_parser
+from rl4dlm.cli.serve import add_serve_parser
 from rl4dlm.cli.train import add_train_parser, launch_command, train
 
 __all__ = ["BAD_INPUT", "launch_command", "main", "train"]
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         add_eval_parser,
         add_compare_parser,
         add_lm_eval_parser,
+        add_serve_parser,
         add_decode_parser,
         add_filter_parser,
         add_convert_parser,

@@ -18,8 +18,10 @@ WIDE = 240
 STOPS = {"yes": True, "no": False, "block": "block"}
 
 
-def add_decoding_flags(add: Callable[..., Any]) -> None:
-    """How to decode, and on what."""
+def add_decoding_flags(
+    add: Callable[..., Any], *, seed: int | None = 0, seed_help: str = "keys every draw (default: %(default)s)"
+) -> None:
+    """How to decode, and on what; with the default of the seed and what is said of it."""
     add("--schedule", default="low_confidence", help="decoding schedule (default: %(default)s)")
     add("--schedule-args", metavar="JSON", help="settings of the schedule")
     add("--canvas-length", type=int, default=256, metavar="N", help="completion slots (default: %(default)s)")
@@ -39,7 +41,7 @@ def add_decoding_flags(add: Callable[..., Any]) -> None:
     add("--suppress-token-ids", metavar="LIST", help="tokens that are never drawn, with commas between them")
     add("--defer-token-ids", metavar="LIST", help="tokens that are written only when nothing else can be")
     add("--num-samples", type=count, default=1, metavar="N", help="completions per prompt (default: %(default)s)")
-    add("--seed", type=int, default=0, help="keys every draw (default: %(default)s)")
+    add("--seed", type=int, default=seed, help=seed_help)
     add("--batch-rows", type=count, metavar="N", help="completions decoded at the same time (default: all)")
     add("--chat-template-kwargs", metavar="JSON", help="for the chat template, as the training configuration has them")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: %(default)s, as saved)")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -26,7 +26,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
-from rl4dlm.rollout.stopping import Stop, StopStrings
+from rl4dlm.rollout.stopping import text_ends
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class DiffusionLM(TemplateLM):
 
     def _completions(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
         config, most, until = self._settings(settings)
-        stop, strings = self._stop(until, most)
+        stop, strings = text_ends(self.tokenizer, until, most)
         limit = self._positions
         prompts, keys, seen = [], [], Counter[tuple[str, tuple[int, ...]]]()
         for request in requests:
@@ -219,22 +219,6 @@ class DiffusionLM(TemplateLM):
             text = self.tokenizer.decode([token for token in row if token not in ends], skip_special_tokens=True)
             texts.append(text if strings is None else strings.cut(text))
         return texts
-
-    def _stop(self, until: Sequence[str], most: int | None) -> tuple[Stop | None, StopStrings | None]:
-        """Where rows end, and the texts that what is shown is cut at.
-
-        A text that spells out a special token is looked for with these, all others without: the letters of a special
-        token's name are no text.
-        """
-        named = [text for text in until if any(token in text for token in self.tokenizer.all_special_tokens)]
-        plain = [text for text in until if text not in named]
-        shown, stops = None, list[Stop]()
-        if plain:
-            shown = StopStrings(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True), tuple(plain))
-            stops.append(shown)
-        if named:
-            stops.append(StopStrings(self.tokenizer.decode, tuple(named)))
-        return _Ends(tuple(stops), most) if stops or most is not None else None, shown
 
     def _settings(self, given: dict[str, Any]) -> tuple[DecodingConfig, int | None, list[str]]:
         """What a task's generation settings make of the decoding: the settings, the most tokens, where to stop."""
@@ -274,17 +258,3 @@ class DiffusionLM(TemplateLM):
     def _positions(self) -> int | None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else int(limit)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """A row ends at the first of some ends, or with so many tokens."""
-
-    stops: tuple[Stop, ...]
-    most: int | None
-
-    def __call__(self, ids: Sequence[int]) -> int | None:
-        places = [place for place in (stop(ids) for stop in self.stops) if place is not None]
-        if self.most is not None and len(ids) >= self.most:
-            places.append(self.most)
-        return min(places, default=None)

@@ -49,10 +49,16 @@ class Settings(NamedTuple):
     sandbox_workers: int = 0  # programs that run at once; 0 for this process's share of the cores
     sandbox_backend: str = "local"  # who runs programs: this machine, or a service of the kind `fusion` or `e2b`
     sandbox_url: str = ""  # of a service that runs programs
+    sandbox_inside: str = "unscored"  # or "paid": tests that pass where a program could tamper with them
 
 
 SANDBOX_LEVELS = ("strongest", "namespaces", "landlock")
 SANDBOX_BACKENDS = ("local", "fusion", "e2b")
+_CHOICES = {
+    "sandbox_level": SANDBOX_LEVELS,
+    "sandbox_backend": SANDBOX_BACKENDS,
+    "sandbox_inside": ("unscored", "paid"),
+}
 
 _configured: dict[str, float | str] = {}
 
@@ -97,7 +103,7 @@ def current_settings() -> Settings:
 
 def _check_setting(name: str, value: float | str) -> None:
     field = name.lower().removeprefix("rl4dlm_reward_")
-    choices = {"sandbox_level": SANDBOX_LEVELS, "sandbox_backend": SANDBOX_BACKENDS}.get(field)
+    choices = _CHOICES.get(field)
     if choices is not None:
         if value not in choices:
             raise ValueError(f"{name}={value!r}; it must be one of {', '.join(choices)}")

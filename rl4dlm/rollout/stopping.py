@@ -1,14 +1,15 @@
 """Ends that a caller waits for: texts after which nothing more of a row is wanted.
 
-Owns what such an end is and where in a canvas it comes about. The engine asks for it by token ids; `StopStrings` is the
-only thing here that knows of text. Rows whose end is there leave the batch, and what lies behind it is cut off.
+Owns what such an end is and where in a canvas it comes about. The engine asks for it by token ids; `StopStrings` and
+`text_ends`, which makes them, are all that knows of text here. Rows whose end is there leave the batch, and what lies
+behind it is cut off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,42 @@ class StopStrings:
     def _occurs(self, ids: Sequence[int]) -> bool:
         text = self.decode(ids)
         return any(string in text for string in self.strings)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A row ends at the first of some stops, or with so many tokens.
+
+    Args:
+        stops: any of them ends a row. most: tokens of a row at most; None: as many as the canvas holds.
+    """
+
+    stops: tuple[Stop, ...]
+    most: int | None = None
+
+    def __call__(self, ids: Sequence[int]) -> int | None:
+        """See `Stop`."""
+        places = [place for place in (stop(ids) for stop in self.stops) if place is not None]
+        if self.most is not None and len(ids) >= self.most:
+            places.append(self.most)
+        return min(places, default=None)
+
+
+def text_ends(tokenizer: Any, strings: Sequence[str], most: int | None) -> tuple[Ends | None, StopStrings | None]:
+    """Where rows end that stop at some texts or with so many tokens, and the texts that what is shown is cut at.
+
+    A text that spells out a special token is looked for with these, all others without: the letters of a special
+    token's name are no text. Raises ValueError for an empty text.
+    """
+    named = [text for text in strings if any(token in text for token in tokenizer.all_special_tokens)]
+    plain = [text for text in strings if text not in named]
+    shown, stops = None, list[Stop]()
+    if plain:
+        shown = StopStrings(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), tuple(plain))
+        stops.append(shown)
+    if named:
+        stops.append(StopStrings(tokenizer.decode, tuple(named)))
+    return Ends(tuple(stops), most) if stops or most is not None else None, shown
 
 
 def stop_places(stop: Stop, canvas: Tensor, written: Tensor, ends: Collection[int]) -> Tensor:

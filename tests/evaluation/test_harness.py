@@ -13,6 +13,7 @@ from rl4dlm import DecodingConfig, RolloutEngine, encode_prompt, log_likelihood,
 from rl4dlm.cli import main
 from rl4dlm.evaluation.likelihood import request_key
 from rl4dlm.models.loading import save_denoiser
+from rl4dlm.rollout.stopping import text_ends
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -141,7 +142,7 @@ def test_other_requests_and_their_order_change_nothing(denoiser, model, global_r
 def test_special_tokens_end_rows_where_they_are_named_and_their_letters_do_not(denoiser):
     tokenizer = tiny_tokenizer()
     user = tokenizer.convert_tokens_to_ids("<|user|>")
-    stop, strings = denoiser._stop(["s", "<|user|>"], 5)
+    stop, strings = text_ends(denoiser.tokenizer, ["s", "<|user|>"], 5)
     ids = tokenizer.encode
     assert stop([*ids("ab"), user, *ids("c")]) == 3  # named as a whole
     assert stop([*ids("ab"), tokenizer.convert_tokens_to_ids("<|system|>")]) is None  # spelled with an s

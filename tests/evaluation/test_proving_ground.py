@@ -108,14 +108,6 @@ def test_the_first_seed_of_everything_comes_first() -> None:
     )
 
 
-def test_area_is_the_mean_accuracy_over_octaves_of_speed() -> None:
-    from benchmarks.proving_ground.statistics import area
-
-    assert area({1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5}) == pytest.approx(0.5)
-    assert area({1: 1.0, 4: 0.0}) == pytest.approx(0.5)
-    assert area({1: 1.0, 2: 0.0, 8: 0.0}) == pytest.approx(0.5 / 3)
-
-
 def test_pass_at_k_is_unbiased() -> None:
     from benchmarks.proving_ground.statistics import pass_at
 

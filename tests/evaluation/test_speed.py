@@ -7,17 +7,20 @@ from math import exp
 import pytest
 from hypothesis import given, strategies as st
 
-from benchmarks.proving_ground import statistics
 from rl4dlm.evaluation import Speed, area, aup
 
 RATES = st.lists(st.tuples(st.floats(0.5, 64), st.floats(0, 1)), min_size=1, max_size=6, unique_by=lambda p: p[0])
 
 
 @given(points=RATES)
-def test_the_area_is_the_proving_grounds(points):
-    """There it is of whole numbers of tokens per step, and by logarithms to the base 2."""
-    assert area(points) == pytest.approx(statistics.area(dict(points)))
+def test_the_area_lies_between_the_rates(points):
     assert min(rate for _, rate in points) - 1e-9 <= area(points) <= max(rate for _, rate in points) + 1e-9
+
+
+def test_the_area_is_the_mean_accuracy_over_octaves_of_speed():
+    assert area([(1, 0.5), (2, 0.5), (4, 0.5), (8, 0.5)]) == pytest.approx(0.5)
+    assert area([(1, 1.0), (4, 0.0)]) == pytest.approx(0.5)
+    assert area([(1, 1.0), (2, 0.0), (8, 0.0)]) == pytest.approx(0.5 / 3)
 
 
 def test_aup_by_hand():

@@ -175,6 +175,8 @@ def test_a_machine_without_a_sandbox_is_refused_when_the_trainer_is_made(monkeyp
 
 
 def test_settings_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="sandbox_inside='yes'; it must be one of unscored, paid"):
+        pool.configure(sandbox_inside="yes")
     with pytest.raises(ValueError, match="sandbox_backend='docker'; it must be one of local, fusion, e2b"):
         pool.configure(sandbox_backend="docker")
     monkeypatch.setenv("RL4DLM_REWARD_SANDBOX_BACKEND", "none")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rl4dlm.grading import available_rewards, load_reward
+from rl4dlm.grading.code.extract import extract_program
 from rl4dlm.tasks import load_task
 from rl4dlm.training.checks import checked_rewards
 
@@ -135,6 +136,19 @@ UNITS = [
 ]  # fmt: skip
 
 
+def is_linear(read: Any) -> None:
+    """Compares texts of 50,000 and of 400,000 characters."""
+
+    def seconds(length: int) -> float:
+        started = time.process_time()
+        read(length)
+        return time.process_time() - started
+
+    seconds(1000)
+    short, long = seconds(50_000), seconds(400_000)
+    assert long < 0.25 or long < 24 * short, (short, long)  # quadratic would be 64 times
+
+
 @pytest.mark.parametrize("name", [name for name in available_rewards() if not name.startswith("speed")])
 @pytest.mark.parametrize("unit", UNITS)
 def test_a8_every_reader_is_linear(name: str, unit: str) -> None:
@@ -144,13 +158,38 @@ def test_a8_every_reader_is_linear(name: str, unit: str) -> None:
         "problem": ['{"tests": [{"call": "f(2)", "expected": "4"}], "entry_point": "f"}'],
     }  # fmt: skip
     reward = load_reward(name)
+    is_linear(lambda length: reward(["?"], ["<reasoning>" + unit * (length // len(unit))], **columns))
 
-    def seconds(length: int) -> float:
-        text = "<reasoning>" + unit * (length // len(unit))
-        started = time.process_time()
-        reward(["?"], [text], **columns)
-        return time.process_time() - started
 
-    seconds(1000)
-    short, long = seconds(50_000), seconds(400_000)
-    assert long < 0.25 or long < 24 * short, (short, long)  # quadratic would be 64 times
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "\n",
+        " ",
+        "\t",
+        " \n",
+        "def\n",
+        "async ",
+        "f ",
+        "f\n\n\n\n\n\n\n\n",
+        "def f",
+        ".a",
+        "x.",
+        "# ",
+        "(",
+        "[DONE]",
+        "```",
+    ],
+)
+def test_a8_a_program_is_found_in_linear_time(unit: str) -> None:
+    for prefix, wanted in (("", None), ("", "f"), ("def f(x):", None), ("def f(x):", "g")):
+        for label in ("python", ""):
+
+            def read(length: int, label: str = label, prefix: str = prefix, wanted: str | None = wanted) -> None:
+                text = f"```{label}\n{unit * (length // len(unit))}\n```\n"
+                extract_program(text, prefix=prefix, entry_point=wanted)
+
+            is_linear(read)
+            started = time.process_time()
+            read(60_000)  # as long as what is still parsed
+            assert time.process_time() - started < 2

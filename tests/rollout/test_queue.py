@@ -105,7 +105,9 @@ def test_places_are_closed_and_padding_is_cut_off(monkeypatch: pytest.MonkeyPatc
 
 def needs(kind: str) -> Any:
     missing = kind == "zero3" and not importlib.util.find_spec("deepspeed")
-    return pytest.param(kind, marks=pytest.mark.skipif(missing, reason="deepspeed is not installed"))
+    return pytest.param(
+        kind, marks=[pytest.mark.slow, pytest.mark.skipif(missing, reason="deepspeed is not installed")]
+    )
 
 
 @pytest.mark.parametrize(("kind", "origin"), [*KINDS, ("causal", "response"), ("written_first", "response")])

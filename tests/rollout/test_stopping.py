@@ -9,7 +9,7 @@ from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.tiny import tiny_diffusion_gemma, tiny_llada, tiny_sdar, tiny_tokenizer
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
-from rl4dlm.rollout.stopping import StopStrings, stop_places
+from rl4dlm.rollout.stopping import Ends, StopStrings, stop_places, text_ends
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [TOKENIZER.encode(text) for text in ("abc", "d", "longer prompt", "x", "y1")]
@@ -39,6 +39,21 @@ def test_stop_strings_end_at_the_token_that_completes_them():
     for strings in ((), ("",), ("a", "")):
         with pytest.raises(ValueError, match="strings="):
             StopStrings(text_of, strings)
+
+
+def test_texts_and_a_number_of_tokens_end_rows():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("abc<eos>def")["input_ids"]
+    ends, shown = text_ends(tokenizer, ["ef", "<eos>d"], None)
+    assert shown.strings == ("ef",)  # special tokens are not among what is shown
+    assert ends(ids) == 5 and ends(ids[:4]) is None
+    assert Ends(ends.stops, 3)(ids) == 3 and Ends((), 3)(ids[:2]) is None
+    assert text_ends(tokenizer, [], None) == (None, None)
+    assert text_ends(tokenizer, [], 2)[0](ids) == 2
+    # The name of a special token that is spelled out is no text.
+    assert text_ends(tokenizer, ["eos"], None)[0](ids) is None
+    with pytest.raises(ValueError, match="at least one character"):
+        text_ends(tokenizer, [""], None)
 
 
 def test_places_look_at_what_is_written_without_a_gap_and_not_behind_an_end():

@@ -281,7 +281,8 @@ def test_advantages_that_may_read_old_scores_find_them(make_trainer: Any) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [None, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2, 3])
 def test_a_process_without_rows_to_score_stays_in_step(tmp_path: Path, stage: int | None) -> None:
     if stage is not None and not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import cmath
 import math
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import Any
 
 _DEEPEST = 200
@@ -50,11 +51,13 @@ def _equal(value: Any, expected: Any, tolerance: float | None, depth: int) -> bo
 
 
 def _same_number(value: Any, expected: Any, tolerance: float | None) -> bool:
-    if not isinstance(value, int | float | complex) or not isinstance(expected, int | float | complex):
+    numbers = int | float | complex | Fraction | Decimal
+    if not isinstance(value, numbers) or not isinstance(expected, numbers):
         return False
     if value == expected:
         return True
     try:
+        value, expected = (float(n) if isinstance(n, Fraction | Decimal) else n for n in (value, expected))
         if cmath.isnan(value) or cmath.isnan(expected):
             return cmath.isnan(value) and cmath.isnan(expected)
         if tolerance is None or cmath.isinf(value) or cmath.isinf(expected):

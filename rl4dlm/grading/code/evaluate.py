@@ -11,6 +11,8 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -87,15 +89,15 @@ def _hashed(make: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _range(*bounds: int) -> list[int]:
+def _range(*bounds: int) -> range:
     numbers = range(*bounds)
     if len(numbers) > _LONGEST:
         raise CannotEvaluateError("too long")
-    return list(numbers)
+    return numbers
 
 
 def _sum(numbers: Any, start: Any = 0) -> Any:
-    if not all(isinstance(number, int | float | complex) for number in (*numbers, start)):
+    if not all(isinstance(number, int | float | complex | Fraction | Decimal) for number in (*numbers, start)):
         raise CannotEvaluateError("sum of what is no number")
     return sum(numbers, start)
 
@@ -140,6 +142,8 @@ METHODS: dict[str, tuple[type, ...]] = {
 
 
 def _bits(value: Any) -> int:
+    if isinstance(value, Fraction):
+        return value.numerator.bit_length() + value.denominator.bit_length()
     return value.bit_length() if isinstance(value, int) else 0
 
 

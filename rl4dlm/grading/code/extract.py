@@ -10,13 +10,13 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from rl4dlm.grading.code.parse import defined_names, parse
+from rl4dlm.grading.code.parse import LONGEST_SOURCE, defined_names, parse
 from rl4dlm.grading.text import last_answer_block
 
 _FENCE = "```"
 _PYTHON = ("python", "python3", "py", "py3")
 _ENDS = ("[DONE]", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")  # texts behind which nothing belongs to the answer
-_DEFINITION = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
+_DEFINITION = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _DEDENTED = re.compile(r"^(?=[^\s#)\]}])", re.MULTILINE)
 _LONGEST_COMPLETION = 1 << 18
 
@@ -46,7 +46,7 @@ def extract_program(completion: str, *, prefix: str = "", entry_point: str | Non
     """
     text = completion[:_LONGEST_COMPLETION]
     for end in _ENDS:
-        text = text.partition(end)[0]
+        text = _before(text, end)
     answer = last_answer_block(text)
     blocks = _blocks(answer) if answer is not None and _FENCE in answer else _blocks(text)
     wanted = entry_point or _last_definition(prefix)
@@ -63,7 +63,21 @@ def extract_program(completion: str, *, prefix: str = "", entry_point: str | Non
             code = before
     if not code.strip():
         return Found(None, "no_code")
+    if len(code) > LONGEST_SOURCE:
+        return Found(None, "syntax")
     return _assembled(code.strip("\n").rstrip(), prefix, wanted)
+
+
+def _before(text: str, end: str) -> str:
+    """The text before a mark of its end; within a fenced block it is the program's, which may print it."""
+    place, counted, fences = text.find(end), 0, 0
+    while place >= 0:
+        fences, counted = fences + text.count(_FENCE, counted, place), place
+        close = text.find(_FENCE, place)
+        if end != "[DONE]" or fences % 2 == 0 or close < 0:
+            return text[:place]
+        place = text.find(end, close)
+    return text
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
@@ -87,11 +101,14 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 
 def _chosen(blocks: list[tuple[str, str]], wanted: str | None) -> str | None:
-    marked = [code for label, code in blocks if label and label.lower() in _PYTHON]
-    codes = marked or [code for label, code in blocks if not label]  # beside marked ones, the others are output
+    # No expression is looked for in what is too long to be parsed. Beside marked blocks, the others are output.
+    short = [(label.lower().partition(" ")[0], code) for label, code in blocks if len(code) <= LONGEST_SOURCE]
+    codes = [code for label, code in short if label in _PYTHON] or [code for label, code in short if not label]
     if wanted is not None:
         # Looked for in the text, not in a tree: a block with a syntax error is still the one that is meant.
-        defines = re.compile(rf"^\s*(?:async\s+def|def|class)\s+{re.escape(wanted)}\b|^{re.escape(wanted)}\s*=", re.M)
+        defines = re.compile(
+            rf"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+{re.escape(wanted)}\b|^{re.escape(wanted)}[ \t]*[=:]", re.M
+        )
         codes = [code for code in codes if defines.search(code)] or codes
     return codes[-1] if codes else None
 

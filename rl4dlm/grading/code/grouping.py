@@ -24,7 +24,8 @@ def _each_of(calls, copied=__import__("copy").deepcopy):
         try:
             found.append((True, copied(call())))
         except BaseException as error:
-            found.append((False, type(error).__name__ + ": " + str(error)[:500]))
+            kinds = ", ".join(k.__name__ for k in type(error).__mro__[1:-1] if k.__module__ == "builtins")
+            found.append((False, f"{type(error).__name__}({kinds}): {str(error)[:500]}"))
     return found
 """
 

@@ -11,7 +11,7 @@ import warnings
 
 LONGEST_SOURCE = 1 << 16  # characters
 
-_ENDLESS_NAME = re.compile(r"(?:\.[\w\s\\]{1,64}){200}")  # the parser's time is quadratic in a dotted name's length
+_ENDLESS_NAME = re.compile(r"(?:\.[\w\s\\]{1,64}+){200}+")  # the parser's time is quadratic in a dotted name's length
 
 
 def parse(source: str) -> ast.Module | None:

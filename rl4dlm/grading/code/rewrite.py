@@ -16,11 +16,12 @@ import copy
 from typing import Any, NamedTuple
 
 from rl4dlm.grading.code.evaluate import METHODS, CannotEvaluateError, called, evaluate, is_within
+from rl4dlm.grading.code.known import refuse_work, with_results, worked_out
 from rl4dlm.grading.code.parse import parse, parse_expression
+from rl4dlm.grading.code.scorable import SOLUTION_MODULES, can_fail
 from rl4dlm.grading.code.source import (
     BUILTINS,
     MOST_STATEMENTS,
-    SOLUTION_MODULES,
     CannotRewriteError,
     bound_within,
     expected_error,
@@ -197,18 +198,15 @@ class _Test:
         if not isinstance(target, ast.Name) or target.id in self.trusted:
             raise CannotRewriteError
         name = target.id
-        if not self._about_program(value) and is_within(value, set(self.known)):
-            try:
-                self.known[name] = evaluate(value, self.known)
-            except CannotEvaluateError:
-                raise CannotRewriteError from None
-            self.literals[name] = self._with_literals(value)
+        if not self._about_program(value):
+            # Worked out here or not at all: what it gives may be what is expected, and in the program's process a
+            # function could read it, or have replaced what makes it.
+            self.known[name], self.literals[name] = worked_out(value, self.known)
             self.inside.discard(name)
             self.objects.discard(name)
             return
-        # Only what the program answers is kept there: Python's functions may be others, and expectations would be read.
-        if not self._makes_object(value) and not (self._about_program(value) and self._is_value(value)):
-            raise CannotRewriteError
+        if not self._makes_object(value) and not self._is_value(value):
+            raise CannotRewriteError  # `right = f(2) == 4`, which the program's process would decide
         text = self._told(value)
         self.done.append(f"({name} := {text})")
         self.known.pop(name, None)
@@ -217,20 +215,8 @@ class _Test:
         if self._makes_object(value):
             self.objects.add(name)
 
-    def _with_literals(self, value: ast.expr) -> ast.expr:
-        known = self.literals
-
-        class Put(ast.NodeTransformer):
-            def visit_Name(self, node: ast.Name) -> ast.expr:
-                return copy.deepcopy(known.get(node.id, node))
-
-        put: ast.expr = Put().visit(copy.deepcopy(value))
-        if sum(1 for _ in ast.walk(put)) > 20_000:
-            raise CannotRewriteError
-        return put
-
     def _do(self, value: ast.expr) -> None:
-        if not self._about_program(value):
+        if not self._about_program(value) or not isinstance(value, ast.Call):
             raise CannotRewriteError
         self.done.append(self._told(value))
 
@@ -250,7 +236,7 @@ class _Test:
             raise CannotRewriteError
         try:
             items = list(evaluate(rows, self.known))
-        except (CannotEvaluateError, TypeError):
+        except (CannotEvaluateError, TypeError, RecursionError):
             raise CannotRewriteError from None
         literals = [parse_expression(repr(item)) for item in items[: MOST_STATEMENTS + 1]]
         if any(literal is None or not is_within(literal, set()) for literal in literals):
@@ -301,6 +287,8 @@ class _Test:
     def _told(self, node: ast.expr) -> str:
         """The text of an expression for the program's process, after what it needs has been told it."""
         own = bound_within(node)
+        refuse_work(node, self._about_program, self.known)
+        node = with_results(node, own, self.known)
         for part in ast.walk(node):
             if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
                 raise CannotRewriteError
@@ -325,7 +313,7 @@ class _Test:
     # --- what an assert claims --------------------------------------------------------------------------------------
 
     def _claim(self, test: ast.expr) -> None:
-        if isinstance(test, ast.Constant) and test.value:
+        if not can_fail(ast.Assert(test)):
             return  # HumanEval has `assert True, "..."`
         holes: dict[str, int] = {}
         test = copy.deepcopy(test)
@@ -434,8 +422,10 @@ class _Test:
                     owner = node.func.value
                     return self._is_object(owner) or self._is_class(owner) or self._is_value(owner)
                 return False
+            case ast.Attribute() if self._is_class(node.value):
+                raise CannotRewriteError  # a member of an enumeration, which is no data
             case ast.Attribute() | ast.Subscript():
-                return self._is_object(node.value) or self._is_class(node.value) or self._is_value(node.value)
+                return self._is_object(node.value) or self._is_value(node.value)
             case _:
                 return False
 

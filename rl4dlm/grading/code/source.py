@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rl4dlm.grading.code.parse import parse
+from rl4dlm.grading.code.scorable import SOLUTION_MODULES, can_fail, names_of
 
 BUILTINS = frozenset(dir(builtins))
 MOST_STATEMENTS = 2000  # of a test with its loops unrolled
-SOLUTION_MODULES = ("solution", "candidate", "main", "your_module", "__main__")  # where tests import programs from
 
 
 class CannotRewriteError(Exception):
@@ -127,21 +127,7 @@ class _Renamed(ast.NodeTransformer):
 
 def free_names(source: str) -> set[str]:
     """Names that a test uses and nothing in it binds, without Python's own: what it expects of the program."""
-    tree = parse(source)
-    if tree is None:
-        return set()
-    bound: set[str] = set()
-    used: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler):
-            bound.add(node.name or "")
-        elif isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module not in SOLUTION_MODULES):
-            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    return used - bound - BUILTINS
+    return names_of(source)[0] - BUILTINS
 
 
 def implied_modules(tree: ast.Module) -> list[str]:
@@ -164,7 +150,7 @@ def runnable(source: str, entry_point: str | None) -> str | None:
     None where nothing in it can fail, it is no Python, or it needs pytest, which is not in a sandbox.
     """
     tree = parse(source)
-    if tree is None or _needs_pytest(tree) or not any(_may_fail(node) for node in ast.walk(tree)):
+    if tree is None or _needs_pytest(tree) or not can_fail(tree):
         return None
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     body: list[ast.stmt] = [node for node in tree.body if not _is_left_out(node) and not is_main_guard(node)]
@@ -179,22 +165,24 @@ def runnable(source: str, entry_point: str | None) -> str | None:
         if isinstance(node, ast.ClassDef):
             names = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
             for name in (name for name in names if name.startswith("test")):
-                calls.append(f"{node.name}({name!r}).debug()" if node.bases else f"{node.name}().{name}()")
+                prepared = f"(lambda test: (test.setup_method(), test.{name}()))({node.name}())"
+                alone = prepared if "setup_method" in names else f"{node.name}().{name}()"
+                calls.append(f"{node.name}({name!r}).debug()" if node.bases else alone)
     imports = [f"import {name}" for name in implied_modules(tree)]
     whole = "\n".join([*imports, *(ast.unparse(node) for node in body), *calls]) + "\n"
-    return whole if any(_may_fail(node) for node in _reached(ast.parse(whole))) else None
+    return whole if any(can_fail(node) for node in _reached(ast.parse(whole))) else None
 
 
 def _reached(tree: ast.Module) -> list[ast.AST]:
-    """The nodes that are run, as far as names tell: outside of functions and classes, and in those that these name."""
+    """The statements that are run, as far as names tell: outside of functions and classes, and those they name."""
     definitions = {
         node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     }
     waiting: list[ast.AST] = [node for node in tree.body if node not in definitions.values()]
     reached: list[ast.AST] = []
     while waiting:
-        found = list(ast.walk(waiting.pop()))
-        reached += found
+        reached.append(waiting.pop())
+        found = list(ast.walk(reached[-1]))
         for name in {node.id for node in found if isinstance(node, ast.Name)} & definitions.keys():
             waiting.append(definitions.pop(name))
     return reached
@@ -225,11 +213,6 @@ def with_expected_first(source: str, names: set[str]) -> str:
                 node, lambda side: any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(side))
             )
     return ast.unparse(tree) + "\n"
-
-
-def _may_fail(node: ast.AST) -> bool:
-    asserts = isinstance(node, ast.Attribute) and (node.attr.startswith("assert") or node.attr == "raises")
-    return asserts or isinstance(node, ast.Assert | ast.Raise)
 
 
 def _needs_pytest(tree: ast.Module) -> bool:

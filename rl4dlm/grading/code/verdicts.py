@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,13 +21,18 @@ from rl4dlm.grading.code.grouping import run_in_groups
 from rl4dlm.grading.code.parse import defined_names, parse, parse_expression
 from rl4dlm.grading.code.problem import Problem
 from rl4dlm.grading.code.rewrite import Raises, Rewritten, rewritten
+from rl4dlm.grading.code.scorable import binds, with_program_by_name
 from rl4dlm.grading.code.source import free_names, runnable, with_expected_first
+from rl4dlm.grading.pool import current_settings
 from rl4dlm.grading.sandbox.backends import run_programs
 from rl4dlm.grading.sandbox.programs import Call, Check, Feed, Part, Program, Result
 
 PASSED, FAILED, NOT_SCORABLE = "passed", "failed", "not_scorable"
 OUTSIDE, APART, INSIDE = "outside", "apart", "inside"
 
+_MISSING = re.compile(
+    r"NameError\b[^:]*: name '(\w+)' is not defined.*|AttributeError\b[^:]*: .* has no attribute '(\w+)'.*"
+)
 _REMEMBERED = 1 << 16  # characters of a problem; those of competitions have megabytes of tests
 
 _EXCEPTIONS = {
@@ -42,7 +48,8 @@ class TestVerdict(NamedTuple):
         where: where it was decided: `outside` (values came back and were compared here), `apart` (the test ran in a
             process beside the program's) or `inside` (it ran in the program's own process, which can tamper with it).
         status: of the part that decided, see `Result.status`; `value` where all parts gave one; `no_code` or `syntax`
-            where there was no program to run.
+            where there was no program to run; `malformed` where the test says nothing of a program, `inside` where it
+            was passed where a program could have tampered with it, and `sandbox_inside` does not say that it is paid.
     """
 
     outcome: str
@@ -66,7 +73,7 @@ class Verdict:
     def passed(self) -> float | None:
         """The share of tests that were passed; None where the problem has none that can be scored, or a test of the
         program's was lost by the machine that ran it."""
-        judged = [test for test in self.tests if test.status != "malformed"]
+        judged = [test for test in self.tests if test.status not in ("malformed", "inside")]
         if not judged or any(test.outcome == NOT_SCORABLE for test in judged):
             return None
         return sum(test.outcome == PASSED for test in judged) / len(judged)
@@ -149,27 +156,32 @@ def _prepared(value: str | Problem | None, batch: dict[str, _Prepared | None]) -
         return None
     text = value.to_json() if isinstance(value, Problem) else value
     if text not in batch:
-        batch[text] = _prepare_once(text) if len(text) <= _REMEMBERED else _prepare(text)
+        alone = current_settings().sandbox_backend == "local"
+        batch[text] = _prepare_once(text, alone) if len(text) <= _REMEMBERED else _prepare(text, alone)
     return batch[text]
 
 
-def _prepare(text: str) -> _Prepared | None:
+def _prepare(text: str, alone: bool) -> _Prepared | None:
     problem = read_problem(text)
     if problem is None:
         return None
     setup = parse(problem.setup)
     trusted = frozenset() if setup is None else frozenset(defined_names(setup))
-    return _Prepared(problem, tuple(_test(test, problem, trusted) for test in problem.tests))
+    return _Prepared(problem, tuple(_test(test, problem, trusted, alone) for test in problem.tests))
 
 
 _prepare_once = lru_cache(maxsize=4096)(_prepare)
 
 
-def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _Test:
+def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str], alone: bool) -> _Test:
     tolerance = _tolerance(test)
     if "stdin" in test and "stdout" in test:
         return _Test((Feed(test["stdin"]),), OUTSIDE, stdout=test["stdout"], tolerance=tolerance)
+    if problem.entry_point in trusted:
+        return _Test((), OUTSIDE)  # the set-up defines what is asked for
     if "call" in test and "expected" in test:
+        if parse(test["call"]) is not None and not free_names(test["call"]) - trusted:
+            return _Test((), OUTSIDE)  # it calls nothing of the program
         expected = parse_expression(test["expected"])
         if expected is not None and is_within(expected, {"nan", "inf"}):
             try:
@@ -181,11 +193,14 @@ def _test(test: dict[str, str], problem: Problem, trusted: frozenset[str]) -> _T
         test = {"source": f"assert {test['call']} == ({test['expected']})"}
     if "source" not in test:
         return _Test((), OUTSIDE)
-    turned = rewritten(test["source"], problem.entry_point, trusted)
+    asked = with_program_by_name(test["source"], alone=alone)
+    if asked is None or binds(asked, problem.entry_point):
+        return _Test((), OUTSIDE)
+    turned = rewritten(asked, problem.entry_point, trusted)
     if turned is not None:
         calls = [Call(turned.expression)] if turned.expression is not None else []
         return _Test((*calls, *(Call(each.expression) for each in turned.raises)), OUTSIDE, rewritten=turned)
-    source = runnable(test["source"], problem.entry_point)
+    source = runnable(asked, problem.entry_point)
     if source is None:
         return _Test((), OUTSIDE)
     names = free_names(source) - trusted
@@ -222,7 +237,11 @@ def _judged(test: _Test, results: Sequence[Result], late: bool) -> TestVerdict:
     for result in results:
         if result.status == "lost" or (result.status == "budget" and not late):
             return TestVerdict(NOT_SCORABLE, where, result.status)
+    if test.where == APART and results[0].value == "uncalled":
+        return TestVerdict(NOT_SCORABLE, where, "malformed")  # it came to its end without asking the program
     status, passed = _passes(test, results)
+    if passed and where == INSIDE and current_settings().sandbox_inside != "paid":
+        return TestVerdict(NOT_SCORABLE, where, "inside")
     return TestVerdict(PASSED if passed else FAILED, where, status)
 
 
@@ -265,14 +284,17 @@ def _claims_hold(test: Rewritten, results: Sequence[Result]) -> tuple[str, bool]
 def _raised(wanted: Raises, message: str) -> bool:
     """Whether the exception of a message is one of those that are wanted, or one of Python's that derives from it."""
     name, _, text = message.partition(":")
-    name = name.strip().rpartition(".")[2]
-    if wanted.text is not None and wanted.text not in text:
+    own, _, bases = name.strip().removesuffix(")").partition("(")
+    if own == "NotLoaded" or _is_missing(wanted.expression, message) or (wanted.text or "") not in text:
         return False
-    raised = _EXCEPTIONS.get(name)
-    for each in wanted.exceptions:
-        kind = _EXCEPTIONS.get(each)
-        if each == name or (raised is None and each == "Exception"):
-            return True
-        if raised is not None and kind is not None and issubclass(raised, kind):
-            return True
-    return False
+    own = own.rpartition(".")[2]
+    kinds = [_EXCEPTIONS[each] for each in (own, *bases.split(", ")) if each in _EXCEPTIONS] or [Exception]
+    return any(
+        each == own or issubclass(kind, _EXCEPTIONS.get(each, ())) for each in wanted.exceptions for kind in kinds
+    )
+
+
+def _is_missing(expression: str, message: str) -> bool:
+    """Whether the program does not define what it is asked for. That is no exception that it raises."""
+    found = _MISSING.fullmatch(message)
+    return found is not None and re.search(rf"\b{found[1] or found[2]}\b", expression) is not None

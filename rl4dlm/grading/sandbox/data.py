@@ -7,10 +7,15 @@ types themselves, whatever the text says: it was written by a program that may l
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 MAX_DEPTH = 100
+_LONGEST_RANGE = 1 << 20  # whoever looks through it would be busy for long
+_MOST_DIGITS = 1000  # of a fraction or a decimal, whose arithmetic is not linear
 _SMALL = 1 << 53  # beyond it an integer goes as hexadecimal text, which has no limit of digits
 
 
@@ -21,8 +26,9 @@ class NotData(ValueError):
 def encode(value: Any, max_bytes: int, other: Callable[[Any], Any] | None = None) -> bytes:
     """A value as text in JSON.
 
-    None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict keep their types; an instance of
-    a subclass becomes what it is made of, whatever its methods say; numpy's scalars become numbers.
+    None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, deque, Fraction and Decimal
+    keep their types; an instance of a subclass becomes what it is made of, whatever its methods say; numpy's scalars
+    become numbers.
 
     Args:
         other: what to write for anything else, an object for JSON with one key.
@@ -47,7 +53,7 @@ def decode(text: bytes, other: Callable[[str, Any], Any] | None = None) -> Any:
     """
     try:
         return _unpack(json.loads(text), 0, other)
-    except (ValueError, TypeError, RecursionError, KeyError, IndexError, OverflowError) as error:
+    except (ValueError, TypeError, RecursionError, KeyError, IndexError, ArithmeticError) as error:
         raise NotData(f"no encoded value: {type(error).__name__}") from None
 
 
@@ -72,6 +78,13 @@ def _pack(value: Any, depth: int, room: list[int], other: Callable[[Any], Any] |
         return {_TAGS[kind]: packed} if _TAGS[kind] else packed
     if kind is complex:
         return {"c": [value.real, value.imag]}
+    if kind is range:
+        return {"r:": [_pack(part, depth + 1, room, other) for part in (value.start, value.stop, value.step)]}
+    if kind is Fraction:
+        return {"q": [_pack(part, depth + 1, room, other) for part in (value.numerator, value.denominator)]}
+    if kind is Decimal:
+        room[0] -= len(str(value))
+        return {"n": str(value)}
     if kind is bytes or kind is bytearray:
         room[0] -= 2 * len(value)
         if room[0] < 0:
@@ -86,7 +99,7 @@ def _pack(value: Any, depth: int, room: list[int], other: Callable[[Any], Any] |
     return _pack(base, depth + 1, room, other)
 
 
-_TAGS: dict[Any, str] = {list: "", tuple: "t", set: "s", frozenset: "f"}
+_TAGS: dict[Any, str] = {list: "", tuple: "t", set: "s", frozenset: "f", deque: "l"}
 
 
 def _hexadecimal(value: int, room: list[int]) -> str:
@@ -147,10 +160,29 @@ def _unpack(packed: Any, depth: int, other: Callable[[str, Any], Any] | None) ->
         if not isinstance(content, list):
             raise ValueError
         items = [_unpack(item, depth + 1, other) for item in content]
-        return _MAKERS[tag](items if tag == "t" else _spread(items))
+        return _MAKERS[tag](items if tag in ("t", "l") else _spread(items))
+    if tag == "r:":
+        numbers = range(*(_number(part) for part in content))
+        if len(numbers) > _LONGEST_RANGE:
+            raise ValueError
+        return numbers
+    if tag == "q":
+        return Fraction(*(_number(part) for part in content))
+    if tag == "n":
+        number = Decimal(content[:_MOST_DIGITS])
+        if number.is_snan() or (number.is_finite() and abs(number.adjusted()) > _MOST_DIGITS):
+            raise ValueError
+        return number
     if other is None:
         raise ValueError
     return other(tag, content)
+
+
+def _number(packed: Any) -> int:
+    number = _unpack(packed, 2 * MAX_DEPTH, None)
+    if type(number) is not int or number.bit_length() > 4 * _MOST_DIGITS:
+        raise ValueError
+    return number
 
 
 def _spread(items: list[Any]) -> list[Any]:
@@ -166,4 +198,4 @@ def _spread(items: list[Any]) -> list[Any]:
 
 
 _MOST_ALIKE = 64
-_MAKERS: dict[str, Any] = {"t": tuple, "s": set, "f": frozenset}
+_MAKERS: dict[str, Any] = {"t": tuple, "s": set, "f": frozenset, "l": deque}

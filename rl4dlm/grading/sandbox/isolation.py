@@ -42,7 +42,8 @@ class Prepared(NamedTuple):
         owner: user and group, as which keepers run in their user namespaces.
         proc: an open `/proc`, which its own view of files has not; -1 at the level `landlock`.
         rules: Landlock's rules at the level `landlock`, else -1.
-        tasks: processes and threads that the user has elsewhere, which count towards a program's; 0 where they do not.
+        tasks: processes and threads that the user has elsewhere, which count towards a program's; 0 where they do not;
+            -1 where the kernel does not limit the user's: then a program has one thread.
         kept: capabilities, as a mask.
     """
 
@@ -74,12 +75,13 @@ def prepare_server(level: str) -> Prepared:
         seccomp.template(kernel.MACHINE)
         kept = _become_nobody(readable)
         os.chdir("/")
-        return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=_tasks(), kept=kept)
+        tasks = _tasks() if _limited() else -1
+        return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=tasks, kept=kept)
     seccomp.template(kernel.MACHINE)
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _private_root(proc, readable)
     _become_nobody(("/", *readable))
-    return Prepared(level, version, (os.getuid(), os.getgid()), proc)
+    return Prepared(level, version, (os.getuid(), os.getgid()), proc, tasks=0 if _limited() else -1)
 
 
 def fork_keeper(prepared: Prepared) -> int:
@@ -133,7 +135,7 @@ def seal(limits: Limits, tasks: int, parts: int = 1) -> None:
         resource.RLIMIT_CORE: (0, 0),
         resource.RLIMIT_MEMLOCK: (0, 0),
         resource.RLIMIT_MSGQUEUE: (0, 0),
-        resource.RLIMIT_NPROC: (limits.threads + 2 + tasks,) * 2,
+        resource.RLIMIT_NPROC: (limits.threads + 2 + max(0, tasks),) * 2,
     }
     for kind, (soft, hard) in wanted.items():
         highest = resource.getrlimit(kind)[1]
@@ -141,7 +143,7 @@ def seal(limits: Limits, tasks: int, parts: int = 1) -> None:
             soft, hard = min(soft, highest), min(hard, highest)
         resource.setrlimit(kind, (soft, hard))
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    seccomp.install(seccomp.program(os.getpid()))
+    seccomp.install(seccomp.program(os.getpid(), threads=tasks >= 0))
 
 
 def more_time(limits: Limits) -> None:
@@ -209,6 +211,8 @@ def _become_nobody(readable: tuple[str, ...]) -> int:
     if os.getuid() != 0:
         return 0
     kept = 0 if all(_readable_by_all(path) for path in readable) else kernel.READ_ANYWHERE
+    if kept & ~kernel.capabilities():
+        return 0  # without it no one else can read what programs need
     with contextlib.suppress(PermissionError):  # a container may have only this one user
         kernel.prctl(kernel.PR_SET_KEEPCAPS, bool(kept))
         os.setgroups([])
@@ -238,6 +242,22 @@ def _write_maps(proc: int, user: int, group: int) -> None:
             os.write(handle, text.encode())
         finally:
             os.close(handle)
+
+
+def _limited() -> bool:
+    """Whether the kernel limits how many processes and threads this user has: the superuser's it does not."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            kernel.drop_capabilities()
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+            os.fork()
+        except OSError:
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def _tasks() -> int:

@@ -1,7 +1,7 @@
 """One program in its keeper: reads what is asked, has each part run in a process of its own, sends what came of it.
 
-Owns the keeper's loop and its deadlines. The keeper compiles the source once but never runs it: a part is run by a
-child (`rl4dlm.grading.sandbox.part`), which loads the program afresh and may start no process, so that one child and
+Owns the keeper's loop and its deadlines. The keeper neither runs the source nor compiles it: a part is run by a child
+(`rl4dlm.grading.sandbox.part`), which loads the program afresh and may start no process, so that one child and
 its threads are all there ever is, and their memory has one limit. A child goes on with the next call where the program
 keeps nothing from one to the next. Answers and printed text are in files in memory,
 whose size is limited, so that nothing needs to be read while a program runs.
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 # What a part's process may say of itself, by what it was asked.
 _STATUSES = {
-    "compile": ("value",),
-    "call": ("value", "error", "memory", "data"),
-    "feed": ("value", "error", "memory"),
-    "serve": ("error", "memory", "gone"),
-    "test": ("value", "wrong", "error", "memory", "data", "gone", "inside"),
-    "inside": ("value", "wrong", "error", "memory"),
+    "compile": ("value", "syntax"),
+    "call": ("value", "error", "memory", "data", "syntax"),
+    "feed": ("value", "error", "memory", "syntax"),
+    "serve": ("error", "memory", "gone", "syntax"),
+    "test": ("value", "wrong", "error", "memory", "data", "gone", "inside", "syntax"),
+    "inside": ("value", "wrong", "error", "memory", "syntax"),
 }
+_TOGETHER = ("call", "compile")  # of which several may be asked of one process
+_FULL = 0.9  # share of its seconds that a part must have had to be out of time
 
 
 def serve(job: int, channel: int, tasks: int) -> None:
@@ -48,23 +50,22 @@ def serve(job: int, channel: int, tasks: int) -> None:
     """
     request = json.loads(read_frame(job))
     limits: Any = SimpleNamespace(**request["limits"])
-    compiled = compile_all(request)
-    if isinstance(compiled, str):
+    setup = parts.compiled(request["setup"], "<setup>")
+    if isinstance(setup, str):
         for number in range(len(request["parts"])):
-            send(job, number, "syntax", compiled)
+            send(job, number, "syntax", f"set-up: {setup}")
         return
     end, late, room = time.monotonic() + limits.program_seconds, 0, limits.output_bytes
     asked, number = request["parts"], 0
     while number < len(asked):
-        seconds = min(limits.seconds, end - time.monotonic())
-        if seconds <= 0 or late >= limits.timeouts:
-            send(job, number, "timeout", "parts before it took the time")
+        if late >= limits.timeouts or time.monotonic() >= end:
+            over = late < limits.timeouts
+            send(job, number, "over" if over else "timeout", "parts before it took the time")
             number += 1
             continue
-        together = list(itertools.takewhile(lambda part: part["kind"] == "call", asked[number:])) or [asked[number]]
-        process = _Process(together, limits, channel, tasks)
+        process = _Process(_together(asked[number:]), limits, channel, tasks)
         try:
-            answers = process.run(compiled, seconds, end)
+            answers = process.run(setup, request["source"], end)
         finally:
             process.close()
         for status, message, value in answers:
@@ -74,15 +75,16 @@ def serve(job: int, channel: int, tasks: int) -> None:
                 status, message, value = "output", f"its answers take more than {limits.output_bytes} bytes", b""
             send(job, number, status, message, value)
             number += 1
+            while status == "syntax" and process.kind != "compile" and number < len(asked):  # so it is for all of them
+                send(job, number, status, message)
+                number += 1
 
 
-def compile_all(request: dict[str, Any]) -> tuple[CodeType, CodeType] | str:
-    """The code of the set-up and of the source, or why there is none."""
-    setup = parts.compiled(request["setup"], "<setup>")
-    source = parts.compiled(request["source"])
-    if isinstance(setup, str) or isinstance(source, str):
-        return source if isinstance(source, str) else f"set-up: {setup}"
-    return setup, source
+def _together(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first part, and those that follow it and may be asked of the same process."""
+    kind = asked[0]["kind"]
+    alike = list(itertools.takewhile(lambda part: part["kind"] == kind, asked))
+    return alike if kind in _TOGETHER else asked[:1]
 
 
 _Answer = tuple[str, str, bytes]  # status, message, value
@@ -107,25 +109,27 @@ class _Process:
             if handle >= 0:
                 os.close(handle)
 
-    def run(self, code: tuple[CodeType, CodeType], seconds: float, end: float) -> list[_Answer]:
+    def run(self, setup: CodeType, source: str, end: float) -> list[_Answer]:
         """At least one answer; where there are fewer than parts, the rest needs another process.
 
         Args:
-            seconds: for each part.
-            end: time at which all of them must have ended.
+            setup: runs before the program.
+            source: of the program.
+            end: time at which all parts must have ended. One that has not had its own time by then is `over`.
         """
-        due = time.monotonic() + seconds
+        seconds, begun = self.limits.seconds, time.monotonic()
+        due = min(begun + seconds, end)
         keeper = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _leave(lambda: self._child(keeper, code))
+            _leave(lambda: self._child(keeper, setup, source))
         handle, ended, known = os.pidfd_open(pid), False, 0
         try:
             while not (ended := _ends(handle, due)):
                 answers, told = self._answers()
                 if len(answers) <= known or min(told + seconds, end) <= time.monotonic():
                     break
-                due, known = min(told + seconds, end), len(answers)  # it is at the next part
+                begun, due, known = told, min(told + seconds, end), len(answers)  # it is at the next part
             if not ended:
                 os.kill(pid, signal.SIGKILL)
         finally:
@@ -139,13 +143,17 @@ class _Process:
         answers, _ = self._answers()
         if not ended:
             late = ("timeout", f"it took longer than {seconds:g} seconds", b"")
-            return answers if len(answers) == len(self.asked) else [*answers, late]
+            if due - begun < _FULL * seconds:
+                late = ("over", "parts before it took the time", b"")
+            if len(answers) < len(self.asked):
+                return [*answers, late]
+            return answers if self.stdout < 0 else [self._printed(answers)]
         if self.stdout >= 0:
             return [self._failure(status, used.ru_utime + used.ru_stime) or self._printed(answers)]
-        return answers or [
-            self._failure(status, used.ru_utime + used.ru_stime)
-            or ("ended", "the process ended with status 0 without an answer", b"")
-        ]
+        failure = self._failure(status, used.ru_utime + used.ru_stime)
+        if self.kind == "compile" and failure is not None and len(answers) < len(self.asked):
+            return [*answers, failure]
+        return answers or [failure or ("ended", "the process ended with status 0 without an answer", b"")]
 
     def _failure(self, status: int, used: float) -> _Answer | None:
         """Why a process did not end as it should."""
@@ -157,11 +165,13 @@ class _Process:
         number = os.WTERMSIG(status)
         if number == signal.SIGXCPU or (number == signal.SIGKILL and used >= self.limits.cpu_seconds):
             return "timeout", f"it used more than {self.limits.cpu_seconds:g} seconds of a processor", b""
+        if number == signal.SIGPROF:
+            return "syntax", "compiling it took too long", b""
         if number == signal.SIGXFSZ:
             return "output", "it wrote more than it may", b""
         return "ended", f"the process was ended by signal {number}", b""
 
-    def _child(self, keeper: int, code: tuple[CodeType, CodeType]) -> None:
+    def _child(self, keeper: int, setup: CodeType, source: str) -> None:
         isolation.die_with_parent(keeper)
         os.setsid()
         if self.stdout >= 0:
@@ -177,7 +187,7 @@ class _Process:
         isolation.seal(limits, self.tasks, len(asked))
         os.write(2 + len(safe), b"1")
         os.close(2 + len(safe))
-        parts.run(asked, code, nonce, limits.output_bytes, lambda: isolation.more_time(limits))
+        parts.run(asked, setup, source, nonce, limits.output_bytes, lambda: isolation.more_time(limits))
 
     def _answers(self) -> tuple[list[_Answer], float]:
         """What the child wrote so far, and when it wrote the last of it. Its form is checked, the rest is its word."""

@@ -23,6 +23,7 @@ MACHINE = os.uname().machine if os.name == "posix" else ""
 # x86_64, aarch64
 _NUMBERS = {
     "clone": (56, 220),
+    "capget": (125, 90),
     "capset": (126, 91),
     "pivot_root": (155, 41),
     "seccomp": (317, 277),
@@ -79,6 +80,13 @@ def prctl(option: int, value: int = 0) -> None:
     """prctl(2) with one argument."""
     zero = ctypes.c_ulong(0)
     _checked(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero), f"prctl {option}")
+
+
+def capabilities() -> int:
+    """Those that this process may use, as a mask."""
+    found = ctypes.create_string_buffer(24)
+    call("capget", struct.pack("=Ii", 0x20080522, 0), found)
+    return int(struct.unpack("=6I", found.raw)[1])
 
 
 def drop_capabilities(kept: int = 0) -> None:

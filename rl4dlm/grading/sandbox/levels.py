@@ -83,7 +83,6 @@ def active_level() -> str:
     )
 
 
-@functools.cache
 def require_sandbox() -> str:
     """Finds out, before anything is trained, that programs can be run, and says at which level: once, in the log.
 
@@ -94,8 +93,13 @@ def require_sandbox() -> str:
         SandboxError: they cannot; the message says which setting and what is missing.
     """
     level = active_level()
-    logger.info("programs of the model run in a sandbox at the level %r", level)
+    _announce(level)
     return level
+
+
+@functools.cache
+def _announce(level: str) -> None:
+    logger.info("programs of the model run in a sandbox at the level %r", level)
 
 
 def share_of_cores() -> int:
@@ -117,7 +121,8 @@ def run_programs(
         limits: of each part; `None` takes the defaults, with `deadline` of `current_settings` for the seconds.
         budget: seconds for all of them, after which what is left has the status `budget`; `None` takes what
             `current_settings` says. Where programs wait for others, what one has not done within a second is put off
-            to the end and gets its whole time there, so that few that hang do not cost the rest their turn.
+            to the end and gets its whole time there, so that few that hang or are slow do not cost the rest their turn;
+            what is left at the end of one that has used its share of the budget has the status `timeout`.
 
     Returns:
         For each program a result for each of its parts.
@@ -130,7 +135,7 @@ def run_programs(
     budget = settings.budget if budget is None else budget
     if not 0 < budget < math.inf:
         raise ValueError(f"budget={budget} seconds; it must be positive and finite")
-    level = require_sandbox() if settings.sandbox_level == STRONGEST else active_level()
+    level = require_sandbox()
     limits = limits or Limits(seconds=settings.deadline, cpu_seconds=settings.deadline)
     with count_work() as count:
         results = _sandbox(level, share_of_cores()).run(programs, limits, budget)

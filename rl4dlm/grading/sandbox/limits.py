@@ -17,7 +17,7 @@ class Limits:
     """
 
     seconds: float = 5.0  # on the wall clock, from loading the program on
-    program_seconds: float = 30.0  # on the wall clock, of all parts of a program
+    program_seconds: float = 30.0  # on the wall clock, of all parts of a program; in a full batch of all its turns
     timeouts: int = 2  # parts of a program that may run out of time before the rest counts as out of time, too
     cpu_seconds: float = 5.0  # of all threads together
     memory_bytes: int = 1 << 30  # address space

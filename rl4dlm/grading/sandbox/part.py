@@ -6,27 +6,30 @@ are compared elsewhere, and why the nonce guards against accidents alone.
 
 from __future__ import annotations
 
-import atexit
+import builtins
 import functools
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
 from types import CodeType, ModuleType
 from typing import Any
 
-from rl4dlm.grading.sandbox import remote
+from rl4dlm.grading.sandbox import remote, script
 from rl4dlm.grading.sandbox.data import NotData, encode
 from rl4dlm.grading.sandbox.stateless import Watch
 
 ANSWER, CHANNEL = 3, 4  # numbers of the files
+_COMPILING = 0.5  # seconds of a processor for compiling a source: a few lines can be made to take minutes and gigabytes
 
 
 def run(
     asked: list[dict[str, Any]],
-    code: tuple[CodeType, CodeType],
+    setup: CodeType,
+    source: str,
     nonce: bytes,
     max_bytes: int,
     more_time: Callable[[], None],
@@ -39,8 +42,10 @@ def run(
     Args:
         asked: of each part its `kind`: `call` with an `expression`, `feed`, `inside` with the `tests` that run beside
             the program, `serve` the program to the tests of another process, `test` with the `names` that are over
-            there, where the source is that of the tests; `compile` the `sources`. Only calls come together.
-        code: of the set-up and of the source.
+            there, where the source is that of the tests; `compile` a `source`. What comes together is of one kind,
+            `call` or `compile`.
+        setup: code that runs before the program.
+        source: of the program. It is compiled here: of what a compiler can be made to do, this process alone suffers.
         nonce: what each answer begins with.
         max_bytes: of an answer's value.
         more_time: grants a next call its time of a processor.
@@ -73,15 +78,29 @@ def run(
         except BaseException as error:
             return answer("error", describe(error))
 
+    if kind == "compile":
+        for item in asked:
+            more_time()
+            error = compiled(item["source"], seconds=_COMPILING)
+            answer("syntax", error) if isinstance(error, str) else answer("value", value=b"null")
+        leave(0)
+    block = compiled(source, seconds=_COMPILING)
+    if isinstance(block, str):
+        answer("syntax", block)
+        leave(0)
+    code = (setup, block)
     if kind != "call":
         attempt(lambda: _WORK[kind](asked[0], code, max_bytes))
-        if kind == "feed":
-            _quietly(sys.stdout.flush)
         leave(0)
     loaded: list[tuple[dict[str, Any], Watch]] = []
 
     def first() -> bytes:
-        names = load(code, "program")
+        try:
+            names = load(code, "program")
+        except MemoryError:
+            raise
+        except BaseException as error:
+            raise NotLoaded(describe(error)) from None
         loaded.append((names, Watch(names)))
         return _value(asked[0], names, max_bytes)
 
@@ -98,12 +117,25 @@ def run(
     leave(0)
 
 
-def compiled(source: str, name: str = "<program>") -> CodeType | str:
-    """Code, or why there is none."""
+class NotLoaded(BaseException):
+    """The program raised before anything was asked of it, which is no answer to a call that should raise."""
+
+
+def compiled(source: str, name: str = "<program>", seconds: float = 0.0) -> CodeType | str:
+    """Code, or why there is none.
+
+    Args:
+        source: statements.
+        name: in messages.
+        seconds: of a processor, after which SIGPROF ends this process; 0 for any time.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        return compile(source, name, "exec", dont_inherit=True)
+        return compile(source.removeprefix("\ufeff"), name, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         return f"{type(error).__name__}: {error}"[:1000]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def load(code: tuple[CodeType, CodeType], name: str) -> dict[str, Any]:
@@ -122,18 +154,7 @@ def _value(asked: dict[str, Any], names: dict[str, Any], max_bytes: int) -> byte
 
 
 def _feed(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int) -> bytes:
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w")):
-        stream = open(number, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115  (stays open)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)  # so that it stays open when a program puts another in its place
-    sys.argv[:] = ["program.py"]
-    try:
-        load(code, "__main__")
-    finally:  # what Python does when a script is through
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
+    script.run_script(lambda: load(code, "__main__"))
     return b""
 
 
@@ -160,28 +181,29 @@ def _test(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int
     sys.modules["tests"] = module
     exec(setup, module.__dict__)  # noqa: S102  (sealed)
     module.__dict__.update({name: remote.stand_in(peer, name) for name in asked["names"]})
-    exec(tests, module.__dict__)  # noqa: S102  (sealed)
-    return _TRUE
-
-
-def _compile(asked: dict[str, Any], code: tuple[CodeType, CodeType], max_bytes: int) -> bytes:
-    found = [compiled(source) for source in asked["sources"]]
-    return encode([error if isinstance(error, str) else None for error in found], max_bytes)
+    module.__dict__.update(remote.constants(peer, asked["names"]))
+    try:
+        exec(tests, module.__dict__)  # noqa: S102  (sealed)
+    finally:
+        if peer.failed is not None:  # whatever the tests made of it: `except:` and the like
+            raise peer.failed
+    return _TRUE if peer.asked else b'"uncalled"'
 
 
 _TRUE = b"true"
-_WORK = {"compile": _compile, "feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
+_WORK = {"feed": _feed, "inside": _inside, "serve": _serve, "test": _test}
 
 
 def _describe(error: BaseException) -> str:
+    """Its type and message; behind a type of the program's, in brackets, Python's own that it derives from."""
+    name = type(error).__name__
     try:
-        return f"{type(error).__name__}: {error}"[:1000]
+        kinds = type(error).__mro__
+        if getattr(builtins, name, None) is not kinds[0] and kinds[0] is not NotLoaded:
+            known = [kind.__name__ for kind in kinds[1:] if vars(builtins).get(kind.__name__) is kind]
+            usual = () if "Exception" in known else ("BaseException",)
+            known = [*(each for each in known if each not in ("object", "Exception", "BaseException")), *usual]
+            name = f"{name}({', '.join(known)})" if known else name
+        return f"{name}: {error}"[:1000]
     except BaseException:
-        return type(error).__name__[:1000]
-
-
-def _quietly(action: Callable[[], Any]) -> None:
-    try:
-        action()
-    except BaseException:
-        return
+        return name[:1000]

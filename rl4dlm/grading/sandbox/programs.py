@@ -67,11 +67,12 @@ class Result(NamedTuple):
     Attributes:
         status: `value` (there is one), `error` (the program raised), `wrong` (a check raised AssertionError),
             `timeout`, `memory`, `output` (more than may be written), `data` (a value that is no data), `ended` (the
-            process stopped without an answer), `syntax` (the source does not compile), `budget` (the batch's time was
-            over before it ran), or `lost` (the machine failed, not the program: such a part cannot be scored).
+            process stopped without an answer), `syntax` (the source does not compile, or not in half a second of a
+            processor), `budget` (the batch's time was over before it ran, and others had used it), or `lost` (the
+            machine failed, not the program: such a part cannot be scored).
         value: of a call its value in plain data (None, bool, int, float, complex, str, bytes, list, tuple, set,
             frozenset, dict of these; subclasses come back as what they are made of), of a feed the text written to
-            standard output, of a check True.
+            standard output, of a check True, or `uncalled` where it has asked nothing of the program.
         message: of an error its type and message, cut to 1,000 characters.
         inside: of a check whether it ran in the program's own process, where a program could tamper with it.
     """

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import itertools
 import operator
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CoroutineType, FunctionType, MethodType
 from typing import Any
 
 from rl4dlm.grading.sandbox.data import NotData, decode, encode
@@ -23,16 +24,14 @@ from rl4dlm.grading.sandbox.frames import read_frame, write_frame
 
 _MOST = 1 << 22  # bytes of a message
 _MOST_OBJECTS = 1 << 16
+_MOST_ITEMS = 1 << 13  # of an object of the program among which a test looks for one
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 # Methods by which data is asked about other data. On an object of the program they would be the program's own verdict.
 _VERDICTS = frozenset(("startswith", "endswith", "issubset", "issuperset", "isdisjoint"))
 # Types of the standard library that are sent as text, and which text makes them again.
 _TEXTS: dict[tuple[str, str], Callable[[Any], Any]] = {
-    ("fractions", "Fraction"): str,
-    ("decimal", "Decimal"): str,
     ("datetime", "date"): lambda value: value.isoformat(),
     ("datetime", "datetime"): lambda value: value.isoformat(),
-    ("builtins", "range"): lambda value: f"{value.start} {value.stop} {value.step}",
 }
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
@@ -81,6 +80,9 @@ class Peer:
 
     def __init__(self, handle: int, names: dict[str, Any] | None = None) -> None:
         self.handle, self.names = handle, names
+        self.asked = 0  # how often the other end was asked for something
+        self.failed: BaseException | None = None  # what ends tests, even those that catch everything
+        self.serving = 0
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}  # id of an object -> its place
 
@@ -94,7 +96,11 @@ class Peer:
         try:
             write_frame(self.handle, text)
         except OSError:
-            raise Gone from None
+            raise self._failure(Gone()) from None
+
+    def _failure(self, failure: BaseException) -> BaseException:
+        self.failed = self.failed or failure
+        return failure
 
     def hear(self, full: bool = False) -> list[Any]:
         """The next message.
@@ -105,21 +111,32 @@ class Peer:
         try:
             message = decode(read_frame(self.handle, _MOST), lambda tag, content: self._resolve(tag, content, full))
         except (OSError, EOFError, ValueError):
-            raise Gone from None
+            raise self._failure(Gone()) from None
         if not isinstance(message, list) or not message or not isinstance(message[0], str):
-            raise Gone
+            raise self._failure(Gone())
         return message
 
     def ask(self, full: bool, kind: str, *arguments: Any, **named: Any) -> Any:
         """Has the other end do something: what it gave, or raises what it raised. Its own requests come first."""
-        self.say("do", kind, list(arguments), named)
+        if self.failed is not None:
+            raise self.failed
+        self.asked += 1
+        serving, self.serving = self.serving, 0
+        try:
+            self.say("do", kind, list(arguments), named)
+        finally:
+            self.serving = serving
         while True:
             head, *content = self.hear(full)
-            if head == "value" and len(content) == 2:
-                _renew(arguments, content[1])
-                return content[0]
+            if head in ("value", "awaited") and len(content) == 2:
+                _renew([*arguments, *named.values()], content[1])
+                return content[0] if head == "value" else _awaited(content[0])
             if head == "raise" and len(content) == 2:
-                raise _exception(*content)
+                raised = _exception(*content)
+                if self.names is None and kind != "next" and isinstance(raised, StopIteration | StopAsyncIteration):
+                    # It would end the loop of the tests that calls the program.
+                    raised = RuntimeError("the program raised StopIteration")
+                raise raised
             self.serve([head, *content])
 
     def serve(self, message: list[Any]) -> None:
@@ -128,14 +145,18 @@ class Peer:
             head, kind, arguments, named = message
             action = self._action(kind) if head == "do" else None
         except (ValueError, TypeError):
-            raise Gone from None
+            raise self._failure(Gone()) from None
         if action is None:
-            raise Gone
+            raise self._failure(Gone())
+        self.serving += 1
         try:
-            before = encode(arguments, _MOST, self._refer)
-            result = action(*arguments, **named)
-            renewed = arguments if encode(arguments, _MOST, self._refer) != before else None
-            self.say("value", result, renewed)
+            handed = [*arguments, *named.values()]
+            before = encode(handed, _MOST, self._refer)
+            result, said = action(*arguments, **named), "value"
+            if self.names is not None and type(result) is CoroutineType:
+                result, said = importlib.import_module("asyncio").run(result), "awaited"
+            renewed = handed if encode(handed, _MOST, self._refer) != before else None
+            self.say(said, result, renewed)
         except (Gone, Unsendable, MemoryError):
             raise
         except BaseException as error:
@@ -144,13 +165,17 @@ class Peer:
                 self.say("raise", known, [str(part) if self.names is None else part for part in error.args])
             except NotData:
                 self.say("raise", known, [])
+        finally:
+            self.serving -= 1
 
     def _action(self, kind: str) -> Callable[..., Any] | None:
         if self.names is None:
-            return _FOR_ALL["call"] if kind == "call" else None
+            return _call if kind == "call" else None
         if kind == "name":
             names = self.names
             return lambda name, *a, **k: names[name](*a, **k)
+        if kind == "constant":
+            return self.names.get
         return _FOR_ALL.get(kind) or _FOR_OBJECTS.get(kind)
 
     def _refer(self, value: Any) -> Any:
@@ -160,8 +185,10 @@ class Peer:
         text = _TEXTS.get((kind.__module__, kind.__qualname__))
         if text is not None:
             return {"x": [kind.__module__, kind.__qualname__, text(value)]}
-        if self.names is None and not isinstance(value, _FUNCTIONS):
-            raise Unsendable(f"an object of type {kind.__name__} cannot be sent")
+        # What a function of the tests gives the program back is no more than a handle over there. Whether tests must
+        # run beside the program is not for the program to choose, by what it calls such a function with.
+        if self.names is None and not isinstance(value, _FUNCTIONS) and not self.serving:
+            raise self._failure(Unsendable(f"an object of type {kind.__name__} cannot be sent"))
         if id(value) not in self.numbers:
             if len(self.objects) >= _MOST_OBJECTS:
                 raise NotData("there are too many objects")
@@ -174,8 +201,6 @@ class Peer:
             module, name, text = content
             if (module, name) not in _TEXTS or len(text) > 1000:
                 raise ValueError
-            if name == "range":
-                return range(*map(int, text.split()))
             maker = getattr(importlib.import_module(module), name)
             return getattr(maker, "fromisoformat", maker)(text)
         if type(content) is not int or tag not in ("o", "r"):
@@ -183,6 +208,13 @@ class Peer:
         if tag == "o":
             return self.objects[content]
         return Proxy(self, content, full) if self.names is None else _Callback(self, content)
+
+
+def _call(function: Any, *arguments: Any, **named: Any) -> Any:
+    """What the program may do with a function of the tests; other things of theirs are not its to call."""
+    if not isinstance(function, _FUNCTIONS):
+        raise TypeError("this cannot be called")
+    return function(*arguments, **named)
 
 
 def stand_in(peer: Peer, name: str) -> Callable[..., Any]:
@@ -194,6 +226,13 @@ def stand_in(peer: Peer, name: str) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = name
     return call
+
+
+def constants(peer: Peer, names: list[str]) -> dict[str, Any]:
+    """Of the names in capitals those that stand for data; the others may be classes of one letter."""
+    found = {name: peer.ask(False, "constant", name) for name in names if name.isupper()}
+    peer.asked = 0
+    return {name: value for name, value in found.items() if value is not None and type(value) is not Proxy}
 
 
 class _Callback:
@@ -220,7 +259,7 @@ class Proxy:
         if name == "__class__":
             return Proxy
         if name in _VERDICTS:
-            raise Refused(f"a test asks .{name}() of an object of the program; only data can tell")
+            raise _refused(self, f"a test asks .{name}() of an object of the program; only data can tell")
         return _ask("getattr", self, name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -235,17 +274,32 @@ class Proxy:
                 return
             yield item
 
+    def __enter__(self) -> Any:
+        return _ask("getattr", self, "__enter__")()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        _ask("getattr", self, "__exit__")(None, None, None)  # an exception of the tests is no affair of the program's
+
     def __contains__(self, item: Any) -> bool:
-        return any(item is other or item == other for other in iter(self))
+        # All of them are looked at first: among endless items there is every number.
+        items = list(itertools.islice(iter(self), _MOST_ITEMS))
+        if len(items) == _MOST_ITEMS:
+            raise _refused(self, "a test looks for an item among those of an object of the program, which does not end")
+        return any(item is other or item == other for other in items)
 
     def __repr__(self) -> str:
         return str(_ask("repr", self))
 
 
+def _refused(proxy: Proxy, why: str) -> BaseException:
+    peer: Peer = object.__getattribute__(proxy, "_peer")
+    return peer._failure(Refused(why))
+
+
 def _ask(kind: str, proxy: Proxy, *arguments: Any, **named: Any) -> Any:
     full = object.__getattribute__(proxy, "_full")
     if not full and kind not in _FOR_ALL:
-        raise Refused("a test looks into an object that a function of the program returned; only data can tell")
+        raise _refused(proxy, "a test looks into an object that a function of the program returned; only data can tell")
     return object.__getattribute__(proxy, "_peer").ask(full, kind, proxy, *arguments, **named)
 
 
@@ -268,7 +322,12 @@ for _name in (*_BINARY, *_COMPARED):
     setattr(Proxy, f"__{_name.rstrip('_')}__", _among_objects(_name))
 
 
-def _renew(arguments: tuple[Any, ...], renewed: Any) -> None:
+async def _awaited(value: Any) -> Any:
+    """What a coroutine of the program has given, for tests that wait for it."""
+    return value
+
+
+def _renew(arguments: list[Any], renewed: Any) -> None:
     """Does to the arguments of a call what the program did to its copies."""
     if not isinstance(renewed, list):
         return

@@ -94,8 +94,12 @@ def _choose(bounds: list[tuple[int, list[bytes]]]) -> list[bytes]:
 
 
 @functools.cache
-def template(machine: str) -> bytes:
+def template(machine: str, threads: bool = True) -> bytes:
     """The filter, as the kernel reads it, with a number in place of the process's id.
+
+    Args:
+        machine: x86_64 or aarch64.
+        threads: whether they may be started.
 
     Raises:
         OSError: the numbers for `machine` are not known.
@@ -110,6 +114,8 @@ def template(machine: str) -> bytes:
     actions |= {pair[column]: _only(argument, values) for pair, argument, values in CHECKED.values()}
     actions |= {pair[column]: _only(0, [_PID]) for pair in _TO_ITSELF.values()}
     actions[_CLONE[column]] = [one(_LOAD, 16), one(_SET, CLONE_THREAD, 1, 0), _RETURN_EPERM, _RETURN_ALLOW]
+    if not threads:
+        actions[_CLONE[column]] = [_RETURN_EPERM]
     actions[_CLONE3[column]] = [one(_RETURN, _ERRNO | errno.ENOSYS)]  # then the C library takes clone
     # Not to read and truncate at once, which the first versions of Landlock take for reading.
     for numbers, argument in OPENING.values():
@@ -128,9 +134,9 @@ def template(machine: str) -> bytes:
     return b"".join([*head, *_choose(bounds)])
 
 
-def program(pid: int, machine: str = MACHINE) -> bytes:
+def program(pid: int, machine: str = MACHINE, threads: bool = True) -> bytes:
     """The filter for a process, which may signal itself alone."""
-    return template(machine).replace(struct.pack("=I", _PID), struct.pack("=I", pid))
+    return template(machine, threads).replace(struct.pack("=I", _PID), struct.pack("=I", pid))
 
 
 def install(filter_: bytes) -> None:

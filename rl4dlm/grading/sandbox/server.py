@@ -10,6 +10,7 @@ id}`. From it: `{"ready": level}` or `{"failed": reason}` once, then `{"ended": 
 
 from __future__ import annotations
 
+import _sitebuiltins
 import builtins
 import contextlib
 import gc
@@ -23,7 +24,6 @@ import signal
 import socket
 import sys
 import time
-from _sitebuiltins import Quitter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,7 +52,10 @@ def main() -> None:
     for name in (*PRELOADED, *LOADED):
         with contextlib.suppress(ImportError):  # Python may have been built without one
             importlib.import_module(name)
-    builtins.exit, builtins.quit = (Quitter(name, "end of file") for name in ("exit", "quit"))  # as `site` does
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")  # which Python without its site module lacks
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory is short, programs go before what trains
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         prepared = isolation.prepare_server(level)
@@ -113,12 +116,18 @@ class _Server:
         number = message["start"]
         try:
             pid = isolation.fork_keeper(self.prepared)
-        except OSError as error:
+        except OSError as error:  # the machine's fault, not the program's
             self._say(ended=number, status=-1, cpu=0.0, why=str(error))
             return
         if pid == 0:
             self._keep(message, handles)
-        handle = os.pidfd_open(pid)
+        try:
+            handle = os.pidfd_open(pid)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._say(ended=number, status=-1, cpu=0.0, why=str(error))
+            return
         self.selector.register(handle, selectors.EVENT_READ)
         self.keepers[handle] = _Keeper(pid, number, time.monotonic() + message["seconds"])
 

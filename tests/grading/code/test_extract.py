@@ -122,3 +122,13 @@ def test_a_tree_is_shallow_enough_to_walk() -> None:
     assert parse("1+" * 300 + "1") is not None
     deep = parse("1+" * 900 + "1")
     assert deep is None or ast.dump(deep)
+
+
+def test_a_mark_of_the_end_within_a_block_is_the_program_s() -> None:
+    code = "def f():\n    return '[DONE]'"
+    assert extract_program(f"```python\n{code}\n```\n[DONE]\n```python\nx = 1\n```").source == code
+    assert extract_program("```python\nx = 1\n[DONE] and more").source is None
+
+
+def test_a_label_may_go_on() -> None:
+    assert extract_program("```python title=a.py\nx = 1\n```\n```\n1\n```").source == "x = 1"

@@ -91,8 +91,11 @@ def test_tests_that_need_a_class_of_the_program_are_counted_as_inside() -> None:
         "wrong": "class Error(Exception):\n    pass\ndef f(x):\n    return x",
     }
     found = verdicts(programs, Problem(({"source": test},)))
-    assert [verdict.passed for verdict in found.values() if verdict] == [1.0, 0.0]
+    assert [verdict.passed for verdict in found.values() if verdict] == [None, 0.0]
     assert [verdict.tests[0].where for verdict in found.values() if verdict] == ["inside", "inside"]
+    pool.configure(sandbox_inside="paid")
+    found = verdicts(programs, Problem(({"source": test},)))
+    assert [verdict.passed for verdict in found.values() if verdict] == [1.0, 0.0]
 
 
 def test_the_problem_is_one_that_an_honest_program_solves() -> None:
@@ -105,7 +108,7 @@ def test_the_problem_is_one_that_an_honest_program_solves() -> None:
 def test_what_a_program_does_to_its_arguments_does_not_change_what_is_expected() -> None:
     tests: Tests = [
         "xs = [3, 1]\nassert f(xs) == sorted(xs)",
-        "for n in (2, 3):\n    xs = [n - i for i in range(n)]\n    assert f(xs) == sorted(xs)",
+        "for n in (2, 3):\n    xs = [n, n - 1]\n    assert f(xs) == sorted(xs)",
         "n = 2\nwhile n < 5:\n    n += 1\n    xs = [-i for i in range(n)]\n    assert f(xs) == sorted(xs)",
     ]
     programs = {
@@ -116,7 +119,7 @@ def test_what_a_program_does_to_its_arguments_does_not_change_what_is_expected()
     }
     found = judge(list(map(fenced, programs.values())), [problem_of(tests)] * len(programs))
     assert [verdict.passed for verdict in found if verdict] == [1.0, 1.0, 0.0, 0.0]
-    assert [test.where for test in found[0].tests] == ["outside", "apart", "apart"]  # type: ignore[union-attr]
+    assert [test.where for test in found[0].tests] == ["outside", "outside", "apart"]  # type: ignore[union-attr]
 
 
 def test_scripts_are_judged_by_what_they_print() -> None:

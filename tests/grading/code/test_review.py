@@ -27,7 +27,7 @@ def request():
     return next((names['asked'] for names in frames() if 'asked' in names), {})
 def forge():
     nonce = next(names['nonce'] for names in frames() if 'nonce' in names)
-    os.write(3, nonce + b'["value", ""]\\ntrue')
+    os.write(3, nonce + b'["value", "", 4, 0.0]\\ntrue')
     os._exit(0)
 """
 PEEK = f"{FORGE}\ndef f(*a):\n    return next((names['want'] for names in frames() if 'want' in names), None)\n"
@@ -128,6 +128,49 @@ SUCCEEDED = {
         "import os\ndef f(x): os._exit(0)",
         "try:\n    f(-1)\n    ok = 0\nexcept:\n    ok = 1\nif ok != 1: raise ValueError",
     ),
+    "raises_at_load_when_it_must": (
+        FORGE + "if request().get('expression') == '[f(-1)]': raise ValueError\ndef f(x): return x",
+        "import pytest\nwith pytest.raises(ValueError):\n    f(-1)",
+    ),
+    "lacks_a_method": ("class F: pass", "import pytest\nwith pytest.raises(AttributeError):\n    F().f(-1)"),
+    "leaves_by_its_own_exit": (
+        "class E(SystemExit): pass\ndef f(x): raise E",
+        "import pytest\nwith pytest.raises(Exception):\n    f(-1)",
+    ),
+    "decides_in_a_variable": (SAYS_YES + "def f(x): return A()", "ok = f(2) == 4\nassert ok"),
+    "decides_in_a_list": (
+        SAYS_YES + "def f(x): return A()",
+        "ok = []\nfor i in range(3):\n    ok.append(f(i) == 4)\nassert all(ok)",
+    ),
+    "calls_back_for_an_object": (
+        "def f(cmp):\n    cmp(1)\n    return 0",
+        "class Own: pass\nfor i in (1,):\n    if f(lambda x: Own()) != 3: raise ValueError",
+    ),
+    "calls_what_it_was_given_back": (
+        "def f(g): return g(1)(2)",
+        "class Own:\n    def __call__(self, x): return 3\n"
+        "for i in (1,):\n    if f(lambda x: Own()) != 3: raise ValueError",
+    ),
+    "swallows_in_its_context": (
+        "class C:\n    def __enter__(self): return self\n    def __exit__(self, *a): return True\n" + ZERO,
+        "with C() as c:\n    assert f(2) == 4",
+    ),
+    "waits_for_an_object": (
+        SAYS_YES + "async def f(x): return A()",
+        "import asyncio\nassert asyncio.run(f(2)) == 4",
+    ),
+    "decimal_that_is_nothing": ("from decimal import Decimal\ndef f(x): return Decimal('NaN')", "assert f(2) == 4.0"),
+    "asserts_true": (ZERO, "f(2)\nassert True"),
+    "asserts_a_tuple": (ZERO, "assert (f(2) == 4, 'wrong')"),
+    "asserts_a_generator": (ZERO, "assert (x == 4 for x in [f(2)])"),
+    "asserts_nested": (ZERO, "def test_a():\n    def inner():\n        assert f(2) == 4"),
+    "asserts_under_if": (ZERO, "if False:\n    assert f(2) == 4"),
+    "swallows": (ZERO, "try:\n    assert f(2) == 4\nexcept AssertionError:\n    print('wrong')"),
+    "swallows_all": (ZERO, "for i in range(2):\n    try:\n        assert f(i) == 4\n    except:\n        continue"),
+    "suppresses": (ZERO, "import contextlib\nwith contextlib.suppress(Exception):\n    assert f(2) == 4"),
+    "swallows_false": (ZERO, "try:\n    f(-1)\n    assert False\nexcept Exception:\n    pass"),
+    "defines_it_in_the_test": (ZERO, "def test_a():\n    def f(x): return x * x\n    assert f(3) == 9"),
+    "imports_it": (ZERO, "from math import sqrt as f\nassert f(9) == 3"),
     "infinite_membership": (INFINITE + "def f(x): return F()", "if 77 not in f(2): raise ValueError"),
 }
 
@@ -147,6 +190,13 @@ HONEST = {
                  "self.want = 2\n    def test_a(self):\n        self.assertEqual(f(2), self.want)"),
 }  # fmt: skip
 UNPAID = {
+    "imported_in_a_function": ("def f(x): return x", "def test_a():\n    from solution import f\n"
+                               "    assert [f(x) for x in (1, 2)] == [1, 2]"),
+    "imported_by_another_name": ("def f(x): return x", "from solution import f as g\nassert [g(1)] == [1]"),
+    "imported_module": ("def f(x): return x", "import solution as s\nassert [s.f(x) for x in (1, 2)] == [1, 2]"),
+    "imports_what_is_not_there": ("def f(x): return x", "import nowhere_to_be_found\nassert f(1) == 1"),
+    "parameter_of_its_name": ("def f(x): return x", "def check(f):\n    for i in (1, 2):\n"
+                              "        if f(i) != i: raise ValueError\ncheck(f)"),
     "import_solution": ("def f(x): return x", "import solution\nassert solution.f(2) == 2"),
     "subclass_of_the_exception": (
         "class E(ValueError): pass\ndef f(x): raise E('a')",
@@ -174,6 +224,15 @@ UNPAID = {
 }  # fmt: skip
 
 
+OPEN = {"class_in_lower_case", "object_from_a_function"}
+
+
+def open_still(name: str) -> None:
+    verdict = found()[name]
+    if name in OPEN:
+        pytest.xfail(f"not dealt with yet: {verdict and verdict.passed}")
+
+
 @functools.cache
 def found() -> dict[str, Verdict | None]:
     """All verdicts, from one batch."""
@@ -193,13 +252,14 @@ def test_forgery_earns_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEALT_WITH)
 def test_forgery_that_once_earned_something_earns_nothing(name: str) -> None:
+    open_still(name)
     verdict = found()[name]
     assert verdict is not None and verdict.passed in (0, None)
 
 
-@pytest.mark.xfail(strict=False, reason="had its way when it was found")
 @pytest.mark.parametrize("name", SUCCEEDED)
 def test_forgery_that_earned_something(name: str) -> None:
+    open_still(name)
     verdict = found()[name]
     assert verdict is not None and verdict.passed in (0, None)
 
@@ -210,9 +270,9 @@ def test_honest_program_is_paid(name: str) -> None:
     assert verdict is not None and verdict.passed == 1
 
 
-@pytest.mark.xfail(strict=False, reason="an honest program that was not paid when it was found")
 @pytest.mark.parametrize("name", UNPAID)
 def test_honest_program_that_was_not_paid(name: str) -> None:
+    open_still(name)
     verdict = found()[name]
     assert verdict is not None and verdict.passed in (1, None)
 
@@ -222,6 +282,14 @@ def test_a_call_that_exits_costs_itself_alone() -> None:
     program = "import sys\ndef f(x):\n    if x == 5: sys.exit()\n    return x"
     (verdict,) = judge([f"```python\n{program}\n```"], [Problem(tests, entry_point="f")])
     assert verdict is not None and verdict.passed == 63 / 64
+
+
+def test_a_subclass_of_the_exception_is_one_in_a_group_too() -> None:
+    tests = ({"source": "import pytest\nwith pytest.raises(LookupError):\n    f(-1)"},) * 2
+    program = "class E(KeyError): pass\ndef f(x):\n    if x < 0: raise E('no')\n    return x"
+    calls = tuple({"call": f"f({n})", "expected": str(n)} for n in range(64))
+    (verdict,) = judge([f"```python\n{program}\n```"], [Problem((*tests, *calls), entry_point="f")])
+    assert verdict is not None and verdict.passed == 1
 
 
 def test_block_of_output_is_no_program() -> None:

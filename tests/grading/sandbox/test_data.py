@@ -7,6 +7,9 @@ import enum
 import json
 import math
 import time
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -109,7 +112,8 @@ def test_subclasses_are_what_they_are_made_of(value: Any, made_of: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [object(), len, [lambda: 1], range(3), (x for x in ()), Exception(), np.zeros(2), {1: object()}, type]
+    "value",
+    [object(), len, [lambda: 1], memoryview(b""), (x for x in ()), Exception(), np.zeros(2), {1: object()}, type],
 )
 def test_other_things_are_no_data(value: Any) -> None:
     with pytest.raises(NotData):
@@ -148,3 +152,29 @@ def test_items_of_one_hash_do_not_stop_the_reader() -> None:
         with pytest.raises(NotData):
             decode(text.encode())
         assert time.process_time() - started < 5  # it would take minutes
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        range(3), range(5, -1, -2), deque([1, {2}]), Fraction(-1, 3), Fraction(2**900, 3), Decimal("1.50"),
+        Decimal("NaN"), Decimal("-Infinity"), Decimal("1E-900"), {Fraction(1, 2): [range(2)]},
+    ],
+)  # fmt: skip
+def test_data_of_the_standard_library_keeps_its_type(value: Any) -> None:
+    found = decode(encode(value, 10_000))
+    assert type(found) is type(value) and repr(found) == repr(value)
+
+
+@pytest.mark.parametrize("value", [range(10**7), Fraction(1, 10**2000), Decimal("1E+100000"), Decimal("1E-100000")])
+def test_what_would_take_forever_to_work_with_is_no_data(value: Any) -> None:
+    with pytest.raises(NotData):
+        decode(encode(value, 10_000))
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"q": [1, 0]}', b'{"n": "sNaN"}', b'{"r:": [1, 2, 0]}', b'{"n": "x"}', b'{"n": 5}', b'{"q": ["a", 1]}']
+)
+def test_texts_of_no_such_value(text: bytes) -> None:
+    with pytest.raises(NotData):
+        decode(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,13 @@ ONE = Program("", (Call("1"),))
 
 
 @pytest.fixture
-def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def lacking(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Levels put into this set are not offered."""
     missing: set[str] = set()
     monkeypatch.setattr(levels, "why_not", lambda level: "unshare: not permitted" if level in missing else "")
     monkeypatch.setattr(settings, "_configured", {})
-    require_sandbox.cache_clear()
-    yield missing
-    require_sandbox.cache_clear()
+    levels._announce.cache_clear()
+    return missing
 
 
 def test_strongest_level_that_there_is(lacking: set[str]) -> None:
@@ -45,6 +43,16 @@ def test_strongest_level_that_there_is(lacking: set[str]) -> None:
     assert strongest_level() == active_level() == "landlock"
     lacking.add("landlock")
     assert strongest_level() is None
+
+
+def test_level_is_said_once(lacking: set[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="rl4dlm"):
+        assert require_sandbox() == require_sandbox() == "namespaces"
+        settings.configure(sandbox_level="landlock")
+        assert require_sandbox() == "landlock"
+        settings.configure(sandbox_level="strongest")
+        assert require_sandbox() == "namespaces"  # never what was asked for before
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["'namespaces'", "'landlock'"]
 
 
 def test_level_asked_for_or_nothing(lacking: set[str], monkeypatch: pytest.MonkeyPatch) -> None:

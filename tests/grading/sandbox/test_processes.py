@@ -192,3 +192,18 @@ def test_end_of_the_trainer_leaves_no_process(sandbox: Sandbox, number: signal.S
     while any(map(is_running, started)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [pid for pid in started if is_running(pid)]
+
+
+def test_what_the_machine_lost_has_another_turn_before_the_others(sandbox: Sandbox) -> None:
+    batch_ = batch.Batch(lambda: sandbox._server(), 1, [FINE] * 3, Limits(), 60.0)
+
+    def lose(job: Any) -> None:
+        job.runs = batch_._runs(job)
+        job.runs[0].status = -1  # its keeper could not be forked
+        batch_._settle(job)
+
+    lose(batch_.waiting.popleft())
+    assert [(waiting.row, waiting.again) for waiting in batch_.waiting] == [(0, True), (1, False), (2, False)]
+    lose(batch_.waiting.popleft())
+    assert [waiting.row for waiting in batch_.waiting] == [1, 2]
+    assert batch_.results[0][0] is not None and batch_.results[0][0].status == "lost"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
-from rl4dlm.grading.sandbox import Call, Check, Feed, Limits, Program, Result, seccomp
+from rl4dlm.grading.sandbox import Call, Check, Feed, Limits, Program, Result, batch as batches, pool, seccomp
 from rl4dlm.grading.sandbox.batch import Batch
 from rl4dlm.grading.sandbox.kernel import MACHINE
 from rl4dlm.grading.sandbox.pool import Sandbox
@@ -52,6 +53,43 @@ def test_no_other_system_call_is_let_through(sandbox: Sandbox) -> None:
 
 
 FEEDS = {
+    "exit": ("print(1)\nexit()", "", "1"),
+    "quit": ("print(1)\nquit(0)", "", "1"),
+    "thread_that_is_not_joined": (
+        "import threading, time\ndef main():\n    time.sleep(0.1)\n    print(1)\nthreading.Thread(target=main).start()",
+        "", "1",
+    ),
+    "atexit": ("import atexit\natexit.register(lambda: print(1))", "", "1"),
+    "mode": ("import sys\nprint(sys.stdin.mode, sys.stdout.mode)", "", "r w"),
+    "peek": ("import sys\nprint(sys.stdin.buffer.peek(1)[:1].decode())", "abc", "a"),
+    "wrapped_anew": ("import io, sys\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer)\nprint(input())", "1\n", "1"),
+    "stdout_wrapped_anew": (
+        "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, write_through=True)\nprint(1)", "", "1",
+    ),
+    "all_at_once": ("import io, os\nread = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\n"
+                    "print(int(read()) + int(read()))", "1\n2\n", "3"),
+    "own_file": ("out = open(1, 'w', closefd=False)\nout.write('1')", "", "1"),
+    "fast_streams": (
+        "import os, sys\nfrom io import BytesIO, IOBase\nclass FastIO(IOBase):\n    newlines = 0\n"
+        "    def __init__(self, file):\n        self._fd = file.fileno()\n        self.buffer = BytesIO()\n"
+        "        self.writable = 'x' in file.mode or 'r' not in file.mode\n"
+        "        self.write = self.buffer.write if self.writable else None\n"
+        "    def readline(self):\n        while self.newlines == 0:\n"
+        "            b = os.read(self._fd, max(os.fstat(self._fd).st_size, 8192))\n"
+        "            self.newlines = b.count(b'\\n') + (not b)\n            ptr = self.buffer.tell()\n"
+        "            self.buffer.seek(0, 2), self.buffer.write(b), self.buffer.seek(ptr)\n"
+        "        self.newlines -= 1\n        return self.buffer.readline()\n"
+        "    def flush(self):\n        if self.writable:\n            os.write(self._fd, self.buffer.getvalue())\n"
+        "            self.buffer.truncate(0), self.buffer.seek(0)\n"
+        "class IOWrapper(IOBase):\n    def __init__(self, file):\n        self.buffer = FastIO(file)\n"
+        "        self.flush = self.buffer.flush\n        self.writable = self.buffer.writable\n"
+        "        self.write = lambda s: self.buffer.write(s.encode('ascii'))\n"
+        "        self.readline = lambda: self.buffer.readline().decode('ascii')\n"
+        "sys.stdin, sys.stdout = IOWrapper(sys.stdin), IOWrapper(sys.stdout)\n"
+        "print(int(sys.stdin.readline()) + 1)", "1\n", "2",
+    ),
+    "file": ("print(bool(__file__))", "", "True"),
+    "byte_order_mark": ("\ufeffprint(1)", "", "1"),
     "reads_all": ("print(len(open(0).read()))", "abc", "3"),
     "buffer": ("import sys\nprint(sys.stdin.buffer.readline().decode().strip())", "a\nb\n", "a"),
     "deep_in_a_thread": (
@@ -63,36 +101,17 @@ FEEDS = {
     "exit_status_none": ("import sys\nprint(1)\nsys.exit(None)", "", "1"),
     "unicode": ("print('\u00e9\u4e2d')", "", "\u00e9\u4e2d"),
 }  # fmt: skip
-MORE_FEEDS = {
-    "exit": ("print(1)\nexit()", "", "1"),
-    "quit": ("print(1)\nquit(0)", "", "1"),
-    "thread_that_is_not_joined": (
-        "import threading, time\ndef main():\n    time.sleep(0.1)\n    print(1)\nthreading.Thread(target=main).start()",
-        "", "1",
-    ),
-    "atexit": ("import atexit\natexit.register(lambda: print(1))", "", "1"),
-    "mode": ("import sys\nprint(sys.stdin.mode, sys.stdout.mode)", "", "r w"),
-    "peek": ("import sys\nprint(sys.stdin.buffer.peek(1)[:1].decode())", "abc", "a"),
-    "wrapped_anew": ("import io, sys\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer)\nprint(input())", "1\n", "1"),
-    "file": ("print(bool(__file__))", "", "True"),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def printed(sandbox: Sandbox) -> dict[str, Result]:
-    cases = {**FEEDS, **MORE_FEEDS}
-    rows = sandbox.run([Program(source, (Feed(given),)) for source, given, _ in cases.values()], Limits(), 60.0)
-    return {name: row[0] for name, row in zip(cases, rows, strict=True)}
+    rows = sandbox.run([Program(source, (Feed(given),)) for source, given, _ in FEEDS.values()], Limits(), 60.0)
+    return {name: row[0] for name, row in zip(FEEDS, rows, strict=True)}
 
 
 @pytest.mark.parametrize("name", FEEDS)
 def test_honest_script_is_run(printed: dict[str, Result], name: str) -> None:
     assert (printed[name].status, str(printed[name].value).strip()) == ("value", FEEDS[name][2])
-
-
-@pytest.mark.parametrize("name", MORE_FEEDS)
-def test_honest_script_that_was_not_run(printed: dict[str, Result], name: str) -> None:
-    assert (printed[name].status, str(printed[name].value).strip()) == ("value", MORE_FEEDS[name][2])
 
 
 def test_threads_are_limited(sandbox: Sandbox) -> None:
@@ -103,6 +122,18 @@ def test_threads_are_limited(sandbox: Sandbox) -> None:
     )
     ((result,),) = sandbox.run([Program(source, (Call("f()"),))], Limits(), 60.0)
     assert isinstance(result.value, int) and result.value < 100
+
+
+def test_no_thread_where_their_number_is_not_limited(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlimited = (
+        "from rl4dlm.grading.sandbox import isolation\nisolation._limited = lambda: False\n"
+        "isolation._become_nobody = lambda readable: 0\nserver.main()"
+    )
+    monkeypatch.setattr(pool, "_BOOT", pool._BOOT.replace("server.main()", unlimited))
+    source = "import threading\ndef f(): threading.Thread(target=print).start()\n"
+    with Sandbox(sandbox.level, 1) as alone:
+        ((fine, threaded),) = alone.run([Program(source, (Call("1 + 1"), Call("f()")))], Limits(), 60.0)
+    assert (fine.value, threaded.message) == (2, "RuntimeError: can't start new thread")
 
 
 def test_slow_program_does_not_starve_the_others(sandbox: Sandbox) -> None:
@@ -136,6 +167,53 @@ def test_check_whose_program_was_lost_is_lost() -> None:
     program = Program("def f(x): return x", (Check("assert f(1) == 1", ("f",)),))
     batch = Batch(lambda: None, 1, [program], Limits(), 1.0)  # type: ignore[arg-type, return-value]
     job = batch.waiting[0]
+    job.runs = batch._runs(job)
     job.runs[0].status, job.runs[0].failed = -1, "clone: Resource temporarily unavailable"
     job.runs[1].status, job.runs[1].answers[0] = 0, Result("gone")
     assert batch._checked(job, job.runs[1].result(0)).status == "lost"
+
+
+def test_slow_programs_get_no_more_than_their_share() -> None:
+    slow = Program("import time\ndef f(x):\n    time.sleep(0.9)\n", tuple(Call(f"f({n})") for n in range(20)))
+    checked = Program("import time\ndef f(x):\n    time.sleep(0.9)\n", (Check("f(1)\nf(1)", ("f",)),) * 20)
+    honest = Program("def f(x): return x\n", (Call("f(1)"),))
+    with Sandbox("landlock", 1) as alone:
+        rows = alone.run([slow, checked, *[honest] * 4], Limits(), 5.0)
+    assert [[result.status for result in row] for row in rows[2:]] == [["value"]] * 4
+    assert {result.status for row in rows[:2] for result in row} <= {"value", "timeout"}
+    assert all("timeout" in [result.status for result in row] for row in rows[:2])
+
+
+def bomb(depth: int) -> str:
+    lines = [f"{' ' * level}try:\n{' ' * level} pass\n{' ' * level}finally:" for level in range(depth)]
+    return "\n".join([*lines, " " * depth + "pass"])
+
+
+def test_source_that_takes_long_to_compile(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_HURRY", 60.0)  # so that the processor's time alone counts
+    monkeypatch.setattr(batches, "_LOOK", 120.0)
+    limits = Limits(seconds=60.0, program_seconds=120.0)
+    honest = Program("def f(x): return x\n", (Call("f(1)"),))
+    wrong = Program("def f(:", (Call("f(1)"),))
+    bombs = [Program(bomb(18), (Call("1"), Feed("")))]
+    with Sandbox(sandbox.level, 1) as alone:
+        batch = Batch(alone._server, 1, [*bombs, *[honest] * 8, wrong], limits, 240.0)
+        started: list[int] = []
+        start = batch._start
+        batch._start = lambda job: (started.append(job.row), start(job))  # type: ignore[assignment, func-returns-value]
+        rows = batch.run()
+        assert alone.run([bombs[0]], limits, 60.0) == [[Result("syntax", message="compiling it took too long")] * 2]
+    assert [{result.status for result in row} for row in rows] == [{"syntax"}, *[{"value"}] * 8, {"syntax"}]
+    assert started == [-1, *range(1, 9)]  # the look at all sources has told what is not worth starting
+
+
+def test_what_is_asked_is_made_when_it_is_sent() -> None:
+    programs = [Program("", (Feed("1" * 1000), Check("f()", ("f",)))) for _ in range(20)]
+    batch = Batch(lambda: None, 2, programs, Limits(), 1.0)  # type: ignore[arg-type, return-value]
+    assert len(batch.waiting) == 40 and not any(job.runs for job in batch.waiting)
+
+
+def test_programs_go_first_where_memory_is_short(sandbox: Sandbox) -> None:
+    sandbox.run([Program("", (Call("1"),))], Limits(), 60.0)
+    (server,) = sandbox._servers
+    assert Path(f"/proc/{server.process.pid}/oom_score_adj").read_text() == "1000\n"

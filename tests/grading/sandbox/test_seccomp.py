@@ -104,3 +104,10 @@ def test_numbers_are_those_of_libseccomp(machine: str) -> None:
         number = library.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(ARCHITECTURE[machine]), call.encode())
         known[call] = number if number >= 0 else None
     assert known == {name: pair[COLUMN[machine]] for name, pair in pairs.items()}
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_threads_can_be_refused(machine: str) -> None:
+    number = seccomp._CLONE[COLUMN[machine]]
+    for threads, expected in ((True, ALLOW), (False, EPERM)):
+        assert decide(program(42, machine, threads), ARCHITECTURE[machine], number, 0x3D0F00) == expected
