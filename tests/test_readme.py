@@ -65,7 +65,14 @@ def test_python_runs(document, checkout):
     runpy.run_path(str(checkout / "blocks.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("document", sorted({b.document for b in SHELL if b.mark == "run"}))
+# Six commands that import everything: half a minute.
+LONG = {"docs/own-task.md": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(d, marks=LONG.get(d, ())) for d in sorted({b.document for b in SHELL if b.mark == "run"})],
+)
 def test_shell_runs(document, checkout):
     # The commands of this environment, and not of another that may be on the path.
     for name, start in (("python", []), ("rl4dlm", ["-m", "rl4dlm.cli"])):

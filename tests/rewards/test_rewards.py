@@ -57,7 +57,9 @@ def test_every_reward_takes_strings_and_messages_and_gives_one_number_each(name:
 
 
 @pytest.mark.parametrize("name", available_rewards())
-def test_hostile_text_earns_nothing_but_the_consolation(name: str) -> None:
+def test_hostile_text_earns_nothing_but_the_consolation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name.startswith("code"):  # programs that never end are given less time
+        monkeypatch.setenv("RL4DLM_REWARD_DEADLINE", "1")
     for text in HOSTILE:
         for completion in (text, f"<answer>{text}</answer>"):
             value = pay(name, completion)

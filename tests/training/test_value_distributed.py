@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::Futur
 WORKER = Path(__file__).parent / "value_worker.py"
 
 
-@pytest.mark.parametrize("stage", [None, pytest.param(2, marks=[pytest.mark.slow, needs_deepspeed])])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, pytest.param(2, marks=needs_deepspeed)])
 def test_two_processes_equal_one(tmp_path: Path, stage: int | None) -> None:
     two = train(tmp_path, stage, worker=WORKER)
     check_same(two["resumed"], two["blocks"], 0.0 if stage is None else 1e-7)
