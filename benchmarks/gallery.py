@@ -2,9 +2,9 @@
 
     python benchmarks/gallery.py
 
-Decodes a few prompts of the puzzles and of Countdown under several schedules and kinds of attention, with fixed seeds, so
-that the pages are the same each time. Writes `docs/gallery/*.html` and what was counted into `docs/gallery.md`, between
-its markers. Half a minute on one core.
+Decodes a few prompts of the puzzles and of Countdown under several schedules and kinds of attention, with fixed seeds,
+so that the pages are the same each time. Writes `docs/gallery/*.html` and what was counted into `docs/gallery.md`,
+between its markers. Half a minute on one core.
 """
 
 from __future__ import annotations
