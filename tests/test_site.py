@@ -6,10 +6,13 @@ Whether the site builds, with every link and anchor, is what `make docs` checks.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from benchmarks import gallery
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -67,3 +70,24 @@ def test_every_file_that_a_page_links_to_is_copied(hooks):
 
 def test_pipes_in_code_in_tables_are_shown_without_a_backslash(hooks):
     assert hooks.within_site("| `<\\|mask\\|>` | a \\| b |", "docs/models.md") == "| `<|mask|>` | a \\| b |"
+
+
+def test_the_gallery_is_what_its_script_makes(hooks):
+    """Its pages are there and small, and one of them, decoded again, is the same."""
+    page = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    files = {path.stem: path for path in (DOCS / "gallery").iterdir()}
+    assert files.keys() == gallery.SHOWN.keys()
+    shown = {}
+    for name, path in files.items():
+        assert path.suffix == ".html" and path.stat().st_size < 200_000 and f"(gallery/{name}.html)" in page
+        data = re.search(r'<script type="application/json" id="replay">(.*?)</script>', path.read_text("utf-8"), re.S)[
+            1
+        ]
+        shown[name] = json.loads(data)
+        assert len(shown[name]["rows"]) == gallery.SHOWN[name].prompts
+    again = gallery.replay(gallery.SHOWN["sudoku-four"])
+    assert gallery.line("sudoku-four", gallery.SHOWN["sudoku-four"], again) in page
+    assert [row["completion"] for row in shown["sudoku-four"]["rows"]] == [row.completion for row in again.rows]
+    assert [row["nfe"] for row in shown["sudoku-four"]["rows"]] == [row.nfe for row in again.rows]
+    framed = hooks.with_frames(page)
+    assert re.findall(r'<iframe src="gallery/([\w-]+).html"', framed) == list(gallery.SHOWN)
