@@ -168,6 +168,8 @@ class Rollout:
         seed: of the run. weight_version: the engine's, as set by its owner.
         mask_token_id: of the model; None if it has none.
         decoding: the `DecodingConfig` that it was decoded with, its blocks those of the model.
+        recorded: whether `trace` says how the canvas came about. Of another library's engine it does not: then it tells
+            written slots from others and no more, log-probabilities are NaN, and forwards 0.
         guesses: long `[N]`, guessed states that were fed beside each row (`draft_steps`); `trace.steps` less `nfe`,
             halved with guidance, came true. None where a canvas of random tokens is refined.
     """
@@ -189,6 +191,7 @@ class Rollout:
     weight_version: int | None = None
     decoding: DecodingConfig | None = None
     guesses: Tensor | None = None
+    recorded: bool = True
 
     def __len__(self) -> int:
         return len(self.canvas)

@@ -326,7 +326,8 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
         for name, value in rollout_metrics(rollout, seconds, self.accelerator.num_processes).items():
             self._log_metric(name, value)
         if self.args.log_completions:
-            self._log_completion_extra("nfe", rollout.nfe.tolist())
+            if rollout.recorded:
+                self._log_completion_extra("nfe", rollout.nfe.tolist())
             self._log_completion_extra("stop_reason", rollout.stop_reason)
         if self.args.log_replays:
             shown = training and self.accelerator.is_main_process
