@@ -29,6 +29,7 @@ MARKERS = ("<!-- trainers and families: made by benchmarks/trainer_families.py -
 
 FAMILIES = {  # as a column is called: what builds the small model
     "llada": tiny.tiny_llada,
+    "illada": tiny.tiny_illada,
     "llada_moe": tiny.tiny_llada_moe,
     "llada2": tiny.tiny_llada2,
     "dream": tiny.tiny_dream,
@@ -36,6 +37,8 @@ FAMILIES = {  # as a column is called: what builds the small model
     "sdar_moe": tiny.tiny_sdar_moe,
     "fast_dllm": tiny.tiny_fast_dllm,
     "a2d": tiny.tiny_a2d_qwen3,
+    "nemotron_diffusion": tiny.tiny_nemotron_diffusion,
+    "wedlm": tiny.tiny_wedlm,
     "diffusion_gemma": tiny.tiny_diffusion_gemma,
 }
 

@@ -103,15 +103,18 @@ SIGNATURES = {
     "tiny_diffusion_gemma": "sizes",
     "tiny_dream": "sizes",
     "tiny_fast_dllm": "sizes",
+    "tiny_illada": "sizes",
     "tiny_llada": (
         "vocab_size mask_token_id eos_token_id pad_token_id hidden_size num_hidden_layers num_attention_heads "
         "intermediate_size max_position_embeddings rope_theta initializer_range dtype seed"
     ),
     "tiny_llada2": "sizes",
     "tiny_llada_moe": "sizes",
+    "tiny_nemotron_diffusion": "sizes",
     "tiny_sdar": "sizes",
     "tiny_sdar_moe": "sizes",
     "tiny_tokenizer": "",
+    "tiny_wedlm": "sizes",
 }
 """Parameters of functions and classes, in their order."""
 
