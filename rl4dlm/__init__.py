@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
+    from rl4dlm.algorithms.gdsd import GDSDConfig as GDSDConfig, GDSDTrainer as GDSDTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
     from rl4dlm.algorithms.lightningrl import (
@@ -142,6 +143,8 @@ _MODULE_OF = {
     "LightningRLTrainer": "rl4dlm.algorithms.lightningrl",
     "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
+    "GDSDConfig": "rl4dlm.algorithms.gdsd",
+    "GDSDTrainer": "rl4dlm.algorithms.gdsd",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
     "IGPOTrainer": "rl4dlm.algorithms.igpo",
     "Credit": "rl4dlm.training.credit.credit",

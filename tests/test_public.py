@@ -48,6 +48,7 @@ SIGNATURES = {
     "DreamCoderRLTrainer": "args kwargs",
     "EBPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "ESPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "GDSDTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "IGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Inpainting": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
@@ -147,6 +148,7 @@ SETTINGS = {
     "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
     "EBPOConfig": "num_views complement stratify ratio_norm",
     "ESPOConfig": "num_views complement form baseline",
+    "GDSDConfig": "psi target weights form unit residual residual_limit num_views baseline",
     "IGPOConfig": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"

@@ -51,6 +51,11 @@ CASES = {
     "diffu-grpo-normalised": Case("DiffuGRPOTrainer", {"clip": "unconditional", "self_normalize": "batch"}),
     "diffusion-gdpo": Case("DiffusionGDPOTrainer", {"beta": 0.04}),
     "espo": Case("ESPOTrainer", {"beta": 0.04}),
+    "gdsd": Case("GDSDTrainer", {"beta": 0.04}),
+    "gdsd-tokens": Case(
+        "GDSDTrainer",
+        {"beta": 0.0, "unit": "token", "target": "centred_logit", "weights": "elbo", "residual": "huber"},
+    ),
     "bgpo": Case("BGPOTrainer", {"beta": 0.04, "num_views": 2}),
     "dmpo": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2}),
     "dmpo-ddo": Case("DMPOTrainer", {"objective": "ddo", "weight_baseline": "none", "num_views": 2}),

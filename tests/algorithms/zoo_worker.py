@@ -34,6 +34,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ESPOTrainer": {"beta": 0.04},
     "EBPOTrainer": {"beta": 0.04, "num_views": 2},
     "LightningRLTrainer": {"min_speed_range": 0.0, "speed_reward": "letters"},
+    "GDSDTrainer": {"beta": 0.04, "num_views": 2},
     "BGPOTrainer": {"beta": 0.04, "num_views": 2},
     "DMPOTrainer": {"num_views": 2},
     "WD1Trainer": {},
