@@ -69,6 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "JustGRPO": {"denoising_steps": 8},
     "LightningRL": {"min_speed_range": 0.0, "speed_reward": "letters", "accuracy_from": 0.5},
     "MDPO": {"num_trained_steps": 2, "score_temperature": 1.0, "schedule": "low_confidence"},
+    "SelfDistillation": {"hard_weight": 0.5},
     "TraceRL": {"schedule": "low_confidence", "per_device_train_batch_size": 4},
     "TreeRPO": {"branches": [2, 2]},
 }

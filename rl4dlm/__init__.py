@@ -40,6 +40,10 @@ if TYPE_CHECKING:
         LightningRLTrainer as LightningRLTrainer,
     )
     from rl4dlm.algorithms.mdpo import MDPOConfig as MDPOConfig, MDPOTrainer as MDPOTrainer
+    from rl4dlm.algorithms.self_distillation import (
+        SelfDistillationConfig as SelfDistillationConfig,
+        SelfDistillationTrainer as SelfDistillationTrainer,
+    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
@@ -156,6 +160,8 @@ _MODULE_OF = {
     "RolloutEngine": "rl4dlm.rollout.engine",
     "MDPOConfig": "rl4dlm.algorithms.mdpo",
     "MDPOTrainer": "rl4dlm.algorithms.mdpo",
+    "SelfDistillationConfig": "rl4dlm.algorithms.self_distillation",
+    "SelfDistillationTrainer": "rl4dlm.algorithms.self_distillation",
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
     "State": "rl4dlm.rollout.state",

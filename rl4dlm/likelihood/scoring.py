@@ -155,6 +155,7 @@ def reduce_views(
     unseen: Tensor | None = None,
     share: bool = True,
     in_step: int | None = None,
+    noisy_history: bool = False,
 ) -> tuple[Tensor, ...]:
     """What a reduction makes of distributions at the n scored positions of views, in row-major order of `[B, K, L]`.
 
@@ -164,6 +165,8 @@ def reduce_views(
         model, spec, ids, attention_mask, views: as in `score_views`.
         reduction: see `rl4dlm.models.distributions`; its tensors have an entry for each of the n positions.
         temperature, rows_per_forward, prompt_lengths, one_view, unseen, share, in_step: as in `score_views`.
+        noisy_history: for a model that denoises block by block: every block sees those before it as the view shows
+            them, as in a pipeline of several open blocks (D2F), and not finished.
 
     Returns:
         Its tensors, `[n, ...]` each. With gradients, but for a `rows_per_forward` that makes several forwards.
@@ -171,7 +174,7 @@ def reduce_views(
     Raises:
         ValueError: as `score_views`.
     """
-    given = _Given(ids, attention_mask, views, prompt_lengths, unseen)
+    given = _Given(ids, attention_mask, views, prompt_lengths, unseen, noisy_history)
     limits = _Limits(rows_per_forward, one_view, share, in_step)
     settings = {"score_temperature": temperature}
     parts, rows = _in_parts(model, spec, given, limits, {}, settings, None, reduction)
@@ -190,6 +193,7 @@ class _Given:
     views: Views
     prompt_lengths: Tensor | None
     unseen: Tensor | None
+    noisy_history: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def _in_parts(
     turns = num_views if limits.one_view and not split else 1  # rows are b * K + k: every K-th is a view of each row
     if turns > 1:
         settings = {**settings, "score_in_turn": turns}
-    inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, given.unseen, turns)
+    inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, given, turns)
     scored = views.scored.flatten(0, 1)  # [B * K, L]
     before = scored.new_zeros(len(scored), length - canvas)
     ask = {"score_positions": torch.cat([before, scored], dim=1), **ask}
@@ -292,8 +296,8 @@ class _Inputs:
     def distinct(self) -> tuple[Tensor, Tensor]:
         """Rows that differ, long `[U]`, by turn and then in their order, and which of these each row equals, `[R]`."""
         parts = [self.turn[:, None], 2 * self.ids + self.keys]  # positions are counted from the first real token
-        if self.finished is not None and self.prompt_lengths is not None:
-            parts += [self.finished, self.prompt_lengths[:, None]]
+        parts += [] if self.finished is None else [self.finished]
+        parts += [] if self.prompt_lengths is None else [self.prompt_lengths[:, None]]
         unique, of = torch.unique(torch.cat(parts, dim=1), dim=0, return_inverse=True)
         if len(unique) == len(self) and self.turns == 1:
             return self.all()
@@ -315,7 +319,7 @@ def _inputs(
     attention_mask: Tensor,
     views: Views,
     prompt_lengths: Tensor,
-    unseen: Tensor | None,
+    given: _Given,
     turns: int,
 ) -> _Inputs:
     """Those of all views, `[B * K]`."""
@@ -325,13 +329,14 @@ def _inputs(
         return values.repeat_interleave(num_views, dim=0)
 
     corrupted = views.apply(ids, spec.mask_token_id).flatten(0, 1)
+    finished = ids[:, ids.shape[1] - views.weight.shape[2] :]
     return _Inputs(
         ids=corrupted,
         keys=of_views(attention_mask.bool()),
         turn=torch.arange(len(corrupted), device=ids.device) % turns,
-        finished=of_views(ids[:, ids.shape[1] - views.weight.shape[2] :]) if blocks else None,
+        finished=of_views(finished) if blocks and not given.noisy_history else None,
         prompt_lengths=of_views(prompt_lengths) if blocks else None,
-        unseen=None if unseen is None else of_views(unseen),
+        unseen=None if given.unseen is None else of_views(given.unseen),
         turns=turns,
     )
 
@@ -366,6 +371,7 @@ def _forward(
     if inputs.finished is not None:
         prompt = inputs.ids.shape[1] - inputs.finished.shape[1]
         extra["score_clean_ids"] = torch.cat([inputs.ids[:, :prompt], inputs.finished], dim=1)
+    if inputs.prompt_lengths is not None:
         extra["score_prompt_lengths"] = inputs.prompt_lengths
     if inputs.unseen is not None:
         extra["score_unseen"] = inputs.unseen

@@ -86,7 +86,7 @@ class TopClasses(PositionReduction):
     """The most probable tokens, long `[n, k]`, and log-probabilities `[n, k + 1]`: theirs, and of all others as one.
 
     Args:
-        count: k, at most V. With k = V the class of all others has log-probability minus infinity.
+        count: k; V where it is larger. With k = V the class of all others has log-probability minus infinity.
         temperature: divides the logits.
     """
 
@@ -95,7 +95,7 @@ class TopClasses(PositionReduction):
 
     def columns(self, logits: Tensor, part: slice, *constants: Tensor) -> tuple[Tensor, ...]:
         """Ids, most probable first, and classes."""
-        ids = logits.topk(self.count, dim=-1).indices
+        ids = logits.topk(min(self.count, logits.shape[-1]), dim=-1).indices
         return ids, _classes(logits / self.temperature, ids)
 
 
@@ -170,6 +170,32 @@ class Divergence(PositionReduction):
         """`[c]`."""
         student = (logits / self.temperature).log_softmax(-1)
         return (divergence(student, constants[0].to(student.dtype), self.kind, self.limit, self.by_entry),)
+
+
+@dataclass(frozen=True)
+class Draws(PositionReduction):
+    """Tokens drawn from the distributions, long `[n]`, and the probabilities of the most probable ones.
+
+    Args:
+        uniform: `[n]` in (0, 1), what each is drawn by.
+        temperature: divides the logits that are drawn from; 0 takes the most probable tokens.
+        never: an id that is not drawn, such as the mask token; None: any is.
+    """
+
+    uniform: Tensor
+    temperature: float = 0.0
+    never: int | None = None
+
+    def columns(self, logits: Tensor, part: slice, *constants: Tensor) -> tuple[Tensor, ...]:
+        """`[c]` each."""
+        if self.never is not None:
+            logits = logits.index_fill(-1, torch.tensor([self.never], device=logits.device), -torch.inf)
+        sure = logits.softmax(-1).amax(-1)
+        if not self.temperature:
+            return logits.argmax(-1), sure
+        upto = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+        level = self.uniform[part, None].to(upto) * upto[:, -1:]
+        return torch.searchsorted(upto, level).squeeze(-1).clamp(max=upto.shape[-1] - 1), sure
 
 
 @dataclass(frozen=True)
