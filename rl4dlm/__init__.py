@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
+    from rl4dlm.algorithms.gdsd import GDSDConfig as GDSDConfig, GDSDTrainer as GDSDTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
     from rl4dlm.algorithms.lightningrl import (
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
         LightningRLTrainer as LightningRLTrainer,
     )
     from rl4dlm.algorithms.mdpo import MDPOConfig as MDPOConfig, MDPOTrainer as MDPOTrainer
+    from rl4dlm.algorithms.self_distillation import (
+        SelfDistillationConfig as SelfDistillationConfig,
+        SelfDistillationTrainer as SelfDistillationTrainer,
+    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
@@ -145,6 +150,8 @@ _MODULE_OF = {
     "LightningRLTrainer": "rl4dlm.algorithms.lightningrl",
     "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
+    "GDSDConfig": "rl4dlm.algorithms.gdsd",
+    "GDSDTrainer": "rl4dlm.algorithms.gdsd",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
     "IGPOTrainer": "rl4dlm.algorithms.igpo",
     "Credit": "rl4dlm.training.credit.credit",
@@ -156,6 +163,8 @@ _MODULE_OF = {
     "RolloutEngine": "rl4dlm.rollout.engine",
     "MDPOConfig": "rl4dlm.algorithms.mdpo",
     "MDPOTrainer": "rl4dlm.algorithms.mdpo",
+    "SelfDistillationConfig": "rl4dlm.algorithms.self_distillation",
+    "SelfDistillationTrainer": "rl4dlm.algorithms.self_distillation",
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
     "State": "rl4dlm.rollout.state",
