@@ -59,7 +59,7 @@ SIGNATURES = {
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
-        "extra_forwards weight_version decoding guesses"
+        "extra_forwards weight_version decoding guesses recorded"
     ),
     "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SelfDistillationTrainer": "model reward_funcs args rest kwargs",
@@ -142,7 +142,7 @@ SETTINGS = {
         "eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
         "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
         "overlong_prompts log_replays clip self_normalize audit_share audit_bound audit_action rollout_correction "
-        "rollout_correction_clip_max"
+        "rollout_correction_clip_max rollout_backend rollout_url rollout_weights_dir rollout_timeout"
     ),
     "DiffusionSFTConfig": (
         "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "

@@ -14,6 +14,8 @@ import torch
 from peft import LoraConfig
 
 from rl4dlm import DecodingConfig, DiffusionSpec, RolloutEngine, TraceRLConfig, TraceRLTrainer, tiny_llada
+from rl4dlm.cli import main
+from rl4dlm.cli.errors import is_bad_input
 from rl4dlm.rollout.backends import http
 from rl4dlm.rollout.backends.backend import BackendError
 from rl4dlm.rollout.backends.http import ABOUT, ROLLOUTS, WEIGHTS, HTTPBackend
@@ -111,8 +113,9 @@ def test_a_run_is_the_in_process_run_and_survives_the_servers_death(train: Any, 
     calls.clear()
     server.before_rollout = die
     changes = {"save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(BackendError, match=rf"{server.url} failed at .*newest checkpoint"):
+    with pytest.raises(BackendError, match=rf"{server.url} failed at .*newest checkpoint") as ended:
         train("killed", server, folder, **changes)
+    assert not is_bad_input(ended.value)  # so that a script ends with status 1
     assert {path.name for path in (folder.parent / "killed").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     server.worker.close()
     server.listener.close()
@@ -176,6 +179,23 @@ def test_these_paths_are_off_and_need_a_token(served: Any) -> None:
         assert ask(closed, ABOUT)[0] == ask(closed, WEIGHTS, {"version": "run-0-0"})[0] == 404
     finally:
         closed.end()
+
+
+@pytest.mark.parametrize(
+    ("folder", "token", "said"),
+    [
+        ("/no/such", TOKEN, "training-folder='/no/such' is not a folder"),
+        ("/tmp", None, f"training-folder='/tmp' needs {http.TOKEN} in the environment"),
+    ],
+)
+def test_the_command_needs_a_folder_and_a_token(
+    folder: str, token: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv(http.TOKEN)
+    if token is not None:
+        monkeypatch.setenv(http.TOKEN, token)
+    assert main(["serve", "--model", "no_such_model", "--training-folder", folder]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_wrong_is_refused_before_anything_changes(served: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 
 from rl4dlm import AGRPOConfig, AGRPOTrainer, DiffuGRPOConfig, DiffuGRPOTrainer, JustGRPOConfig, JustGRPOTrainer
@@ -230,6 +231,15 @@ def test_what_a_run_needs_is_asked_before_it_starts(make: Any, fake: Fake, chang
     with pytest.raises(ValueError, match=reason):
         make(**{**plain, **changes})
     assert not fake.weights
+
+
+def test_a_policy_must_be_whole(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="rollout_backend='vllm' is not supported for a policy with an adapter"):
+        make(peft_config=adapter)
+    monkeypatch.setattr(DiffuGRPOTrainer, "_sharded", True)
+    with pytest.raises(ValueError, match="rollout_backend='http' is not supported under FSDP"):
+        make("http")
 
 
 def test_the_default_is_this_process(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
