@@ -29,6 +29,7 @@ MARKERS = ("<!-- trainers and families: made by benchmarks/trainer_families.py -
 
 FAMILIES = {  # as a column is called: what builds the small model
     "llada": tiny.tiny_llada,
+    "illada": tiny.tiny_illada,
     "llada_moe": tiny.tiny_llada_moe,
     "llada2": tiny.tiny_llada2,
     "dream": tiny.tiny_dream,
@@ -36,6 +37,8 @@ FAMILIES = {  # as a column is called: what builds the small model
     "sdar_moe": tiny.tiny_sdar_moe,
     "fast_dllm": tiny.tiny_fast_dllm,
     "a2d": tiny.tiny_a2d_qwen3,
+    "nemotron_diffusion": tiny.tiny_nemotron_diffusion,
+    "wedlm": tiny.tiny_wedlm,
     "diffusion_gemma": tiny.tiny_diffusion_gemma,
 }
 
@@ -66,10 +69,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DiPO": {"schedule": "low_confidence"},
     "EBPO": {"num_views": 2},
     "EGSPO": {"num_scored_steps": 2},
+    "GDSD": {"num_views": 2},
     "IGPO": {"free_tail": 0, "hint_ratio": [0.5, 1.0], "chunk_length": [1, 2], "hide_answer": False},
     "JustGRPO": {"denoising_steps": 8},
     "LightningRL": {"min_speed_range": 0.0, "speed_reward": "letters", "accuracy_from": 0.5},
     "MDPO": {"num_trained_steps": 2, "score_temperature": 1.0, "schedule": "low_confidence"},
+    "SelfDistillation": {"hard_weight": 0.5},
     "TraceRL": {"schedule": "low_confidence", "per_device_train_batch_size": 4},
     "TreeRPO": {"branches": [2, 2]},
 }
@@ -78,6 +83,7 @@ UNIFORM: dict[str, dict[str, Any]] = {
     "DMPO": {"form": "count"},
     "DreamCoderRL": {"cart_p": None},
     "ESPO": {"form": "count"},
+    "GDSD": {"weights": "elbo", "form": "count"},
     "SPG": {"masking": "random"},
     "StableDRL": {"masking": "random"},
     "TreeRPO": {"cuts": [1]},
