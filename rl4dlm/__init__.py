@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
+    from rl4dlm.algorithms.gdsd import GDSDConfig as GDSDConfig, GDSDTrainer as GDSDTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
     from rl4dlm.algorithms.justgrpo import JustGRPOConfig as JustGRPOConfig, JustGRPOTrainer as JustGRPOTrainer
     from rl4dlm.algorithms.lightningrl import (
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
         LightningRLTrainer as LightningRLTrainer,
     )
     from rl4dlm.algorithms.mdpo import MDPOConfig as MDPOConfig, MDPOTrainer as MDPOTrainer
+    from rl4dlm.algorithms.self_distillation import (
+        SelfDistillationConfig as SelfDistillationConfig,
+        SelfDistillationTrainer as SelfDistillationTrainer,
+    )
     from rl4dlm.algorithms.spg import SPGConfig as SPGConfig, SPGTrainer as SPGTrainer
     from rl4dlm.algorithms.stabledrl import StableDRLConfig as StableDRLConfig, StableDRLTrainer as StableDRLTrainer
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
@@ -69,12 +74,15 @@ if TYPE_CHECKING:
         tiny_diffusion_gemma as tiny_diffusion_gemma,
         tiny_dream as tiny_dream,
         tiny_fast_dllm as tiny_fast_dllm,
+        tiny_illada as tiny_illada,
         tiny_llada as tiny_llada,
         tiny_llada2 as tiny_llada2,
         tiny_llada_moe as tiny_llada_moe,
+        tiny_nemotron_diffusion as tiny_nemotron_diffusion,
         tiny_sdar as tiny_sdar,
         tiny_sdar_moe as tiny_sdar_moe,
         tiny_tokenizer as tiny_tokenizer,
+        tiny_wedlm as tiny_wedlm,
     )
     from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
     from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
@@ -142,6 +150,8 @@ _MODULE_OF = {
     "LightningRLTrainer": "rl4dlm.algorithms.lightningrl",
     "DreamCoderRLConfig": "rl4dlm.algorithms.dream_coder_rl",
     "DreamCoderRLTrainer": "rl4dlm.algorithms.dream_coder_rl",
+    "GDSDConfig": "rl4dlm.algorithms.gdsd",
+    "GDSDTrainer": "rl4dlm.algorithms.gdsd",
     "IGPOConfig": "rl4dlm.algorithms.igpo",
     "IGPOTrainer": "rl4dlm.algorithms.igpo",
     "Credit": "rl4dlm.training.credit.credit",
@@ -153,6 +163,8 @@ _MODULE_OF = {
     "RolloutEngine": "rl4dlm.rollout.engine",
     "MDPOConfig": "rl4dlm.algorithms.mdpo",
     "MDPOTrainer": "rl4dlm.algorithms.mdpo",
+    "SelfDistillationConfig": "rl4dlm.algorithms.self_distillation",
+    "SelfDistillationTrainer": "rl4dlm.algorithms.self_distillation",
     "SPGConfig": "rl4dlm.algorithms.spg",
     "SPGTrainer": "rl4dlm.algorithms.spg",
     "State": "rl4dlm.rollout.state",
@@ -188,12 +200,15 @@ _MODULE_OF = {
     "tiny_diffusion_gemma": "rl4dlm.models.tiny",
     "tiny_dream": "rl4dlm.models.tiny",
     "tiny_fast_dllm": "rl4dlm.models.tiny",
+    "tiny_illada": "rl4dlm.models.tiny",
     "tiny_llada": "rl4dlm.models.tiny",
     "tiny_llada2": "rl4dlm.models.tiny",
     "tiny_llada_moe": "rl4dlm.models.tiny",
+    "tiny_nemotron_diffusion": "rl4dlm.models.tiny",
     "tiny_sdar": "rl4dlm.models.tiny",
     "tiny_sdar_moe": "rl4dlm.models.tiny",
     "tiny_tokenizer": "rl4dlm.models.tiny",
+    "tiny_wedlm": "rl4dlm.models.tiny",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -17,6 +17,7 @@ REPOSITORIES = {
     "cj_grpo": "yjyddq/EOSER-ASS-RL",
     "egspo": "vishnutez/egspo-dllm-rl",
     "espo": "ML-GSAI/ESPO",
+    "gdsd": "GaryBall/GDSD",
     "igpo": "facebookresearch/igpo",
     "justgrpo": "LeapLabTHU/JustGRPO",
     "lightningrl": "SJTU-DENG-Lab/LightningRL",
@@ -31,7 +32,7 @@ REPOSITORIES = {
 THEIR_NAMES = {
     "denoising_steps": "diffusion_steps",
     "warmup_steps": "warmup_ratio (d1, SPG, wd1, ESPO, DMPO: a share of all steps)",
-    "num_views": "num_t (SPG), 2 * num_mc (ESPO), num_replicates (DMPO), num_mc_samples (StableDRL)",
+    "num_views": "num_t (SPG), 2 * num_mc (ESPO, GDSD), num_replicates (DMPO), num_mc_samples (StableDRL)",
     "masking": "forward_type",
     "epsilon_high": "ais_clip_iw - 1 (StableDRL)",
     "self_normalize": "use_snis (StableDRL)",
@@ -227,6 +228,38 @@ def _espo(script: str, **settings: Any) -> dict[str, Flag]:
     }
 
 
+def _gdsd(script: str, **settings: Any) -> dict[str, Flag]:
+    return {
+        **_in(
+            "scripts/train_gdsd.yaml",
+            **_LORA,
+            **_ADAM,
+            dtype="bfloat16",
+            seed=42,
+            epsilon=4e-4,
+            scale_rewards="none",
+            temperature=1.0,
+            warmup_steps=1e-3,
+            num_train_epochs=1,
+            disable_dropout=False,
+        ),
+        **_in("gdsd/trainers/gdsd_trainer_tlc.py", weights="elbo", residual="clamped", baseline="leave_one_out"),
+        **_in(
+            f"scripts/{script}",
+            num_iterations=8,
+            num_views=4,
+            num_generations=16,  # 2 for each of 8 GPUs
+            max_completion_length=256,
+            max_prompt_length=400,
+            weight_decay=0.01,
+            lr_scheduler_type="constant_with_warmup",
+            denoising_steps=256,
+            psi=10.0,
+            **settings,
+        ),
+    }
+
+
 _ESPO_LORA = {**_LORA, "learning_rate": 3e-6, "weight_decay": 0.01, "disable_dropout": False}
 
 _IGPO = {
@@ -360,6 +393,13 @@ PUBLISHED: dict[str, dict[str, Flag]] = {
         per_device_train_batch_size=3,
         gradient_accumulation_steps=4,
         denoising_steps=128,
+    ),
+    "gdsd/gsm8k_llada-8b": _gdsd(
+        "run_gdsd_llada_gsm8k.sh",
+        learning_rate=3e-6,
+        beta=1e-3,
+        per_device_train_batch_size=10,
+        gradient_accumulation_steps=4,
     ),
     "espo/acecode_llada-8b": _espo(
         "run_code_llada.sh",

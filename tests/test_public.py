@@ -48,6 +48,7 @@ SIGNATURES = {
     "DreamCoderRLTrainer": "args kwargs",
     "EBPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "ESPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "GDSDTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "IGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Inpainting": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
@@ -61,6 +62,7 @@ SIGNATURES = {
         "extra_forwards weight_version decoding guesses recorded"
     ),
     "RolloutEngine": "model spec max_batch_rows progress in_step compile",
+    "SelfDistillationTrainer": "model reward_funcs args rest kwargs",
     "SPGTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "State": "canvas commit_step steps hinted raw_log_prob confidence log_prob entropy block_stop exact",
     "MDPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -103,15 +105,18 @@ SIGNATURES = {
     "tiny_diffusion_gemma": "sizes",
     "tiny_dream": "sizes",
     "tiny_fast_dllm": "sizes",
+    "tiny_illada": "sizes",
     "tiny_llada": (
         "vocab_size mask_token_id eos_token_id pad_token_id hidden_size num_hidden_layers num_attention_heads "
         "intermediate_size max_position_embeddings rope_theta initializer_range dtype seed"
     ),
     "tiny_llada2": "sizes",
     "tiny_llada_moe": "sizes",
+    "tiny_nemotron_diffusion": "sizes",
     "tiny_sdar": "sizes",
     "tiny_sdar_moe": "sizes",
     "tiny_tokenizer": "",
+    "tiny_wedlm": "sizes",
 }
 """Parameters of functions and classes, in their order."""
 
@@ -147,6 +152,7 @@ SETTINGS = {
     "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
     "EBPOConfig": "num_views complement stratify ratio_norm",
     "ESPOConfig": "num_views complement form baseline",
+    "GDSDConfig": "psi target weights form unit residual residual_limit num_views baseline",
     "IGPOConfig": (
         "trace_column answer_column trace_prefix hide_answer correctness_reward correct_from hint_ratio "
         "chunk_length max_replaced_share free_tail max_stretch max_gap hint_entropy_share"
@@ -155,6 +161,12 @@ SETTINGS = {
     "LightningRLConfig": (
         "accuracy_reward accuracy_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
         "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
+    ),
+    "SelfDistillationConfig": (
+        "states share_range block_states positions num_positions complement num_views teacher teacher_view "
+        "teacher_share teacher_steps teacher_written teacher_order teacher_temperature divergence distill_top_k "
+        "renormalize distill_temperature divergence_limit limit_entries divergence_weight hard_weight entropy_weight "
+        "entropy_temperature ddo_scale ddo_negative_weight rewarded_from rollouts_by student_attention"
     ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "MDPOConfig": "num_trained_steps confidence_weights",

@@ -129,6 +129,7 @@ ALGORITHMS = {
     "spg": Line("SPG", "SPGTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "negatives": "zero"}),
     "diffusion_gdpo": Line("GDPO (diffusion)", "DiffusionGDPOTrainer", {"nodes": 3, **_ABOVE}),
     "espo": Line("ESPO", "ESPOTrainer", {"num_views": 4, **_ABOVE}),
+    "gdsd": Line("GDSD", "GDSDTrainer", {"num_views": 4}),
     "bgpo": Line("BGPO", "BGPOTrainer", {"num_views": 4, **_ABOVE}),
     "dmpo": Line(
         "DMPO",

@@ -14,6 +14,8 @@ Views that show the same are fed once. Where everything is hidden that completio
 field of diffu-GRPO and in the full view of coupled-GRPO, all of a group ask for one input, and each for the
 log-probabilities of its own tokens there. Only a model that is a function of its input can be asked like this: with
 dropout switched on every view is fed.
+
+`reduce_views` asks the same for whatever else is made of the distributions at scored positions.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.attention import BLOCK_KINDS
+from rl4dlm.models.distributions import PositionReduction
 from rl4dlm.models.spec import DiffusionSpec
 
 
@@ -56,6 +59,7 @@ def score_views(
     share: bool = True,
     in_step: int | None = None,
     values: bool = False,
+    of: str = "log_prob",
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens, or the views' own, at the positions that the views score.
 
@@ -83,6 +87,8 @@ def score_views(
         in_step: run as many forwards with `rows_per_forward` as so many rows would without sharing, of at least one
             input each: all processes then run the same number, which they must where forwards gather parameters.
         values: ask the model's value head, too; not together with `next_tokens`.
+        of: what the score of a token is, one of `rl4dlm.models.reductions.SCORES`: log-probabilities, or centred logits
+            in the place of `log_probs`.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -92,11 +98,6 @@ def score_views(
         ValueError: shapes that do not fit, guidance without a mask token, or `rows_per_forward` while gradients are
             recorded.
     """
-    if ids.shape != attention_mask.shape or (len(ids), ids.shape[1]) != (len(views), views.hidden.shape[2]):
-        raise ValueError(
-            f"ids {list(ids.shape)}, attention_mask {list(attention_mask.shape)} and views "
-            f"{list(views.hidden.shape)} do not describe the same [B, T] batch"
-        )
     if next_tokens is not None and (next_tokens.shape != ids.shape or next_tokens[:, 0].any() or cfg_scale > 0):
         raise ValueError(
             f"next_tokens must be [B, T] = {list(ids.shape)}, without the first column, and cfg_scale 0; got "
@@ -108,62 +109,162 @@ def score_views(
         raise ValueError(
             f"cfg_scale={cfg_scale} needs a mask token to hide the prompt behind; allowed for this model: 0"
         )
-    if prompt_lengths is None:
-        prompt_lengths = attention_mask[:, : ids.shape[1] - views.weight.shape[2]].bool().sum(-1)
-
     batch, num_views, length = views.hidden.shape
     canvas = views.weight.shape[2]
-    share = share and unseen is None and not _is_random(model)
-    split = rows_per_forward is not None and rows_per_forward < max(batch, in_step or 0)
-    turns = num_views if one_view and not split else 1  # rows are b * K + k: every K-th is a view of each sequence
-    inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, unseen, turns)
-    scored = views.scored.flatten(0, 1)  # [B * K, L]
     targets = ids.repeat_interleave(num_views, dim=0)
     if views.targets is not None:
         targets = torch.cat([targets[:, : length - canvas], views.targets.flatten(0, 1)], dim=1)
-    ask = {
-        "score_positions": torch.cat([scored.new_zeros(len(scored), length - canvas), scored], dim=1),
-        "score_targets": targets,
-    }
+    ask = {"score_targets": targets}
     if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
         following = next_tokens.new_zeros(batch, num_views, length)
         following[:, 0] = next_tokens
         ask["score_next_tokens"] = following.flatten(0, 1)
     settings: dict[str, Any] = {"score_temperature": temperature, "score_cfg_scale": cfg_scale}
-    if turns > 1:
-        settings["score_in_turn"] = turns
     if values:
         settings["score_values"] = True
+    if of != "log_prob":
+        settings["score_of"] = of
     # Guidance hides the prompt from a second copy of every input.
     bare = None
     if cfg_scale > 0:
         assert spec.mask_token_id is not None
         bare = length - canvas, spec.mask_token_id
-    wanted, of = inputs.distinct() if share else inputs.all()
-    if not split:
-        found = _forward(model, inputs[wanted], of, ask, canvas, settings, bare, share)
-    elif torch.is_grad_enabled():
-        raise ValueError(f"rows_per_forward={rows_per_forward} needs torch.no_grad(): gradients need a single forward")
-    else:
-        assert rows_per_forward is not None
-        size = rows_per_forward * (1 if one_view else num_views)
-        forwards = -((in_step or 0) * num_views // -size)
-        size = -(len(wanted) // -forwards) if in_step else size
-        parts, order = [], []
-        for start in range(0, len(wanted), size):
-            rows = ((of >= start) & (of < start + size)).nonzero().squeeze(-1)
-            part, asked = inputs[wanted[start : start + size]], {name: value[rows] for name, value in ask.items()}
-            parts.append(_forward(model, part, of[rows] - start, asked, canvas, settings, bare, share))
-            order.append(rows)
-        for _ in range(forwards - len(parts)):  # forwards that nothing is asked of
-            nothing = {name: torch.zeros_like(value[:1]) for name, value in ask.items()}
-            _forward(model, inputs[wanted[:1]], torch.zeros_like(of[:1]), nothing, canvas, settings, bare, share)
-        places = torch.cat(order).argsort()
-        found = [torch.cat(column)[places] for column in zip(*parts, strict=True)]
+    given = _Given(ids, attention_mask, views, prompt_lengths, unseen)
+    limits = _Limits(rows_per_forward, one_view, share, in_step)
+    parts, rows = _in_parts(model, spec, given, limits, ask, settings, bare)
+    places = torch.cat(rows).argsort()
+    found = [torch.cat(column)[places] for column in zip(*parts, strict=True)]
     log_probs, entropies = (each.view(batch, num_views, canvas) for each in found[:2])
     if values:
         return ViewScores(log_probs, entropies, values=found[2].view(batch, num_views, canvas))
     return ViewScores(log_probs, entropies, found[2].view(batch, num_views, length)[:, 0] if len(found) > 2 else None)
+
+
+def reduce_views(
+    model: Any,
+    spec: DiffusionSpec,
+    ids: Tensor,
+    attention_mask: Tensor,
+    views: Views,
+    reduction: PositionReduction,
+    *,
+    temperature: float = 1.0,
+    rows_per_forward: int | None = None,
+    prompt_lengths: Tensor | None = None,
+    one_view: bool = False,
+    unseen: Tensor | None = None,
+    share: bool = True,
+    in_step: int | None = None,
+    noisy_history: bool = False,
+) -> tuple[Tensor, ...]:
+    """What a reduction makes of distributions at the n scored positions of views, in row-major order of `[B, K, L]`.
+
+    Views that show the same share a forward, but not the head.
+
+    Args:
+        model, spec, ids, attention_mask, views: as in `score_views`.
+        reduction: see `rl4dlm.models.distributions`; its tensors have an entry for each of the n positions.
+        temperature, rows_per_forward, prompt_lengths, one_view, unseen, share, in_step: as in `score_views`.
+        noisy_history: for a model that denoises block by block: every block sees those before it as the view shows
+            them, as in a pipeline of several open blocks (D2F), and not finished.
+
+    Returns:
+        Its tensors, `[n, ...]` each. With gradients, but for a `rows_per_forward` that makes several forwards.
+
+    Raises:
+        ValueError: as `score_views`.
+    """
+    given = _Given(ids, attention_mask, views, prompt_lengths, unseen, noisy_history)
+    limits = _Limits(rows_per_forward, one_view, share, in_step)
+    settings = {"score_temperature": temperature}
+    parts, rows = _in_parts(model, spec, given, limits, {}, settings, None, reduction)
+    scored = views.scored.flatten(0, 1)
+    number = (scored.flatten().cumsum(0) - 1).view_as(scored)
+    places = torch.cat([number[of][scored[of]] for of in rows]).argsort()
+    return tuple(torch.cat(column)[places] for column in zip(*parts, strict=True))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is scored; as in `score_views`."""
+
+    ids: Tensor
+    attention_mask: Tensor
+    views: Views
+    prompt_lengths: Tensor | None
+    unseen: Tensor | None
+    noisy_history: bool = False
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How much at a time; as in `score_views`."""
+
+    rows_per_forward: int | None
+    one_view: bool
+    share: bool
+    in_step: int | None
+
+
+def _in_parts(
+    model: Any,
+    spec: DiffusionSpec,
+    given: _Given,
+    limits: _Limits,
+    ask: dict[str, Tensor],
+    settings: dict[str, Any],
+    bare: tuple[int, int] | None,
+    reduction: PositionReduction | None = None,
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """What one call of the model finds, or several; and which of the B K views each is about, long `[N]`.
+
+    Args:
+        ask: what is asked of each view, `[B K, T]`, besides the positions. bare: as in `_forward`.
+    """
+    ids, attention_mask, views = given.ids, given.attention_mask, given.views
+    if ids.shape != attention_mask.shape or (len(ids), ids.shape[1]) != (len(views), views.hidden.shape[2]):
+        raise ValueError(
+            f"ids {list(ids.shape)}, attention_mask {list(attention_mask.shape)} and views "
+            f"{list(views.hidden.shape)} do not describe the same [B, T] batch"
+        )
+    batch, num_views, length = views.hidden.shape
+    canvas = views.weight.shape[2]
+    prompt_lengths = given.prompt_lengths
+    if prompt_lengths is None:
+        prompt_lengths = attention_mask[:, : length - canvas].bool().sum(-1)
+    share = limits.share and given.unseen is None and not _is_random(model)
+    rows_per_forward, in_step = limits.rows_per_forward, limits.in_step
+    split = rows_per_forward is not None and rows_per_forward < max(batch, in_step or 0)
+    turns = num_views if limits.one_view and not split else 1  # rows are b * K + k: every K-th is a view of each row
+    if turns > 1:
+        settings = {**settings, "score_in_turn": turns}
+    inputs = _inputs(spec, ids, attention_mask, views, prompt_lengths, given, turns)
+    scored = views.scored.flatten(0, 1)  # [B * K, L]
+    before = scored.new_zeros(len(scored), length - canvas)
+    ask = {"score_positions": torch.cat([before, scored], dim=1), **ask}
+    wanted, of = inputs.distinct() if share else inputs.all()
+    if not split:
+        everything = torch.arange(len(scored), device=scored.device)
+        return [_forward(model, inputs[wanted], of, ask, canvas, settings, bare, share, reduction)], [everything]
+    if torch.is_grad_enabled():
+        raise ValueError(f"rows_per_forward={rows_per_forward} needs torch.no_grad(): gradients need a single forward")
+    assert rows_per_forward is not None
+    size = rows_per_forward * (1 if limits.one_view else num_views)
+    forwards = -((in_step or 0) * num_views // -size)
+    size = -(len(wanted) // -forwards) if in_step else size
+    number = (scored.flatten().cumsum(0) - 1).view_as(scored)
+    parts, order = [], []
+    for start in range(0, len(wanted), size):
+        rows = ((of >= start) & (of < start + size)).nonzero().squeeze(-1)
+        part, asked = inputs[wanted[start : start + size]], {name: value[rows] for name, value in ask.items()}
+        own = None if reduction is None else reduction.picked(number[rows][scored[rows]])
+        parts.append(_forward(model, part, of[rows] - start, asked, canvas, settings, bare, share, own))
+        order.append(rows)
+    for _ in range(forwards - len(parts)):  # forwards that nothing is asked of
+        nothing = {name: torch.zeros_like(value[:1]) for name, value in ask.items()}
+        own = None if reduction is None else reduction.picked(of[:0])
+        _forward(model, inputs[wanted[:1]], torch.zeros_like(of[:1]), nothing, canvas, settings, bare, share, own)
+    return parts, order
 
 
 @dataclass
@@ -195,8 +296,8 @@ class _Inputs:
     def distinct(self) -> tuple[Tensor, Tensor]:
         """Rows that differ, long `[U]`, by turn and then in their order, and which of these each row equals, `[R]`."""
         parts = [self.turn[:, None], 2 * self.ids + self.keys]  # positions are counted from the first real token
-        if self.finished is not None and self.prompt_lengths is not None:
-            parts += [self.finished, self.prompt_lengths[:, None]]
+        parts += [] if self.finished is None else [self.finished]
+        parts += [] if self.prompt_lengths is None else [self.prompt_lengths[:, None]]
         unique, of = torch.unique(torch.cat(parts, dim=1), dim=0, return_inverse=True)
         if len(unique) == len(self) and self.turns == 1:
             return self.all()
@@ -218,7 +319,7 @@ def _inputs(
     attention_mask: Tensor,
     views: Views,
     prompt_lengths: Tensor,
-    unseen: Tensor | None,
+    given: _Given,
     turns: int,
 ) -> _Inputs:
     """Those of all views, `[B * K]`."""
@@ -228,13 +329,14 @@ def _inputs(
         return values.repeat_interleave(num_views, dim=0)
 
     corrupted = views.apply(ids, spec.mask_token_id).flatten(0, 1)
+    finished = ids[:, ids.shape[1] - views.weight.shape[2] :]
     return _Inputs(
         ids=corrupted,
         keys=of_views(attention_mask.bool()),
         turn=torch.arange(len(corrupted), device=ids.device) % turns,
-        finished=of_views(ids[:, ids.shape[1] - views.weight.shape[2] :]) if blocks else None,
+        finished=of_views(finished) if blocks and not given.noisy_history else None,
         prompt_lengths=of_views(prompt_lengths) if blocks else None,
-        unseen=None if unseen is None else of_views(unseen),
+        unseen=None if given.unseen is None else of_views(given.unseen),
         turns=turns,
     )
 
@@ -248,8 +350,11 @@ def _forward(
     settings: dict[str, Any],
     bare: tuple[int, int] | None,
     share: bool,
+    reduction: PositionReduction | None = None,
 ) -> list[Tensor]:
     """Log-probabilities and entropies `[N, L]` in one call; values too, or `[N, T]` next tokens.
+
+    With a reduction what it makes of the n scored positions, `[n, ...]`.
 
     Args:
         inputs: U rows. of: long `[N]`, which of them each row of `ask` is about. canvas: L.
@@ -266,10 +371,15 @@ def _forward(
     if inputs.finished is not None:
         prompt = inputs.ids.shape[1] - inputs.finished.shape[1]
         extra["score_clean_ids"] = torch.cat([inputs.ids[:, :prompt], inputs.finished], dim=1)
+    if inputs.prompt_lengths is not None:
         extra["score_prompt_lengths"] = inputs.prompt_lengths
     if inputs.unseen is not None:
         extra["score_unseen"] = inputs.unseen
+    if reduction is not None:
+        extra["score_reduce"] = reduction
     scores = model(input_ids=inputs.ids, attention_mask=inputs.keys, **ask, **settings, **extra)
+    if reduction is not None:
+        return list(scores)
     positions, following = ask["score_positions"], ask.get("score_next_tokens")
     count = len(scores.log_probs) - (0 if following is None else int(following.sum()))
     placed = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ from rl4dlm.models.attention import (
 )
 from rl4dlm.models.canvas import canvas_states, denoises_canvases
 from rl4dlm.models.checkpoint import listed, unfinite
+from rl4dlm.models.distributions import HiddenStates
+from rl4dlm.models.in_turn import score_in_turn
 from rl4dlm.models.reductions import Reduction, TokenScores, ValuedScores, log_prob_reduction
 from rl4dlm.models.spec import DiffusionSpec
 
@@ -54,7 +55,9 @@ def attach_scoring(model: Any) -> Any:
     - `score_temperature`: float, divides the logits;
     - `score_cfg_scale`: float w; if > 0, classifier-free guidance `u + (w + 1)(c - u)` combines the logits c of the
       first half of the rows with u of the second, and positions and targets are given for the first half only;
-    - `score_reduce`: a `Reduction` instead of the default one; `score_targets` is then not needed;
+    - `score_of`: what the score of a target is, one of `SCORES`: its log-probability, or its logit above their mean;
+    - `score_reduce`: a `Reduction` instead of the default one; `score_targets` is then not needed. `HiddenStates` asks
+      for what the head would be applied to;
     - `score_reduce_sees_own`: True hands the reduction, third, the model's own logits: those before guidance;
     - `score_prompt_lengths`: long `[R]`, real tokens before the response; needed where a block grid starts there;
     - `score_clean_ids`: long `[R, T]`, for models that denoise block by block: the finished sequence of which
@@ -75,7 +78,8 @@ def attach_scoring(model: Any) -> Any:
     - `score_in_turn`: int K; the rows are scored in K forwards of every K-th row each, one after the other, and each is
       computed again in the backward pass, so that activations of one forward at a time are in memory. It is still one
       call of the wrapped model before one backward pass. With `score_rows` it is every K-th of the N rows, and the fed
-      rows are in the order of the turns that ask for them. Not together with `score_next_tokens`.
+      rows are in the order of the turns that ask for them. Not together with `score_next_tokens`, and with reductions
+      that can be `picked` only (`distributions.py`).
 
     A model that denoises canvases over an encoded prefix needs the mask, targets, prompt lengths and clean ids; each
     canvas is a forward of its own there, and positions are always counted from the first real token.
@@ -104,58 +108,12 @@ def attach_scoring(model: Any) -> Any:
         score = _score_canvases if denoises_canvases(self) else _score
         spec, in_turn = DiffusionSpec.of(self), kwargs.pop("score_in_turn", 1)
         if in_turn > 1:
-            return _score_in_turn(score, self, spec, in_turn, *args, score_positions=score_positions, **kwargs)
+            return score_in_turn(score, self, spec, in_turn, *args, score_positions=score_positions, **kwargs)
         return score(self, spec, *args, score_positions=score_positions, **kwargs)
 
     base.forward = types.MethodType(forward, base)
     base._scores_positions = True
     return model
-
-
-def _score_in_turn(
-    score: Callable[..., tuple[Tensor, ...]],
-    model: Any,
-    spec: DiffusionSpec,
-    turns: int,
-    input_ids: Tensor,
-    *args: Any,
-    score_positions: Tensor,
-    **kwargs: Any,
-) -> TokenScores | ValuedScores:
-    """`score` in forwards of every `turns`-th row; their results in the order of one forward."""
-    if args or kwargs.get("score_next_tokens") is not None or kwargs.get("score_reduce") is not None:
-        raise ValueError("score_in_turn takes keyword arguments, and neither score_next_tokens nor score_reduce")
-    if len(score_positions) % turns:
-        raise ValueError(f"score_in_turn={turns} does not divide {len(score_positions)} rows")
-    rows = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.dim()}
-    rest = {name: value for name, value in kwargs.items() if name not in rows}
-    rows["input_ids"] = input_ids
-    row = score_positions.nonzero(as_tuple=True)[0]  # [n]
-    shared = rows.pop("score_rows", None)
-    ends: list[int] = []
-    if shared is not None:  # [N / turns or 2 N / turns, turns]
-        shared = shared.view(-1, turns)
-        ends = [0, *(shared.amax(0) + 1).tolist()]
-    parts, places = [], []
-    for turn in range(turns):
-        if shared is None:
-            chosen = {name: value[turn::turns] for name, value in rows.items()}
-        else:
-            fed = slice(ends[turn], ends[turn + 1])
-            asked = ("score_targets",)
-            chosen = {name: value[turn::turns] if name in asked else value[fed] for name, value in rows.items()}
-            chosen["score_rows"] = shared[:, turn] - ends[turn]
-        positions = score_positions[turn::turns]
-
-        def forward(chosen: dict[str, Tensor] = chosen, positions: Tensor = positions) -> tuple[Tensor, ...]:
-            return tuple(score(model, spec, **chosen, score_positions=positions, **rest))
-
-        recompute = torch.is_grad_enabled()
-        parts.append(checkpoint(forward, use_reentrant=False) if recompute else forward())
-        places.append((row % turns == turn).nonzero().squeeze(-1))
-    order = torch.cat(places).argsort()
-    columns = [torch.cat(column)[order] for column in zip(*parts, strict=True)]
-    return ValuedScores(*columns) if rest.get("score_values") else TokenScores(*columns)
 
 
 def _score(
@@ -177,6 +135,7 @@ def _score(
     score_unseen: Tensor | None = None,
     score_rows: Tensor | None = None,
     score_values: bool = False,
+    score_of: str = "log_prob",
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     if isinstance(score_positions, tuple):
@@ -246,15 +205,17 @@ def _score(
     if score_reduce is None and score_rows is not None:
         assert score_targets is not None
         wanted = score_targets[rows, columns]
-        settings = score_temperature, score_cfg_scale, score_values
+        settings = score_temperature, score_cfg_scale, score_values, score_of
         return _score_shared(model, hidden, fed, sources, guides, wanted, *settings)
     picked = hidden[fed, sources]  # [n, D]
     guide = None if guides is None else hidden[guides, sources]
     if score_reduce is None:
         assert score_targets is not None
-        score_reduce = log_prob_reduction(score_targets[rows, columns])
+        score_reduce = log_prob_reduction(score_targets[rows, columns], of=score_of)
     elif score_values:
         raise ValueError("score_values is not supported with score_reduce")
+    elif isinstance(score_reduce, HiddenStates):
+        return (picked,)
     found = reduce_hidden(
         model, picked, guide, score_reduce, score_temperature, score_cfg_scale, sees_own=score_reduce_sees_own
     )
@@ -281,6 +242,7 @@ def _score_shared(
     temperature: float,
     cfg_scale: float,
     values: bool,
+    of: str,
 ) -> TokenScores | ValuedScores:
     """Scores of n tokens, of which several may be predicted from the same state: the head sees each state once.
 
@@ -299,7 +261,7 @@ def _score_shared(
         guide_of = torch.zeros_like(states).index_put((state,), guides)
         guide = hidden[guide_of, states % width]
     order = state.argsort(stable=True)
-    reduction = log_prob_reduction(targets[order], state[order])
+    reduction = log_prob_reduction(targets[order], state[order], of)
     picked = hidden.flatten(0, 1)[states]
     found = reduce_hidden(model, picked, guide, reduction, temperature, cfg_scale)
     scores = TokenScores(found[0][order.argsort()], found[1][state])
@@ -313,14 +275,16 @@ def _score_canvases(
     attention_mask: Tensor,
     *,
     score_positions: Tensor,
-    score_targets: Tensor,
     score_prompt_lengths: Tensor,
     score_clean_ids: Tensor,
+    score_targets: Tensor | None = None,
+    score_reduce: Reduction | None = None,
     score_temperature: float = 1.0,
     score_cfg_scale: float = 0.0,
     score_next_tokens: Tensor | None = None,
     score_rows: Tensor | None = None,
     score_values: bool = False,
+    score_of: str = "log_prob",
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """`_score` for models that denoise canvases over an encoded prefix."""
@@ -333,12 +297,19 @@ def _score_canvases(
     hidden, first = canvas_states(
         model, spec, input_ids, score_clean_ids, attention_mask.bool(), score_prompt_lengths, **kwargs
     )
+    if score_reduce is not None:
+        picked = hidden[_fed(rows, score_rows), columns - first]
+        if isinstance(score_reduce, HiddenStates):
+            return (picked,)
+        return reduce_hidden(model, picked, None, score_reduce, score_temperature, 0.0)
+    assert score_targets is not None
     targets = score_targets[rows, columns]
     if score_rows is not None:
-        settings = score_temperature, 0.0, score_values
+        settings = score_temperature, 0.0, score_values, score_of
         return _score_shared(model, hidden, score_rows[rows], columns - first, None, targets, *settings)
     picked = hidden[rows, columns - first]
-    found = reduce_hidden(model, picked, None, log_prob_reduction(targets), score_temperature, 0.0)
+    reduction = log_prob_reduction(targets, of=score_of)
+    found = reduce_hidden(model, picked, None, reduction, score_temperature, 0.0)
     return _with_values(model, found, picked) if score_values else found
 
 
@@ -355,9 +326,9 @@ def reduce_hidden(
     """What the reduction makes of hidden states `[n, D]`, a chunk of them at a time."""
 
     def chunk(start: int, stop: int) -> tuple[Tensor, ...]:
-        logits = own = _logits(model, picked[start:stop])
+        logits = own = logits_of(model, picked[start:stop])
         if guide is not None:
-            unconditional = _logits(model, guide[start:stop])
+            unconditional = logits_of(model, guide[start:stop])
             logits = unconditional + (score_cfg_scale + 1) * (logits - unconditional)
         if score_temperature != 1.0:
             logits = logits / score_temperature
@@ -383,7 +354,7 @@ def _first_noisy(spec: DiffusionSpec, keys: Tensor, prompt_lengths: Tensor | Non
     return max(0, first - spec.block_length + 1)
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """The head on hidden states `[c, D]`: logits `[c, V]` in float32 or wider, scaled and capped as the config says."""
     logits = model.get_output_embeddings()(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -398,7 +369,7 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compares `_logits` with the model's own logits on three tokens; a head with a transform would differ silently."""
+    """Compares `logits_of` with the model's own logits on three tokens; another transform would differ silently."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings, so there is nothing to score tokens with")
@@ -412,7 +383,7 @@ def check_head(model: Any) -> None:
     if denoises_canvases(model):
         inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :1].expand(1, model.config.canvas_length)}
     expected = model(**inputs).logits[0]
-    actual = _logits(model, model.base_model(**inputs).last_hidden_state[0])
+    actual = logits_of(model, model.base_model(**inputs).last_hidden_state[0])
     model.train(was_training)
     expected = expected.to(actual.dtype)
     if not bool(expected.isfinite().all()):

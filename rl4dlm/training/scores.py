@@ -62,6 +62,9 @@ class ScoringTrainer(CreditTrainer):
     needs_old_entropies: bool = False
     """Whether `old_entropies` `[B, n, C]`, of the policy that made the completions, are wanted in the batch."""
 
+    score_of: str = "log_prob"
+    """What the score of a token is, one of `rl4dlm.models.reductions.SCORES`."""
+
     needs_values: bool = False
     """Whether the policy's value head is asked, and `old_values` `[B, n, C]` are in the batch where old scores are."""
 
@@ -331,6 +334,7 @@ class ScoringTrainer(CreditTrainer):
                 one_view=self.args.one_view,
                 in_step=rows_in_step if everyone else None,
                 values=self.needs_values and model is not self.ref_model,
+                of=self.score_of,
             )
 
     def _reduced(self, found: ViewScores, views: Views, width: int, kept: Tensor | None = None) -> PolicyScores:

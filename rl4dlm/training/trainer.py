@@ -141,7 +141,7 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
         self._eval_rows = 0
         self._replays = TrainingReplays(args.output_dir, args.log_replays, args.log_total_limit)
         # TRL's beta is that of a reference model, which a KL term to the old policy does without.
-        beta = args.beta if args.kl_target == "reference" else 0.0
+        beta = self.reference_weight(args)
         loading = swapped(grpo, "create_model_from_path", load)
         with loading, swapped(args, "beta", beta), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -239,6 +239,10 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
     @abstractmethod
     def build_estimator(self) -> Estimator:
         """The likelihood estimator, from `self.args`."""
+
+    def reference_weight(self, args: Any) -> float:
+        """What is not 0 where there is a reference model, for these settings."""
+        return args.beta if args.kl_target == "reference" else 0.0  # type: ignore[no-any-return]
 
     needs_masks: str = ""
     """Why the algorithm has no meaning for models whose noise is random tokens; empty: it may have one."""

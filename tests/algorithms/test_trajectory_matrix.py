@@ -38,6 +38,7 @@ TRAJECTORIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Trainers that learn from recorded states."""
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "stabledrl": ("StableDRLTrainer", {"block_length": 4}),
+    "gdsd": ("GDSDTrainer", {"num_views": 2, "beta": 0.04}),
     "ebpo": ("EBPOTrainer", {"num_views": 2, "beta": 0.04}),
     "lightningrl": (
         "LightningRLTrainer", {"min_speed_range": 0.0, "speed_reward": "letters", "rewards": [right, letters]},

@@ -28,6 +28,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "SPGTrainer": {"masking": "random", "negatives": "elbo"},
     "StableDRLTrainer": {"masking": "random", "negatives": "elbo"},
     "LightningRLTrainer": {"min_speed_range": 0.0, "speed_reward": "letters", "accuracy_from": 0.5},
+    "GDSDTrainer": {"num_views": 2, "weights": "elbo", "form": "count", "beta": 0.1},
     "CoupledGRPOTrainer": {},
     "UniGRPOTrainer": {},
     "EBPOTrainer": {"num_views": 2, "beta": 0.1},

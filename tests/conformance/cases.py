@@ -34,6 +34,7 @@ COVERED = {
     "dtreerpo": "d-TreeRPO: advantages, scores, distillation, losses, gradients",
     "ebpo": "EBPO (a port): bounds of all blocks, losses, gradients, metrics",
     "lightningrl": "LightningRL: rewards, advantages, scores, losses, gradients",
+    "gdsd": "GDSD: scores of pairs, losses, gradients",
     "espo": "ESPO: evidence lower bounds, losses, gradients",
     "eoser": "EOSER, alone and with ascending step sizes",
     "mdpo": "MDPO: its sampler, with and without running confidence remasking, its table of counts, losses",
@@ -71,7 +72,7 @@ COVERED = {
 
 NOT_COVERED = {
     "s2d2": "a decoder that is no schedule here: self-speculation of block models",
-    **dict.fromkeys(("gdsd", "lladou"), "self-teachers and learned unmasking"),
+    "lladou": "learned unmasking",
 }
 """Families that are known and not run yet; the terminal summary names every one of their cases."""
 
@@ -168,8 +169,8 @@ class Case:
 
 KINDS = ("logits", "counts", "rewards", "loss", "logps", "sampler", "objective")
 OBJECTIVES = (
-    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "egspo", "espo", "gdpo", "igpo", "justgrpo",
-    "lightningrl", "spg", "stabledrl", "tracerl", "wd1",
+    "bgpo", "cj", "coupled", "dmpo", "dreamcoder", "dtreerpo", "ebpo", "egspo", "espo", "gdpo", "gdsd", "igpo",
+    "justgrpo", "lightningrl", "spg", "stabledrl", "tracerl", "wd1",
 )  # fmt: skip
 """Families of scores, losses and gradients that have a module in `losses/`."""
 
