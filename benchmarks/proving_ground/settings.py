@@ -51,7 +51,17 @@ _LANGUAGE = {
     # What is below the baseline teaches here too: without it validation rows are lost, see `--variants negatives`.
     **{
         name: {"negative_advantage_weight": 1.0}
-        for name in ["coupled_grpo", "unigrpo", "diffusion_gdpo", "espo", "bgpo", "justgrpo", "dream_coder_rl", "ebpo"]
+        for name in [
+            "coupled_grpo",
+            "unigrpo",
+            "diffusion_gdpo",
+            "espo",
+            "gdsd",
+            "bgpo",
+            "justgrpo",
+            "dream_coder_rl",
+            "ebpo",
+        ]
     },
 }
 TASKS = {
@@ -129,7 +139,7 @@ ALGORITHMS = {
     "spg": Line("SPG", "SPGTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "negatives": "zero"}),
     "diffusion_gdpo": Line("GDPO (diffusion)", "DiffusionGDPOTrainer", {"nodes": 3, **_ABOVE}),
     "espo": Line("ESPO", "ESPOTrainer", {"num_views": 4, **_ABOVE}),
-    "gdsd": Line("GDSD", "GDSDTrainer", {"num_views": 4}),
+    "gdsd": Line("GDSD", "GDSDTrainer", {"num_views": 4, **_ABOVE}),
     "bgpo": Line("BGPO", "BGPOTrainer", {"num_views": 4, **_ABOVE}),
     "dmpo": Line(
         "DMPO",
@@ -236,6 +246,7 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     },
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
+        **_each("gdsd", "negatives_1", {"negative_advantage_weight": 1.0}),
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_half", {"negative_advantage_weight": 0.5}),
         **_each("diffu_grpo coupled_grpo unigrpo diffusion_gdpo espo bgpo justgrpo ebpo", "negatives_0", _ABOVE),
         **_each("coupled_grpo espo bgpo", "negatives_0_slow", {**_ABOVE, "learning_rate": 0.67e-4}),
