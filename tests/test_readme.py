@@ -66,7 +66,7 @@ def test_python_runs(document, checkout):
 
 
 # Six commands that import everything: half a minute each.
-LONG = {"docs/own-task.md": pytest.mark.slow, "docs/first-run.md": pytest.mark.slow}
+LONG = dict.fromkeys(("docs/own-task.md", "docs/first-run.md"), (pytest.mark.slow, pytest.mark.timeout(900)))
 
 
 @pytest.mark.parametrize(
