@@ -202,6 +202,8 @@ REWARDS = {
     "code:format",
     "code:format_compat",
     "code:kodcode_compat",
+    "reasoning_gym",
+    "reasoning_gym:solved",
 }
 """Names of rewards; those of other files are guarded by the tests that use them."""
 

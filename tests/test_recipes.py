@@ -79,6 +79,8 @@ def test_the_matrix_is_of_all_trainers_and_families():
     ("trainer", "family"),
     [
         ("TraceRL", "fast_dllm"),
+        ("TraceRL", "wedlm"),
+        ("MDPO", "nemotron_diffusion"),
         ("MDPO", "sdar"),
         ("ESPO", "diffusion_gemma"),
         ("AGRPO", "diffusion_gemma"),

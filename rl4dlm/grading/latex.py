@@ -131,4 +131,4 @@ def _letters(text: str) -> str | None:
 
 @functools.cache
 def _pool() -> WorkerPool:
-    return WorkerPool("rl4dlm.grading.verify:verify_pair")
+    return WorkerPool("rl4dlm.grading.verify:verify_pair", preload=("math_verify",))

@@ -60,6 +60,7 @@ class WorkerPool:
         workers: items at once; None takes what `current_settings` says, as for the next two.
         memory_gib: address space for an item; one that needs more fails with `MemoryError`.
         startup_seconds: how long importing the function may take. A start that fails is tried again.
+        preload: packages that the function needs and that may lie elsewhere than this environment's others.
         sealed: whether the function evaluates what it is given, so that it is refused where there is no sandbox.
 
     Raises:
@@ -73,6 +74,7 @@ class WorkerPool:
         workers: int | None = None,
         memory_gib: float | None = None,
         startup_seconds: float | None = None,
+        preload: Sequence[str] = (),
         sealed: bool = False,
     ) -> None:
         settings = current_settings()
@@ -83,7 +85,7 @@ class WorkerPool:
             raise ValueError(f"function={function!r}; give 'module:name'")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}; at least 1 is needed")
-        self.sealed = sealed
+        self.sealed, self.preload = sealed, (*preload, function)
         self.function, self.memory_bytes = function, int(memory_gib * 2**30)
         self._setup = _PROGRAM.format(module=module, name=name)
         self._startup_seconds = startup_seconds or settings.startup_seconds
@@ -148,9 +150,7 @@ class WorkerPool:
         try:
             sandbox = self._started()
         except SandboxError as error:
-            if self.sealed or isinstance(
-                error, PreloadError
-            ):  # the same in every batch to come: an error of the set-up
+            if self.sealed or isinstance(error, PreloadError):  # an error of the set-up, in every batch
                 raise
             warnings.warn(f"{len(texts)} answers are not graded: {error}", RuntimeWarning, stacklevel=3)
             return dict.fromkeys(texts, Outcome(None, f"no server could be started: {error}", lost=True))
@@ -197,7 +197,7 @@ class WorkerPool:
         else:
             level = levels.LIMITS if self._lacking else levels.level_for_own()
         if level not in self._sandboxes:
-            self._sandboxes[level] = Sandbox(level, self.workers, self._startup_seconds, (self.function,))
+            self._sandboxes[level] = Sandbox(level, self.workers, self._startup_seconds, self.preload)
         try:
             self._sandboxes[level].start()
         except SandboxError as error:
