@@ -93,6 +93,7 @@ def folder(tmp_path_factory) -> Path:
     write(folder / "math.jsonl", [{"problem": f"Find ${i}+1$.", "solution": rf"\boxed{{{i + 1}}}"} for i in range(8)])
     s1k = {"question": "Why?", "thinking_trajectories": ["Because."], "attempt": "So.", "solution": "So.", "cot": None}
     write(folder / "s1K.jsonl", [s1k] * 8)
+    write(folder / "pairs.jsonl", [{"prompt": "Why?", "chosen": "Because.", "rejected": "So."}] * 8)
     load_script(EXAMPLES / "prepare_s1k.py").main([str(folder / "s1k"), "--source", str(folder / "s1K.jsonl")])
     return folder
 
@@ -148,7 +149,7 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
         if settings.get(name, 1) > 2:
             small[name] = 2
     if "dataset_name" in settings:
-        small["dataset_name"] = folder / "s1k"
+        small["dataset_name"] = folder / ("pairs.jsonl" if name.startswith("vrpo/") else "s1k")
     if "max_length" in settings:
         small["max_length"] = 256
     return small
