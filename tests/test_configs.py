@@ -123,6 +123,7 @@ SMALL_RL = {
 
 
 def overrides(name: str, settings: dict, folder: Path) -> dict:
+    pairs = name.startswith("vrpo/")
     model = folder / family(settings)
     small = {"model_name_or_path": model, "output_dir": folder / "outputs", **SMALL}
     if "adapt_attention" in settings:
@@ -149,7 +150,7 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
         if settings.get(name, 1) > 2:
             small[name] = 2
     if "dataset_name" in settings:
-        small["dataset_name"] = folder / ("pairs.jsonl" if name.startswith("vrpo/") else "s1k")
+        small["dataset_name"] = folder / ("pairs.jsonl" if pairs else "s1k")
     if "max_length" in settings:
         small["max_length"] = 256
     return small

@@ -56,7 +56,7 @@ from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_guard
 from rl4dlm.training.model_card import base_name, model_card
 from rl4dlm.training.precision import check_precision, settle
-from rl4dlm.training.setup import base_model, copy_of, of_noise, prepared, swapped, tokenizer_for
+from rl4dlm.training.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 
 __all__ = ["VRPOConfig", "VRPOTrainer"]
 
@@ -228,13 +228,18 @@ class VRPOTrainer(GuardedTrainer, CheckpointingTrainer, DPOTrainer):
                 **kwargs,
             )
         self.spec = DiffusionSpec.of(base_model(self.model))
+        if self.spec.noise != "mask":
+            raise ValueError(
+                f"{type(self).__name__} is not offered for models with noise={self.spec.noise!r}: completions of pairs "
+                "have any length, and these models denoise whole canvases"
+            )
         check_tokenizer(self._tokenizer, self.spec)
         if args.steps == "one_per_block" and self.spec.attention not in BLOCK_KINDS:
             raise ValueError(
                 f"steps='one_per_block' is not allowed for a model with attention={self.spec.attention!r}, which sees "
                 f"unfinished blocks; allowed: {', '.join(BLOCK_KINDS)}"
             )
-        self.estimator = of_noise(self.model, args.estimator(self.spec))
+        self.estimator = args.estimator(self.spec)
         if self.aux_loss_enabled:
             raise ValueError("the model adds a router loss, which is not supported; set router_aux_loss_coef=0.0")
 
