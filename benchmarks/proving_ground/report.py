@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.proving_ground.settings import (
     ALGORITHMS,
+    EVERY_LINE,
     LINES,
     MODELS,
     ON_ALL_KINDS,
@@ -167,7 +168,7 @@ def answers(question: str, results: Results) -> str:
     """What the variations of a question gain, beside the algorithms that they vary."""
     varied = QUESTIONS[question]
     names = list(dict.fromkeys(n for name, (algorithm, _) in varied.items() for n in (algorithm, name)))
-    names.sort(key=lambda name: list(ALGORITHMS).index(name.partition("+")[0]))  # keeps the order within an algorithm
+    names.sort(key=lambda name: list(EVERY_LINE).index(name.partition("+")[0]))  # keeps the order within an algorithm
     groups = [group for group in results.groups() if any(name in results.runs[group] for name in varied)]
     if not groups:
         return NOTHING

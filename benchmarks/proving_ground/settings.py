@@ -51,7 +51,17 @@ _LANGUAGE = {
     # What is below the baseline teaches here too: without it validation rows are lost, see `--variants negatives`.
     **{
         name: {"negative_advantage_weight": 1.0}
-        for name in ["coupled_grpo", "unigrpo", "diffusion_gdpo", "espo", "bgpo", "justgrpo", "dream_coder_rl", "ebpo"]
+        for name in [
+            "coupled_grpo",
+            "unigrpo",
+            "diffusion_gdpo",
+            "espo",
+            "gdsd",
+            "bgpo",
+            "justgrpo",
+            "dream_coder_rl",
+            "ebpo",
+        ]
     },
 }
 TASKS = {
@@ -129,7 +139,7 @@ ALGORITHMS = {
     "spg": Line("SPG", "SPGTrainer", {"num_views": 2, "p_mask_prompt": 0.0, "negatives": "zero"}),
     "diffusion_gdpo": Line("GDPO (diffusion)", "DiffusionGDPOTrainer", {"nodes": 3, **_ABOVE}),
     "espo": Line("ESPO", "ESPOTrainer", {"num_views": 4, **_ABOVE}),
-    "gdsd": Line("GDSD", "GDSDTrainer", {"num_views": 4}),
+    "gdsd": Line("GDSD", "GDSDTrainer", {"num_views": 4, **_ABOVE}),
     "bgpo": Line("BGPO", "BGPOTrainer", {"num_views": 4, **_ABOVE}),
     "dmpo": Line(
         "DMPO",
@@ -192,6 +202,13 @@ CONTROLS = {
 """What an algorithm has to beat: SFT on the task's worked answers, for as many positions; masked SFT on those of the
 model's own completions that are right; and rewards that know nothing."""
 LINES = {**ALGORITHMS, **CONTROLS}
+DISTILLATION = {
+    "self_distillation": Line(
+        "Self-distillation", "SelfDistillationTrainer", {"scale_rewards": "none", "tokens_per_step": 1}
+    )
+}
+"""What makes steps fewer, not answers better: it is run as a question of its own."""
+EVERY_LINE = {**LINES, **DISTILLATION}
 
 
 def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -203,9 +220,45 @@ _BLOCKS = {"masking": "block_elbo", "p_mask_prompt": 0.15}  # hides no prompt, w
 _TWICE = {"num_iterations": 2, "negative_advantage_weight": 1.0}
 _UNCONDITIONAL = {"clip": "unconditional", "epsilon": 1.0, "epsilon_high": 4.0}
 _VALUES = {"value_model": "steps", "value_target": "advantage", "value_learning_rate": 3e-3}
+_TRACE = {"states": "recorded", "teacher_view": "same", "divergence": "none", "hard_weight": 1.0, "rewarded_from": 1.0}
 QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
+    "distillation": {
+        **_each("self_distillation", "two_steps", {"teacher_steps": 2, "num_views": 2}),
+        **_each("self_distillation", "four_steps", {"teacher_steps": 4, "num_views": 2}),
+        **_each("self_distillation", "trace", {**_TRACE, "num_views": 2}),
+        **_each(
+            "self_distillation",
+            "trace_sure",
+            {**_TRACE, "num_views": 2, "entropy_weight": 2.0, "entropy_temperature": 0.5},
+        ),
+        **_each(
+            "self_distillation",
+            "trace_sure_long",
+            {
+                **_TRACE,
+                "num_views": 2,
+                "entropy_weight": 2.0,
+                "entropy_temperature": 0.5,
+                "num_iterations": 4,
+                "learning_rate": 5e-4,
+            },
+        ),
+        **_each(
+            "self_distillation",
+            "own_answer",
+            {
+                "states": "recorded",
+                "teacher_view": "suffix",
+                "teacher_share": [0.25, 0.25],
+                "block_length": 4,
+                "rewarded_from": 1.0,
+                "num_views": 2,
+            },
+        ),
+    },
     "negatives": {
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_1", {"negative_advantage_weight": 1.0}),
+        **_each("gdsd", "negatives_1", {"negative_advantage_weight": 1.0}),
         **_each("coupled_grpo unigrpo diffusion_gdpo espo bgpo", "negatives_half", {"negative_advantage_weight": 0.5}),
         **_each("diffu_grpo coupled_grpo unigrpo diffusion_gdpo espo bgpo justgrpo ebpo", "negatives_0", _ABOVE),
         **_each("coupled_grpo espo bgpo", "negatives_0_slow", {**_ABOVE, "learning_rate": 0.67e-4}),
@@ -310,7 +363,7 @@ class Run:
     @property
     def title(self) -> str:
         what = self.name.partition("+")[2].replace("_", " ")
-        return LINES[self.algorithm].title + (f", {what}" if what else "")
+        return EVERY_LINE[self.algorithm].title + (f", {what}" if what else "")
 
     @property
     def exists(self) -> bool:
@@ -336,7 +389,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """The trainer's settings, but for those of where and how it runs."""
-        line, ground = LINES[self.algorithm], self.ground
+        line, ground = EVERY_LINE[self.algorithm], self.ground
         if self.algorithm == "sft":
             return {**line.settings, **ground.own.get("sft", {})}
         own = {**line.settings, **ground.own.get(self.algorithm, {}), **VARIANTS.get(self.name, ("", {}))[1]}
@@ -357,7 +410,7 @@ class Run:
     @property
     def rewards(self) -> tuple[str, ...]:
         """Names of reward functions, or `RANDOM`."""
-        own = LINES[self.algorithm].rewards or self.ground.rewards
+        own = EVERY_LINE[self.algorithm].rewards or self.ground.rewards
         return tuple(self.ground.rewards[0] if name == RIGHT else name for name in own)
 
     def fingerprint(self) -> str:
@@ -369,7 +422,7 @@ class Run:
         }
         parts |= {"canvas": self.ground.canvas, "block": self.ground.block, "speeds": SPEEDS, "threshold": THRESHOLD}
         if self.name != "before":
-            parts |= {"trainer": LINES[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
+            parts |= {"trainer": EVERY_LINE[self.algorithm].trainer, "settings": self.settings(), "budget": self.budget}
             parts |= {"seed": self.seed, "rewards": self.rewards}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(self.checkpoint.glob("*.safetensors")):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import rl4dlm
-from benchmarks.proving_ground.settings import LINES, RANDOM, TRAINED, Run
+from benchmarks.proving_ground.settings import EVERY_LINE, RANDOM, TRAINED, Run
 from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_reward, load_task
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.tasks import Task
@@ -222,7 +222,7 @@ def task_of(run: Run, *, size: int | None = None) -> Task:
 
 def policy_trainer(run: Run, model: Any, tokenizer: Any, common: dict[str, Any], given: dict[str, Any]) -> Any:
     """The trainer of an algorithm, with its rewards."""
-    name = LINES[run.algorithm].trainer
+    name = EVERY_LINE[run.algorithm].trainer
     trainer = PositivesTrainer if name == "PositivesTrainer" else getattr(rl4dlm, name)
     functions = [RandomReward(run.seed) if name == RANDOM else load_reward(name) for name in run.rewards]
     args = trainer.config_class(**common, **run.settings())

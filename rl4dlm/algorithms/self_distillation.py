@@ -70,11 +70,12 @@ from rl4dlm.models.distributions import (
 )
 from rl4dlm.models.scoring import logits_of
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.backends.backend import RolloutBackend
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.self_distillation import SelfDistillationConfig
 from rl4dlm.training.setup import base_model, of_noise, swapped
-from rl4dlm.training.trainer import DiffusionPolicyTrainer
+from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
 
 __all__ = ["SelfDistillationConfig", "SelfDistillationTrainer"]
 
@@ -130,8 +131,9 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
             self.spec = replace(self.spec, **block)
             base_model(self.model).config.diffusion = self.spec.to_dict()
 
-    def reference_weight(self, args: SelfDistillationConfig) -> float:
+    def reference_weight(self, args: DiffusionPolicyConfig) -> float:
         """A reference that teaches, or whose completions are learnt from, is there."""
+        assert isinstance(args, SelfDistillationConfig)
         needed = args.rollouts_by == "teacher" or (args.teacher == "reference" and args.has_teacher)
         return float(needed)
 
@@ -232,9 +234,8 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
         told = self._told(rows, views, targets, rows_per_forward, rows_in_step)
         parts: list[PositionReduction] = [Targets(targets, args.entropy_temperature)]
         if told.states is not None:
-            limits = {"limit": args.divergence_limit, "by_entry": args.limit_entries}
-            settings = {"kind": args.divergence, "temperature": args.distill_temperature, **limits}
-            parts.append(Divergence(told.states, self._head(), **settings))
+            limits = args.divergence_limit, args.limit_entries
+            parts.append(Divergence(told.states, self._head(), args.divergence, args.distill_temperature, *limits))
         elif told.ids is not None:
             parts.append(Classes(told.ids, args.distill_temperature))
         noisy = args.student_attention is not None
@@ -404,6 +405,15 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
         """Of the policy's own rollouts: the reference's were not drawn by it."""
         if self.args.rollouts_by == "policy":
             super()._audit(rollout)
+
+    def _check_capabilities(self, backend: RolloutBackend) -> None:
+        """As everywhere; a server has the policy's weights alone."""
+        super()._check_capabilities(backend)
+        if self.args.rollouts_by != "policy":
+            raise ValueError(
+                f"rollouts_by={self.args.rollouts_by!r} is not allowed with rollout_backend="
+                f"{self.args.rollout_backend!r}, whose rollouts are the policy's; allowed: 'policy', or in_process"
+            )
 
     def _decode(self, *args: Any, **kwargs: Any) -> Rollout:
         """By the reference, where its completions are wanted."""

@@ -203,8 +203,13 @@ class SelfDistillationConfig(RatioFreeConfig):
             own = ("teacher_steps", "teacher_written", "teacher_order", "teacher_temperature")
             idle[f"teacher_view={self.teacher_view!r}"] = (*idle.get(f"teacher_view={self.teacher_view!r}", ()), *own)
         if self.divergence not in DIVERGENCES:
-            own = ("distill_top_k", "renormalize", "distill_temperature", "divergence_limit", "limit_entries")
-            idle[f"divergence={self.divergence!r}"] = own
+            idle[f"divergence={self.divergence!r}"] = (
+                "distill_top_k",
+                "renormalize",
+                "distill_temperature",
+                "divergence_limit",
+                "limit_entries",
+            )
         elif self.distill_top_k is None:
             idle["distill_top_k=None"] = ("renormalize",)
         if self.divergence_limit is None:

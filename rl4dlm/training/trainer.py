@@ -240,9 +240,9 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
     def build_estimator(self) -> Estimator:
         """The likelihood estimator, from `self.args`."""
 
-    def reference_weight(self, args: Any) -> float:
+    def reference_weight(self, args: DiffusionPolicyConfig) -> float:
         """What is not 0 where there is a reference model, for these settings."""
-        return args.beta if args.kl_target == "reference" else 0.0  # type: ignore[no-any-return]
+        return args.beta if args.kl_target == "reference" else 0.0
 
     needs_masks: str = ""
     """Why the algorithm has no meaning for models whose noise is random tokens; empty: it may have one."""

@@ -12,7 +12,7 @@ import pytest
 
 import rl4dlm
 from benchmarks.proving_ground import run as runs, settings
-from benchmarks.proving_ground.settings import LINES, TASKS, VARIANTS, Run, Scale
+from benchmarks.proving_ground.settings import EVERY_LINE, LINES, TASKS, VARIANTS, Run, Scale
 from rl4dlm import save_denoiser, tiny_llada, tiny_tokenizer
 
 SMALL = Scale(
@@ -21,7 +21,7 @@ SMALL = Scale(
 
 
 def config_of(run: Run) -> Any:
-    name = LINES[run.algorithm].trainer
+    name = EVERY_LINE[run.algorithm].trainer
     if name == "DiffusionSFTTrainer":
         return rl4dlm.DiffusionSFTConfig
     return getattr(rl4dlm, name.replace("Positives", "BGPO")).config_class
@@ -29,17 +29,19 @@ def config_of(run: Run) -> Any:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_line_and_variation_has_settings_that_are_allowed(task: str, tmp_path: Path) -> None:
-    for name in [*LINES, *VARIANTS] if task == "arithmetic_steps" else LINES:
+    for name in [*EVERY_LINE, *VARIANTS] if task == "arithmetic_steps" else EVERY_LINE:
         run = Run(task, "full", name)
         made = config_of(run)(output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=64, **run.settings())
-        if run.algorithm not in ("sft", "justgrpo"):
+        if run.algorithm == "self_distillation":
+            assert made.denoising_steps == run.ground.canvas
+        elif run.algorithm not in ("sft", "justgrpo"):
             assert made.denoising_steps in (None, run.ground.canvas // 4, run.ground.canvas // 2)
 
 
 def test_every_algorithm_has_a_line() -> None:
-    bases = {"DiffusionPolicyTrainer", "TrajectoryTrainer"}
+    bases = {"DiffusionPolicyTrainer", "TrajectoryTrainer", "VRPOTrainer"}  # the last one learns from pairs
     trainers = {name for name in rl4dlm.__all__ if name.endswith("Trainer")} - bases
-    assert trainers == {line.trainer for line in LINES.values()} - {"PositivesTrainer"}
+    assert trainers == {line.trainer for line in EVERY_LINE.values()} - {"PositivesTrainer"}
 
 
 def test_variations_differ_from_their_algorithm() -> None:
@@ -86,7 +88,7 @@ def test_sft_goes_on_for_as_many_positions_as_are_allowed(ground: Path) -> None:
 
 
 def test_what_fails_is_logged_and_the_rest_goes_on(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(settings.LINES, "broken", settings.Line("broken", "NoTrainer"))
+    monkeypatch.setitem(settings.EVERY_LINE, "broken", settings.Line("broken", "NoTrainer"))
     said = runs.make(Run("arithmetic_steps", "full", "broken", scale=SMALL), ground, ground / "logs")
     assert said.startswith("failed, see ")
     assert "NoTrainer" in Path(said.removeprefix("failed, see ")).read_text()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,22 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
-from rl4dlm import AGRPOConfig, AGRPOTrainer, DiffuGRPOConfig, DiffuGRPOTrainer, JustGRPOConfig, JustGRPOTrainer
+from rl4dlm import (
+    AGRPOConfig,
+    AGRPOTrainer,
+    DecodingConfig,
+    DiffuGRPOConfig,
+    DiffuGRPOTrainer,
+    DiffusionSpec,
+    JustGRPOConfig,
+    JustGRPOTrainer,
+    SelfDistillationConfig,
+    SelfDistillationTrainer,
+    tiny_llada,
+)
 from rl4dlm.rollout.backends import http
 from rl4dlm.rollout.backends.backend import BackendError
+from rl4dlm.rollout.backends.engines import VLLMBackend
 from rl4dlm.training.config import DiffusionPolicyConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -178,14 +192,26 @@ def test_an_engine_that_does_not_draw_is_found_out(make: Any, fake: Fake, caplog
         ({"token_ids": [5, 6], "finish_reason": "length"}, "gave up a row after 2 tokens.*max_completion_length"),
         ({"token_ids": [5] * 9, "finish_reason": "length"}, "after 9 tokens"),
         ({"token_ids": [5, 6], "finish_reason": "abort"}, "finish_reason='abort'"),
-        ({"prompt_token_ids": [3]}, "another prompt"),
+        ({"prompt_token_ids": [5]}, "another prompt"),
+        ({"token_ids": [13, 1], "finish_reason": "stop"}, "token 13.*draw_unknown_tokens=True"),
     ],
 )
-def test_answers_that_cannot_be_learnt_from_end_the_run(make: Any, fake: Fake, spoiled: Any, reason: str) -> None:
-    trainer = make()
+def test_answers_that_cannot_be_learnt_from_are_refused(fake: Fake, tmp_path: Path, spoiled: Any, reason: str) -> None:
+    model = tiny_llada()
+    backend = VLLMBackend(fake.url, tmp_path, DiffusionSpec.of(model), run="run")
+    config = DecodingConfig(canvas_length=8, temperature=1.0).knowing(13)
+    with pytest.raises(RuntimeError, match="update_weights comes before"):
+        backend.generate([[3]], config, row_ids=[0], seed=0)
+    for version in range(4):
+        backend.update_weights(lambda: nullcontext(model), version)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-2-2", "run-3-3"]
+    assert backend.generate([[3], [4]], config, row_ids=[0, 1], seed=0).weight_version == 3
+    assert len(backend.generate([], config, row_ids=[], seed=0)) == 0
+    with pytest.raises(ValueError, match="no given slots"):
+        backend.generate([[3]], config, row_ids=[0], seed=0, hints=[{}])
     fake.spoil = spoiled
     with pytest.raises(BackendError, match=reason):
-        trainer.train()
+        backend.generate([[3]], config, row_ids=[0], seed=0)
 
 
 def test_stale_weights_and_silence_end_the_run(make: Any, fake: Fake) -> None:
@@ -196,6 +222,9 @@ def test_stale_weights_and_silence_end_the_run(make: Any, fake: Fake) -> None:
     fake.alive = False
     with pytest.raises(BackendError, match="failed at .*newest checkpoint"):
         trainer.train()
+
+
+BY_TEACHER = {"rollouts_by": "teacher", "num_generations": 2}
 
 
 def forward_reward(completions: list[str], nfe: Any = None, **columns: Any) -> list[float]:
@@ -210,6 +239,7 @@ def forward_reward(completions: list[str], nfe: Any = None, **columns: Any) -> l
             {"trainer": JustGRPOTrainer, "config": JustGRPOConfig, "temperature": 1.0},
             "schedule='left_to_right' is not supported",
         ),
+        ({"trainer": SelfDistillationTrainer, "config": SelfDistillationConfig, **BY_TEACHER}, "rollouts_by="),
         ({"denoising_steps": 4}, "denoising_steps=4 is not supported with rollout_backend='vllm'"),
         ({"cfg_scale": 1.0}, "cfg_scale=1.0"),
         ({"suppress_token_ids": [4]}, r"suppress_token_ids=\[4\]"),
