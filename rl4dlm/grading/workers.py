@@ -27,6 +27,7 @@ from rl4dlm.grading.sandbox.programs import OWN_TIME, Call, Program, Result
 logger = logging.getLogger(__name__)
 
 _FIRST_TURN = 1.0  # seconds that an item gets before all others have had theirs
+_WORTH = 6  # items of the first turn that pay for one process more: what is preloaded makes forking it dear
 _REMEMBERED = 4096  # items that were late
 _ANSWERS = 8 << 20  # bytes
 _PROGRAM = """
@@ -172,7 +173,9 @@ class WorkerPool:
 
     def _run(self, sandbox: Sandbox, texts: list[str], seconds: float, budget: float) -> dict[str, Result]:
         """One turn of each item. A process goes on with the next item until it is late."""
-        shares = [texts[first :: self.workers] for first in range(min(self.workers, len(texts)))]
+        least = _WORTH if seconds <= _FIRST_TURN else 1  # those of the second turn are slow
+        count = min(self.workers, -(-len(texts) // least))
+        shares = [texts[first::count] for first in range(count)]
         programs = [Program("", tuple(Call(f"apply({text!r})") for text in share), self._setup) for share in shares]
         limits = Limits(
             seconds=seconds,

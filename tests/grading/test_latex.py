@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rl4dlm.grading import latex, load_reward
 from rl4dlm.grading.latex import equivalent
+from rl4dlm.grading.sandbox import levels
+from rl4dlm.grading.workers import Outcome
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the worker pool is for POSIX systems")
 
@@ -49,6 +52,36 @@ def test_latex_is_never_parsed_in_this_process() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_machine_without_a_sandbox_compares_with_limits_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(levels, "why_not", lambda level: "not permitted")
+    levels.announce_own.cache_clear()
+    latex._pool.cache_clear()
+    try:
+        with caplog.at_level("WARNING", logger="rl4dlm"):
+            assert equivalent([("2", "1+1"), ("2", "3")], deadline=60) == [True, False]
+            assert "namespaces: not permitted" in caplog.text
+        assert list(latex._pool()._sandboxes) == ["limits"]
+    finally:
+        latex._pool().close()
+        latex._pool.cache_clear()
+
+
+def test_what_was_not_compared_is_neither_equal_nor_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"1+1": Outcome(True), "3": Outcome(False), "late": Outcome(None, "deadline")}
+
+    class Pool:
+        def map(self, items: list[list[str]], deadline: float) -> list[Outcome]:
+            return [known.get(answer, Outcome(None, "budget", lost=True)) for _, answer in items]
+
+    monkeypatch.setattr(latex, "_pool", Pool)
+    answers = ["1+1", "3", "late", "0+2", "1+1=0+2", "0+2=3"]
+    assert equivalent([("2", answer) for answer in answers]) == [True, False, False, None, None, False]
+    rows = {"prompts": ["?"] * 6, "answer": ["2"] * 6, "completions": [rf"\boxed{{{answer}}}" for answer in answers]}
+    assert load_reward("math:correctness")(**rows) == [2.0, 0.0, 0.0, None, None, 0.0]
 
 
 WRONG = [  # A1, A2: what pays for something else than the answer can be exploited

@@ -15,6 +15,7 @@ from rl4dlm.grading import pool as pools
 from rl4dlm.grading.pool import configure, current_settings, usage
 from rl4dlm.grading.sandbox import levels, pool as servers
 from rl4dlm.grading.workers import Outcome, WorkerPool
+from tests.grading.sandbox.conftest import descendants
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the pool is for POSIX systems")
 
@@ -114,6 +115,36 @@ def test_workers_end_with_the_interpreter() -> None:
     assert pids and not any(map(_is_running, pids))
 
 
+_TRAINER = """
+import sys
+from rl4dlm.grading.sandbox import levels
+levels.why_not = lambda level: "not permitted"
+from rl4dlm.grading.workers import WorkerPool
+pool = WorkerPool("time:sleep", workers=2)
+pool.map([0], deadline=60)
+(sandbox,) = pool._sandboxes.values()
+print(sandbox._servers[0].process.pid, flush=True)
+pool.map([3600.0, 3600.5] * 9, deadline=3000, budget=3000)
+"""
+
+
+def test_trainer_that_is_killed_leaves_no_process_with_limits_alone() -> None:
+    root = Path(__file__).resolve().parents[2]
+    trainer = subprocess.Popen([sys.executable, "-c", _TRAINER], stdout=subprocess.PIPE, text=True, cwd=root)
+    assert trainer.stdout is not None
+    server = int(trainer.stdout.readline())
+    end, started = time.monotonic() + 60, set[int]()
+    while len(started) < 2 and time.monotonic() < end:
+        started |= descendants(server)
+        time.sleep(0.02)
+    trainer.kill()
+    trainer.wait(60)
+    trainer.stdout.close()
+    while any(map(_is_running, {*started, server})) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(started) >= 2 and not [pid for pid in {*started, server} if _is_running(pid)]
+
+
 def test_forked_process_gets_workers_of_its_own() -> None:
     with WorkerPool("math:sqrt", workers=1) as pool:
         pool.map([1], deadline=60)
@@ -174,7 +205,7 @@ def test_a9_a_batch_of_hanging_answers_ends_within_its_budget_and_is_remembered(
         started = time.monotonic()
         outcomes = pool.map([_HANGS + i for i in range(64)], deadline=0.2, budget=1.5)
         assert time.monotonic() - started < 4
-        assert {outcome.error for outcome in outcomes} == {"deadline", "budget"}
+        assert {(outcome.error, outcome.lost) for outcome in outcomes} == {("deadline", False), ("budget", True)}
         started = time.monotonic()
         assert pool.map([_HANGS] * 20, deadline=0.2) == [Outcome(None, "deadline")] * 20
         assert time.monotonic() - started < 0.2
