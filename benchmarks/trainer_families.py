@@ -113,6 +113,10 @@ def build(trainer: str, family: str, folder: str) -> Any:
         rows = Dataset.from_list([{"prompt": "1+1=", "completion": "2"}] * 8)
         args = rl4dlm.DiffusionSFTConfig(**settings)
         return rl4dlm.DiffusionSFTTrainer(model, args, rows, None, tiny.tiny_tokenizer())
+    if trainer == "VRPO":
+        rows = Dataset.from_list([{"prompt": "1+1=", "chosen": "2", "rejected": "35"}] * 8)
+        args = rl4dlm.VRPOConfig(**settings, num_views=2)
+        return rl4dlm.VRPOTrainer(model, None, args, rows, None, tiny.tiny_tokenizer())
     uniform = {"denoising_steps": None, **CANVAS, **UNIFORM.get(trainer, {})} if family == "diffusion_gemma" else {}
     settings |= {**ROLLOUT, **MASKS, **SETTINGS.get(trainer, {}), **uniform}
     if trainer == "JustGRPO":  # its one schedule

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rl4dlm.algorithms.tracerl import TraceRLConfig as TraceRLConfig, TraceRLTrainer as TraceRLTrainer
     from rl4dlm.algorithms.tree_rpo import TreeRPOConfig as TreeRPOConfig, TreeRPOTrainer as TreeRPOTrainer
     from rl4dlm.algorithms.unigrpo import UniGRPOConfig as UniGRPOConfig, UniGRPOTrainer as UniGRPOTrainer
+    from rl4dlm.algorithms.vrpo import VRPOConfig as VRPOConfig, VRPOTrainer as VRPOTrainer
     from rl4dlm.algorithms.wd1 import WD1Config as WD1Config, WD1Trainer as WD1Trainer
     from rl4dlm.evaluation import (
         completion_texts as completion_texts,
@@ -176,6 +177,8 @@ _MODULE_OF = {
     "UniGRPOConfig": "rl4dlm.algorithms.unigrpo",
     "UniGRPOTrainer": "rl4dlm.algorithms.unigrpo",
     "Views": "rl4dlm.likelihood.views",
+    "VRPOConfig": "rl4dlm.algorithms.vrpo",
+    "VRPOTrainer": "rl4dlm.algorithms.vrpo",
     "WD1Config": "rl4dlm.algorithms.wd1",
     "WD1Trainer": "rl4dlm.algorithms.wd1",
     "attach_scoring": "rl4dlm.models.scoring",

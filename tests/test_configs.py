@@ -87,6 +87,7 @@ def folder(tmp_path_factory) -> Path:
     write(folder / "math.jsonl", [{"problem": f"Find ${i}+1$.", "solution": rf"\boxed{{{i + 1}}}"} for i in range(8)])
     s1k = {"question": "Why?", "thinking_trajectories": ["Because."], "attempt": "So.", "solution": "So.", "cot": None}
     write(folder / "s1K.jsonl", [s1k] * 8)
+    write(folder / "pairs.jsonl", [{"prompt": "Why?", "chosen": "Because.", "rejected": "So."}] * 8)
     load_script(EXAMPLES / "prepare_s1k.py").main([str(folder / "s1k"), "--source", str(folder / "s1K.jsonl")])
     return folder
 
@@ -116,6 +117,7 @@ SMALL_RL = {
 
 
 def overrides(name: str, settings: dict, folder: Path) -> dict:
+    pairs = name.startswith("vrpo/")
     model = folder / family(settings)
     small = {"model_name_or_path": model, "output_dir": folder / "outputs", **SMALL}
     if "adapt_attention" in settings:
@@ -142,7 +144,7 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
         if settings.get(name, 1) > 2:
             small[name] = 2
     if "dataset_name" in settings:
-        small["dataset_name"] = folder / "s1k"
+        small["dataset_name"] = folder / ("pairs.jsonl" if pairs else "s1k")
     if "max_length" in settings:
         small["max_length"] = 256
     return small

@@ -71,6 +71,7 @@ SIGNATURES = {
     "confidence entropy block_stop predictions fillings filling_log_probs flagged",
     "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "VRPOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
     "Views": "hidden weight ids",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "adapt_causal_lm": (
@@ -173,6 +174,7 @@ SETTINGS = {
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
+    "VRPOConfig": "num_views complement steps block_length tokens_per_step step_weight one_view",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt num_predicted_steps",
 }
 """Settings of configs, beside TRL's; those of `DiffusionPolicyConfig` belong to all but `DiffusionSFTConfig`, too."""
@@ -252,7 +254,7 @@ def test_parameters_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_settings_stay(name: str) -> None:
-    shared = [] if name == "DiffusionSFTConfig" else SETTINGS["DiffusionPolicyConfig"].split()
+    shared = [] if name in ("DiffusionSFTConfig", "VRPOConfig") else SETTINGS["DiffusionPolicyConfig"].split()
     missing = {*shared, *SETTINGS[name].split()} - {field.name for field in fields(getattr(rl4dlm, name)) if field.init}
     assert not missing
 

@@ -233,6 +233,18 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         ),
         **_each(
             "self_distillation",
+            "trace_sure_long",
+            {
+                **_TRACE,
+                "num_views": 2,
+                "entropy_weight": 2.0,
+                "entropy_temperature": 0.5,
+                "num_iterations": 4,
+                "learning_rate": 5e-4,
+            },
+        ),
+        **_each(
+            "self_distillation",
             "own_answer",
             {
                 "states": "recorded",

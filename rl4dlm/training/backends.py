@@ -66,16 +66,16 @@ class BackendTrainer(DecoderTrainer):
         if self.args.rollout_backend == "in_process":
             trainer = weakref.ref(self)  # what a trainer holds does not hold the trainer
 
-            def in_step() -> Callable[[bool], bool] | None:
-                owner = trainer()
-                assert owner is not None
-                return owner._any_process if owner._forwards_differ else None
+            def owner() -> BackendTrainer:
+                found = trainer()
+                assert found is not None
+                return found
 
             return InProcessBackend(
-                self.spec,
+                lambda: owner().spec,  # another model may be lent in the policy's place
                 max_batch_rows=self.args.rollout_batch_size,
                 progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
-                in_step=in_step,
+                in_step=lambda: owner()._any_process if owner()._forwards_differ else None,
                 compile=self.args.rollout_compile,
             )
         run: list[Any] = [secrets.token_hex(6)]

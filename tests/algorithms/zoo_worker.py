@@ -61,6 +61,7 @@ ONE_VIEW = {
     "ESPOTrainer": {"num_views": 2},
     "SPGTrainer": {"num_views": 3},
     "TraceRLTrainer": {},
+    "SelfDistillationTrainer": {"num_views": 2},
 }
 """Algorithms that are also run under DeepSpeed, with several views that are scored one after another."""
 

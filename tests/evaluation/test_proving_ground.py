@@ -39,7 +39,7 @@ def test_every_line_and_variation_has_settings_that_are_allowed(task: str, tmp_p
 
 
 def test_every_algorithm_has_a_line() -> None:
-    bases = {"DiffusionPolicyTrainer", "TrajectoryTrainer"}
+    bases = {"DiffusionPolicyTrainer", "TrajectoryTrainer", "VRPOTrainer"}  # the last one learns from pairs
     trainers = {name for name in rl4dlm.__all__ if name.endswith("Trainer")} - bases
     assert trainers == {line.trainer for line in EVERY_LINE.values()} - {"PositivesTrainer"}
 
@@ -88,7 +88,7 @@ def test_sft_goes_on_for_as_many_positions_as_are_allowed(ground: Path) -> None:
 
 
 def test_what_fails_is_logged_and_the_rest_goes_on(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(settings.LINES, "broken", settings.Line("broken", "NoTrainer"))
+    monkeypatch.setitem(settings.EVERY_LINE, "broken", settings.Line("broken", "NoTrainer"))
     said = runs.make(Run("arithmetic_steps", "full", "broken", scale=SMALL), ground, ground / "logs")
     assert said.startswith("failed, see ")
     assert "NoTrainer" in Path(said.removeprefix("failed, see ")).read_text()

@@ -25,6 +25,8 @@ from rl4dlm import (
     DiffusionSpec,
     JustGRPOConfig,
     JustGRPOTrainer,
+    SelfDistillationConfig,
+    SelfDistillationTrainer,
     tiny_llada,
 )
 from rl4dlm.rollout.backends import http
@@ -222,6 +224,9 @@ def test_stale_weights_and_silence_end_the_run(make: Any, fake: Fake) -> None:
         trainer.train()
 
 
+BY_TEACHER = {"rollouts_by": "teacher", "num_generations": 2}
+
+
 def forward_reward(completions: list[str], nfe: Any = None, **columns: Any) -> list[float]:
     return [0.0] * len(completions)
 
@@ -234,6 +239,7 @@ def forward_reward(completions: list[str], nfe: Any = None, **columns: Any) -> l
             {"trainer": JustGRPOTrainer, "config": JustGRPOConfig, "temperature": 1.0},
             "schedule='left_to_right' is not supported",
         ),
+        ({"trainer": SelfDistillationTrainer, "config": SelfDistillationConfig, **BY_TEACHER}, "rollouts_by="),
         ({"denoising_steps": 4}, "denoising_steps=4 is not supported with rollout_backend='vllm'"),
         ({"cfg_scale": 1.0}, "cfg_scale=1.0"),
         ({"suppress_token_ids": [4]}, r"suppress_token_ids=\[4\]"),

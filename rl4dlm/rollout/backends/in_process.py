@@ -16,13 +16,13 @@ class InProcessBackend:
     """Decodes with the policy itself, so that there are no weights to hand over.
 
     Args:
-        spec: of the policy. max_batch_rows, progress, compile: as `RolloutEngine`'s.
+        spec: gives that of the policy, as it is lent. max_batch_rows, progress, compile: as `RolloutEngine`'s.
         in_step: as `RolloutEngine`'s, asked for before each call; it gives None where processes need not wait.
     """
 
     def __init__(
         self,
-        spec: DiffusionSpec,
+        spec: Callable[[], DiffusionSpec],
         *,
         max_batch_rows: int | None = None,
         progress: bool = False,
@@ -67,7 +67,7 @@ class InProcessBackend:
         with self._policy() as model:
             engine = RolloutEngine(
                 model,
-                self.spec,
+                self.spec(),
                 max_batch_rows=self.max_batch_rows,
                 progress=self.progress,
                 in_step=self.in_step(),
