@@ -8,12 +8,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.installed-runtime
 ALL := $(VENV)/.installed-all
+SITE := $(VENV)/.installed-docs
 LOWEST_VENV ?= .venv-lowest
 # Names of dependencies that test-lowest does not hold at their lowest, such as torch where no such build can be had.
 LOWEST_EXCEPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint test test-slow test-lowest lint bench bench-gpu
+.PHONY: help demo demo-checkpoint test test-slow test-lowest lint docs bench bench-gpu
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ lint: $(ALL)  ## check style, formatting and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs: $(SITE)  ## build the documentation's site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
 bench: $(RUNTIME)  ## measure what caches save on this machine (ten minutes of one core)
 	$(PY) benchmarks/rollout.py
 
@@ -56,6 +60,11 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(ALL): $(RUNTIME)
 	@echo "Installing into $(VENV): what tests and checks need besides"
 	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable '.[test,deepspeed]'
+	@touch $@
+
+$(SITE): $(RUNTIME)
+	@echo "Installing into $(VENV): what the documentation's site needs besides"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # Constraints are made from the bounds themselves, so that an install that fails shows a bound that cannot be met.

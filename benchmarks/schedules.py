@@ -34,8 +34,8 @@ from rl4dlm.evaluation import encode_prompt, machine, versions, wilson_interval
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 CELLS = 16
-NOT_MASKED = ("entropy_bound_canvas",)
-"""Schedules for models whose noise is not masking."""
+FOR_OTHERS = ("entropy_bound_canvas", "levenshtein")
+"""Schedules for models whose noise is not masking, and for those that know tokens for edits."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.puzzles, options.work, options.output = 20, options.work / "quick", options.work / "quick"
-    missing = set(available_schedules()) - set(NOT_MASKED) - {s.schedule for group in GROUPS.values() for s in group}
+    missing = set(available_schedules()) - set(FOR_OTHERS) - {s.schedule for group in GROUPS.values() for s in group}
     assert not missing, f"no settings for {sorted(missing)}"
     options.work.mkdir(parents=True, exist_ok=True)
     from transformers import AutoTokenizer

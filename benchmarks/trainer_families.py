@@ -1,6 +1,6 @@
 """One step of every trainer on a small model of every family: which trains, and what the others say.
 
-    python benchmarks/trainer_families.py            # into docs/recipes.md, between its markers
+    python benchmarks/trainer_families.py            # into docs/recipes.md and README.md, between their markers
     python benchmarks/trainer_families.py --print    # on the screen
 
 A step counts where finite weights have changed. What is refused is refused with a `ValueError`, whose sentence is
@@ -22,11 +22,14 @@ from datasets import Dataset, disable_progress_bars
 import rl4dlm
 from rl4dlm.models import tiny
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "recipes.md"
+README = ROOT / "README.md"
 MARKERS = ("<!-- trainers and families: made by benchmarks/trainer_families.py -->", "<!-- end -->")
 
 FAMILIES = {  # as a column is called: what builds the small model
     "llada": tiny.tiny_llada,
+    "illada": tiny.tiny_illada,
     "llada_moe": tiny.tiny_llada_moe,
     "llada2": tiny.tiny_llada2,
     "dream": tiny.tiny_dream,
@@ -34,6 +37,8 @@ FAMILIES = {  # as a column is called: what builds the small model
     "sdar_moe": tiny.tiny_sdar_moe,
     "fast_dllm": tiny.tiny_fast_dllm,
     "a2d": tiny.tiny_a2d_qwen3,
+    "nemotron_diffusion": tiny.tiny_nemotron_diffusion,
+    "wedlm": tiny.tiny_wedlm,
     "diffusion_gemma": tiny.tiny_diffusion_gemma,
 }
 
@@ -150,7 +155,7 @@ def refusal(trainer: str, family: str) -> str | None:
 
 
 def table(found: dict[str, dict[str, str | None]]) -> str:
-    """The matrix as a Markdown table, and below it what was refused and with which words."""
+    """The matrix as a Markdown table."""
     columns = list(FAMILIES)
     lines = [
         "| trainer | " + " | ".join(f"`{name}`" for name in columns) + " |",
@@ -159,10 +164,15 @@ def table(found: dict[str, dict[str, str | None]]) -> str:
     for trainer, outcomes in found.items():
         cells = ["yes" if outcomes[family] is None else "no" for family in columns]
         lines.append(f"| `{trainer}Trainer` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def reasons(found: dict[str, dict[str, str | None]]) -> str:
+    """What was refused, and with which words."""
     said: dict[tuple[str, str], list[str]] = {}  # (families, sentence) -> trainers
     for trainer, where, sentence in _refusals(found):
         said.setdefault((where, sentence), []).append(trainer)
-    lines += ["", "What a *no* says:", ""]
+    lines = ["What a *no* says:", ""]
     for (where, sentence), trainers in said.items():
         text = f"- {', '.join(trainers)} on {where}: {sentence}"
         lines.append(textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
@@ -179,14 +189,13 @@ def _refusals(found: dict[str, dict[str, str | None]]) -> list[tuple[str, str, s
     return rows
 
 
-def into_page(text: str) -> None:
-    """Puts the table between the page's markers."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(MARKERS[0])
+def into_page(page: Path, text: str) -> None:
+    """Puts a text between a page's markers."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
     _, end, after = rest.partition(MARKERS[1])
     if not end:
-        raise ValueError(f"{PAGE} lacks one of the markers {MARKERS}")
-    PAGE.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+        raise ValueError(f"{page} lacks one of the markers {MARKERS}")
+    page.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -204,9 +213,10 @@ def main() -> None:
             raise RuntimeError(f"{trainer}: {found[trainer]['llada']}")
         print(trainer, *("no" if sentence else "yes" for sentence in found[trainer].values()), flush=True)
     if arguments.print:
-        print(table(found))
+        print(table(found), reasons(found), sep="\n\n")
     else:
-        into_page(table(found))
+        into_page(PAGE, f"{table(found)}\n\n{reasons(found)}")
+        into_page(README, table(found))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ def correctness(
     """2 if the answer equals the column `answer` (LaTeX, or a solution that boxes it) as mathematics, `None` without
     one.
 
-    The answer is the last box, else what `<answer>` holds, else everything. It is compared in worker processes, where
-    five seconds are enough for each (`rl4dlm.grading.pool.Settings`); an answer that needs longer scores 0. Logs
-    `reward/deadline_rate` and `reward/seconds` where TRL passes `log_metric`.
+    The answer is the last box, else what `<answer>` holds, else everything. It is compared in a sandbox, where
+    five seconds are enough for each (`rl4dlm.grading.pool.Settings`); an answer that needs longer scores 0, and
+    one that could not be compared, since others used the batch's time, `None`. Logs `reward/deadline_rate`
+    and `reward/seconds` where TRL passes `log_metric`.
     """
     golds = [as_text(gold) for gold in require_column("math:correctness", "answer", answer, len(completions))]
     pairs = [
@@ -47,7 +48,8 @@ def correctness(
         after = usage()
         columns["log_metric"]("reward/deadline_rate", (after.late - before.late) / max(len(completions), 1))
         columns["log_metric"]("reward/seconds", after.seconds - before.seconds)
-    return [None if gold is None else 2.0 * next(verdicts) for gold in golds]
+    equal = [None if gold is None else next(verdicts) for gold in golds]
+    return [None if verdict is None else 2.0 * verdict for verdict in equal]
 
 
 def format_tiers(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:

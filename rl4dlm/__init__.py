@@ -75,12 +75,15 @@ if TYPE_CHECKING:
         tiny_diffusion_gemma as tiny_diffusion_gemma,
         tiny_dream as tiny_dream,
         tiny_fast_dllm as tiny_fast_dllm,
+        tiny_illada as tiny_illada,
         tiny_llada as tiny_llada,
         tiny_llada2 as tiny_llada2,
         tiny_llada_moe as tiny_llada_moe,
+        tiny_nemotron_diffusion as tiny_nemotron_diffusion,
         tiny_sdar as tiny_sdar,
         tiny_sdar_moe as tiny_sdar_moe,
         tiny_tokenizer as tiny_tokenizer,
+        tiny_wedlm as tiny_wedlm,
     )
     from rl4dlm.rollout.decoding import DecodingConfig as DecodingConfig, available_schedules as available_schedules
     from rl4dlm.rollout.engine import RolloutEngine as RolloutEngine
@@ -200,12 +203,15 @@ _MODULE_OF = {
     "tiny_diffusion_gemma": "rl4dlm.models.tiny",
     "tiny_dream": "rl4dlm.models.tiny",
     "tiny_fast_dllm": "rl4dlm.models.tiny",
+    "tiny_illada": "rl4dlm.models.tiny",
     "tiny_llada": "rl4dlm.models.tiny",
     "tiny_llada2": "rl4dlm.models.tiny",
     "tiny_llada_moe": "rl4dlm.models.tiny",
+    "tiny_nemotron_diffusion": "rl4dlm.models.tiny",
     "tiny_sdar": "rl4dlm.models.tiny",
     "tiny_sdar_moe": "rl4dlm.models.tiny",
     "tiny_tokenizer": "rl4dlm.models.tiny",
+    "tiny_wedlm": "rl4dlm.models.tiny",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaForCausalLM
 from trl import ModelConfig
 
 from rl4dlm import load_rewards, resources, save_denoiser, tiny_llada, tiny_tokenizer
@@ -39,6 +38,8 @@ FAMILIES = {  # how the names of published models begin -> what stands for them;
     "Efficient-Large-Model/": "fast_dllm",
     "google/diffusiongemma": "diffusion_gemma",
     "GSAI-ML/iLLaDA": "illada",
+    "nvidia/Nemotron-Labs": "nemotron_diffusion",
+    "tencent/WeDLM": "wedlm",
 }
 OF_ANOTHER_SIZE = {  # what differs from another configuration in the model and the number of GPUs alone
     "tracerl/math_sdar-4b": "tracerl/math_sdar-8b",
@@ -55,13 +56,6 @@ def family(settings: dict) -> str:
     """The family of the published model that a configuration names."""
     name = settings["model_name_or_path"]
     return next((known for start, known in FAMILIES.items() if name.startswith(start)), "llada")
-
-
-def tiny_illada() -> LlamaForCausalLM:
-    """LLaDA with what iLLaDA has of its own: fewer key/value heads, and a head that is tied to the embedding."""
-    config = tiny_llada().config
-    config.num_key_value_heads, config.tie_word_embeddings = 2, True
-    return LlamaForCausalLM(config)
 
 
 def load_script(path: Path):
@@ -81,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
         tokenizer = tiny_tokenizer()
         if name == "illada":
             tokenizer.mask_token = None  # `config.json` alone says which token it is
-        save_denoiser(tiny_illada() if name == "illada" else BUILDERS[name](), folder / name, tokenizer, form="hub")
+        save_denoiser(BUILDERS[name](), folder / name, tokenizer, form="hub")
     causal = tiny_llada()
     causal.config.is_causal = True
     del causal.config.diffusion
@@ -202,7 +196,7 @@ def test_the_mask_token_of_illada_is_what_its_files_say(folder, tmp_path):
     """Its vocabulary is not LLaDA's: where nothing states the token, training refuses to start, and an id is taken."""
     stated = json.loads((folder / "illada" / "config.json").read_text())
     assert stated["mask_token_id"] == tiny_tokenizer().mask_token_id
-    assert stated["n_kv_heads"] == 2 and stated["weight_tying"]
+    assert stated["architectures"] == ["ILLaDAForCausalLM"] and stated["tie_word_embeddings"]
     silent = shutil.copytree(folder / "illada", tmp_path / "silent")
     edit(silent, mask_token_id=None)
     edit(silent, "generation_config.json", mask_token_id=None)

@@ -59,7 +59,7 @@ SIGNATURES = {
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
-        "extra_forwards weight_version decoding guesses"
+        "extra_forwards weight_version decoding guesses recorded"
     ),
     "RolloutEngine": "model spec max_batch_rows progress in_step compile",
     "SelfDistillationTrainer": "model reward_funcs args rest kwargs",
@@ -106,15 +106,18 @@ SIGNATURES = {
     "tiny_diffusion_gemma": "sizes",
     "tiny_dream": "sizes",
     "tiny_fast_dllm": "sizes",
+    "tiny_illada": "sizes",
     "tiny_llada": (
         "vocab_size mask_token_id eos_token_id pad_token_id hidden_size num_hidden_layers num_attention_heads "
         "intermediate_size max_position_embeddings rope_theta initializer_range dtype seed"
     ),
     "tiny_llada2": "sizes",
     "tiny_llada_moe": "sizes",
+    "tiny_nemotron_diffusion": "sizes",
     "tiny_sdar": "sizes",
     "tiny_sdar_moe": "sizes",
     "tiny_tokenizer": "",
+    "tiny_wedlm": "sizes",
 }
 """Parameters of functions and classes, in their order."""
 
@@ -140,7 +143,7 @@ SETTINGS = {
         "eos_penalty eos_penalty_decay suppress_token_ids defer_token_ids schedule_args rollout_batch_size scope "
         "kl_estimator kl_target negative_advantage_weight score_temperature one_view views_keyed_by max_prompt_length "
         "overlong_prompts log_replays clip self_normalize audit_share audit_bound audit_action rollout_correction "
-        "rollout_correction_clip_max"
+        "rollout_correction_clip_max rollout_backend rollout_url rollout_weights_dir rollout_timeout"
     ),
     "DiffusionSFTConfig": (
         "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "
@@ -201,6 +204,8 @@ REWARDS = {
     "code:format",
     "code:format_compat",
     "code:kodcode_compat",
+    "reasoning_gym",
+    "reasoning_gym:solved",
 }
 """Names of rewards; those of other files are guarded by the tests that use them."""
 

@@ -65,8 +65,8 @@ def test_python_runs(document, checkout):
     runpy.run_path(str(checkout / "blocks.py"), run_name="__main__")
 
 
-# Six commands that import everything: half a minute.
-LONG = {"docs/own-task.md": pytest.mark.slow}
+# Six commands that import everything: half a minute each.
+LONG = dict.fromkeys(("docs/own-task.md", "docs/first-run.md"), (pytest.mark.slow, pytest.mark.timeout(900)))
 
 
 @pytest.mark.parametrize(

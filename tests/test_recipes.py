@@ -61,6 +61,13 @@ def cells() -> dict[tuple[str, str], str]:
     return {(row[0].removesuffix("Trainer"), name): cell for row in rows for name, cell in zip(head, row, strict=True)}
 
 
+def test_the_readme_has_the_same_matrix():
+    readme = trainer_families.README.read_text(encoding="utf-8")
+    copy = readme.partition(trainer_families.MARKERS[0])[2].partition(trainer_families.MARKERS[1])[0]
+    page = PAGE.partition(trainer_families.MARKERS[0])[2].partition("What a *no* says:")[0]
+    assert copy.strip() == page.strip() != ""
+
+
 def test_the_matrix_is_of_all_trainers_and_families():
     found = cells()
     assert {trainer for trainer, _ in found} == {*trainer_families.TRAINERS, "DiffusionSFT"}
@@ -72,6 +79,8 @@ def test_the_matrix_is_of_all_trainers_and_families():
     ("trainer", "family"),
     [
         ("TraceRL", "fast_dllm"),
+        ("TraceRL", "wedlm"),
+        ("MDPO", "nemotron_diffusion"),
         ("MDPO", "sdar"),
         ("ESPO", "diffusion_gemma"),
         ("AGRPO", "diffusion_gemma"),

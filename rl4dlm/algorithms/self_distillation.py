@@ -70,6 +70,7 @@ from rl4dlm.models.distributions import (
 )
 from rl4dlm.models.scoring import logits_of
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.backends.backend import RolloutBackend
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.self_distillation import SelfDistillationConfig
@@ -404,6 +405,15 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
         """Of the policy's own rollouts: the reference's were not drawn by it."""
         if self.args.rollouts_by == "policy":
             super()._audit(rollout)
+
+    def _check_capabilities(self, backend: RolloutBackend) -> None:
+        """As everywhere; a server has the policy's weights alone."""
+        super()._check_capabilities(backend)
+        if self.args.rollouts_by != "policy":
+            raise ValueError(
+                f"rollouts_by={self.args.rollouts_by!r} is not allowed with rollout_backend="
+                f"{self.args.rollout_backend!r}, whose rollouts are the policy's; allowed: 'policy', or in_process"
+            )
 
     def _decode(self, *args: Any, **kwargs: Any) -> Rollout:
         """By the reference, where its completions are wanted."""

@@ -43,4 +43,6 @@ def is_bad_input(error: BaseException) -> bool:
         return False
     training = any(frame.name == "_inner_training_loop" for frame in frames)
     ours = frames[-1].filename.startswith(_LIBRARY)
-    return ours and not isinstance(error, TypeError) if training else ours or isinstance(error, ValueError | OSError)
+    if training:  # a server that is gone while a run is on is nobody's input; before, its address may be wrong
+        return ours and not isinstance(error, TypeError | ConnectionError)
+    return ours or isinstance(error, ValueError | OSError)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from rl4dlm import resources
@@ -26,6 +28,11 @@ def add_serve_parser(commands: Any) -> None:
     add("--max-choices", type=count, default=64, metavar="N", help="completions of a request (default: %(default)s)")
     add("--max-waiting", type=count, default=256, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--gather", type=seconds, default=0.01, metavar="SECONDS", help="wait for more requests (default: %(default)s)")
+    add(
+        "--training-folder",
+        metavar="FOLDER",
+        help="let trainers that know RL4DLM_ROLLOUT_TOKEN ask for rollouts and hand over weights in this folder",
+    )
     add("--steps", type=count, metavar="N", help="denoising steps (default: half the canvas)")
     add_decoding_flags(add, seed=None, seed_help="of requests that name none (default: each draws its own)")
 
@@ -39,11 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     from rl4dlm.cli.arguments import mapping
     from rl4dlm.models.loading import check_tokenizer, load_denoiser, load_tokenizer
     from rl4dlm.models.taught import warn_of_canvas
+    from rl4dlm.rollout.backends.http import TOKEN
+    from rl4dlm.rollout.backends.weights import Receiver
     from rl4dlm.rollout.decoding import DecodingConfig
     from rl4dlm.rollout.engine import RolloutEngine
     from rl4dlm.serving.app import make_app
     from rl4dlm.serving.fields import Served
     from rl4dlm.serving.server import Server, bound_socket
+    from rl4dlm.serving.training import Training
     from rl4dlm.serving.worker import Worker
 
     # Everything that can be wrong is looked at before weights are read.
@@ -57,6 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.model if arguments.served_name is None else arguments.served_name
     if not name:
         raise ValueError(f"served-name={name!r} is not allowed; it must have at least one character")
+    folder, token = arguments.training_folder, os.environ.get(TOKEN)
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"training-folder={folder!r} is not a folder; it is one that trainers write weights into")
+    if folder is not None and not token:
+        raise ValueError(f"training-folder={folder!r} needs {TOKEN} in the environment: who knows it may set weights")
 
     console = Console(stderr=True)
     with bound_socket(arguments.host, arguments.port) as listener:
@@ -80,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
             chat_template_kwargs=template,
         )
         worker = Worker(engine, batch_rows=batch_rows, max_waiting=arguments.max_waiting, gather=arguments.gather)
-        server = Server(make_app(served, worker), worker)
+        training = Training(token, Receiver(engine.model, folder)) if folder is not None and token else None
+        server = Server(make_app(served, worker, training), worker)
         host, port = listener.getsockname()[:2]
         logs, handler = logging.getLogger("rl4dlm.serving"), logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

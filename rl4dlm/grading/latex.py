@@ -1,7 +1,8 @@
 """Whether two answers to a mathematical question are equal, by math-verify, outside this process.
 
-Owns the worker pool in which LaTeX is parsed and compared: sympy may run for ever or exhaust memory on what a model
-writes, so it never does in the process that trains. Comparison of strings is in `rl4dlm.grading.math_strings`.
+Owns what is asked of math-verify (`rl4dlm.grading.verify`), and where: sympy may run for ever, exhaust memory, or
+evaluate what a model writes, so it meets it in the sandbox's processes and not in the one that trains. Comparison of
+strings is in `rl4dlm.grading.math_strings`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from rl4dlm.grading.math_strings import is_equiv
-from rl4dlm.grading.pool import WorkerPool
+from rl4dlm.grading.workers import WorkerPool
 
-RELATIVE = 1e-5  # by which two numbers may differ at most before math-verify is asked
 MAX_CHARACTERS = 1000  # of an answer; a longer one is not an answer but a text
 
 
-def equivalent(pairs: Sequence[tuple[str, str]], *, deadline: float = 5.0) -> list[bool]:
+def equivalent(pairs: Sequence[tuple[str, str]], *, deadline: float = 5.0) -> list[bool | None]:
     """For each `(gold, answer)` whether they are equal as mathematics.
 
     Equal normal forms of the strings are enough, where the normaliser drops no more than a unit or a variable; the rest
@@ -28,9 +27,13 @@ def equivalent(pairs: Sequence[tuple[str, str]], *, deadline: float = 5.0) -> li
     Args:
         pairs: LaTeX without delimiters, e.g. `(r"\\frac{1}{2}", "0.5")`.
         deadline: seconds for each pair. An answer that takes longer, or breaks the comparison, is not equal.
+
+    Returns:
+        For each pair True or False, or None where it was not compared: the batch's time went to others, or there was no
+        process for it.
     """
     pairs = [(gold, plain(answer)) for gold, answer in pairs]
-    results = [same_form(gold, answer) for gold, answer in pairs]
+    results: list[bool | None] = [same_form(gold, answer) for gold, answer in pairs]
     asked: list[list[str]] = []
     parts: list[tuple[int, int]] = []  # of a row: where its questions begin, and how many it has
     for row, (gold, answer) in enumerate(pairs):
@@ -42,7 +45,10 @@ def equivalent(pairs: Sequence[tuple[str, str]], *, deadline: float = 5.0) -> li
     if asked:
         outcomes = _pool().map(asked, deadline=deadline)
         for row, (start, count) in enumerate(parts):
-            results[row] = results[row] and all(outcome.value is True for outcome in outcomes[start : start + count])
+            if results[row] and count:
+                found = outcomes[start : start + count]
+                wrong = any(outcome.value is not True and not outcome.lost for outcome in found)
+                results[row] = None if not wrong and any(outcome.lost for outcome in found) else not wrong
     return results
 
 
@@ -123,25 +129,6 @@ def _letters(text: str) -> str | None:
     return inner if len(inner) > 1 and inner.isalpha() else None
 
 
-def verify_pair(pair: Sequence[str]) -> bool:
-    """What a worker runs: math-verify on one `(gold, answer)`, without time limits, which are the pool's."""
-    from math_verify import parse, verify
-
-    gold, answer = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in pair)
-    return _near(gold, answer) and bool(verify(gold, answer, timeout_seconds=None))
-
-
-def _near(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """False for two numbers that differ by more than their size allows: math-verify rounds to places, not digits."""
-    values = []
-    for parsed in (gold, answer):
-        if not parsed or not getattr(parsed[0], "is_number", False) or not getattr(parsed[0], "is_real", False):
-            return True
-        values.append(parsed[0].evalf(30))
-    first, second = values
-    return bool(abs(first - second) <= RELATIVE * max(abs(first), abs(second)))
-
-
 @functools.cache
 def _pool() -> WorkerPool:
-    return WorkerPool("rl4dlm.grading.latex:verify_pair")
+    return WorkerPool("rl4dlm.grading.verify:verify_pair", preload=("math_verify",))

@@ -30,6 +30,7 @@ class Estimator(ABC):
             is and correlates them: rows are then given the same `row_ids`.
         views_vary: whether the number of views depends on the rows. Views that score something come first in a row, so
             that those behind the last that any process needs can be left out.
+        reads_record: whether it needs to know how a completion was written, and not the completion alone.
     """
 
     scope: str = "valid"
@@ -39,6 +40,7 @@ class Estimator(ABC):
     as_drawn: bool = False
     shares_masks: bool = False
     views_vary: bool = False
+    reads_record: bool = False
 
     @abstractmethod
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:

@@ -29,6 +29,7 @@ class PredictedSteps(Estimator):
 
     fresh: ClassVar[bool] = False  # type: ignore[misc]
     reweighted: ClassVar[bool] = True  # type: ignore[misc]
+    reads_record: ClassVar[bool] = True  # type: ignore[misc]
     mask_token_id: int
     scope: str = "valid"
 

@@ -177,6 +177,7 @@ class RecordedSteps(Estimator):
     """
 
     views_vary: ClassVar[bool] = True  # type: ignore[misc]
+    reads_record: ClassVar[bool] = True  # type: ignore[misc]
     selector: StepSelector
     scope: str = "valid"
 

@@ -95,6 +95,10 @@ class StudentStates(Estimator):
                 "recorded states have a next step; choose hidden"
             )
 
+    @property
+    def reads_record(self) -> bool:  # type: ignore[override]
+        return self.states == "recorded"
+
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """K views; with complements, those of a pair follow each other."""
         noise = RowNoise(rows, seed, iteration)

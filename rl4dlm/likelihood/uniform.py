@@ -94,6 +94,11 @@ class UniformNoise(Estimator):
         """Whether completions of a prompt may have the same masks, or have them anyway, and then the same tokens."""
         return self.inner.shares_masks or not self.inner.fresh
 
+    @property
+    def reads_record(self) -> bool:  # type: ignore[override]
+        """The inner estimator's."""
+        return self.inner.reads_record
+
     def draw(self, rows: Rows, *, seed: int, iteration: int) -> Views:
         """The inner estimator's views, with `ids` `[B, K, T]`."""
         views = self.inner.draw(rows, seed=seed, iteration=iteration)

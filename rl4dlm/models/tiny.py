@@ -18,6 +18,7 @@ from transformers import (
     Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
@@ -134,6 +135,11 @@ class TinySizes:
     seed: int = 0
 
 
+def tiny_illada(**sizes: Any) -> LlamaForCausalLM:
+    """A randomly initialised iLLaDA: Llama, full attention, tied head. Takes the fields of `TinySizes`."""
+    return _tiny("illada", TinySizes(**sizes), tie_word_embeddings=True)
+
+
 def tiny_llada_moe(**sizes: Any) -> Qwen3MoeForCausalLM:
     """A randomly initialised LLaDA-MoE: Qwen3-MoE, full attention. Takes the fields of `TinySizes`."""
     return _tiny("llada_moe", TinySizes(**sizes), num_key_value_heads=sizes.get("num_attention_heads", 4))
@@ -187,6 +193,20 @@ def tiny_a2d_qwen2(**sizes: Any) -> Qwen2ForCausalLM:
 def tiny_a2d_llama(**sizes: Any) -> LlamaForCausalLM:
     """A randomly initialised Llama adapted to diffusion, full attention. Takes the fields of `TinySizes`."""
     return _tiny("a2d_llama", TinySizes(**sizes))
+
+
+def tiny_nemotron_diffusion(**sizes: Any) -> Ministral3ForCausalLM:
+    """A randomly initialised Nemotron-Labs-Diffusion: Ministral 3, blocks over a causal past. Takes `TinySizes`."""
+    small = TinySizes(**sizes)
+    length = max(1, small.max_position_embeddings // 4)
+    rope = FAMILIES["nemotron_diffusion"].template["rope_parameters"]
+    rope = {**rope, "factor": 4.0, "original_max_position_embeddings": length, "rope_theta": small.rope_theta}
+    return _tiny("nemotron_diffusion", small, rope_parameters=rope)
+
+
+def tiny_wedlm(**sizes: Any) -> Qwen3ForCausalLM:
+    """A randomly initialised WeDLM: Qwen3, what is written seen first. Takes the fields of `TinySizes`."""
+    return _tiny("wedlm", TinySizes(**sizes))
 
 
 def tiny_diffusion_gemma(**sizes: Any) -> DiffusionGemmaForBlockDiffusion:
@@ -251,6 +271,9 @@ def tiny_diffusion_gemma(**sizes: Any) -> DiffusionGemmaForBlockDiffusion:
     return _initialised(DiffusionGemmaForBlockDiffusion, config, small.dtype, small.seed)
 
 
+_ONLY_HUB = ("rope_theta", "rope_parameters", "partial_rotary_factor")  # without a stock setting of their own
+
+
 def _tiny(name: str, sizes: TinySizes, **more: Any) -> Any:
     """A model of a family. `more` has stock settings besides the sizes, or hub settings without a stock one."""
     family = FAMILIES[name]
@@ -267,7 +290,7 @@ def _tiny(name: str, sizes: TinySizes, **more: Any) -> Any:
         **more,
     }
     values = {key: settings[stock] for key, stock in family.keys.items() if stock in settings}
-    only_hub = {key: value for key, value in settings.items() if key in ("rope_theta", "partial_rotary_factor")}
+    only_hub = {key: value for key, value in settings.items() if key in _ONLY_HUB}
     config = family.stock_config(HubConfig({**family.template, **values, **only_hub}, f"tiny_{name}"))
     spec = DiffusionSpec(
         mask_token_id=sizes.mask_token_id,

@@ -198,9 +198,11 @@ def _mask_token_id(family: Family, hub: HubConfig, tokens: FolderTokens, rows: i
     if distinct:
         return distinct[0]
     if tokens.files:
+        published = f" The published code takes {family.mask_token_id}." if family.mask_token_id is not None else ""
+        nameless = f" and no token {family.mask_token!r}" if family.mask_token else ""
         raise ValueError(
             f"{tokens.folder}: no mask token. config.json has no `mask_token_id`, and the tokenizer files have no "
-            f"`mask_token` and no token {family.mask_token!r}. Add `mask_token_id` to config.json, or pass "
+            f"`mask_token`{nameless}.{published} Add `mask_token_id` to config.json, or pass "
             "mask_token_id=... when loading"
         )
     default = family.mask_token_id

@@ -102,18 +102,18 @@ def check_parts(
             "constraint needs an end-of-sequence token, which fills what is open in a row that cannot go on; the "
             "model's spec has eos_token_ids=()"
         )
-    if schedule.resize is not None:
+    if schedule.moves:
+        does = "changes the length of the canvas" if schedule.edit is None else "takes slots out and puts others in"
         for name, value in (("hints", hints), ("choices", choices), ("constraint", constraint)):
             if value is not None:
                 raise ValueError(
-                    f"{name} is not supported for schedule={config.schedule!r}, which changes the length of the "
-                    "canvas; leave it None"
+                    f"{name} is not supported for schedule={config.schedule!r}, which {does}; leave it None"
                 )
-        if not spec.eos_token_ids:
-            raise ValueError(
-                f"schedule={config.schedule!r} changes the length of the canvas, which needs an end-of-sequence "
-                "token; the model's eos_token_ids is empty"
-            )
+    if schedule.resize is not None and not spec.eos_token_ids:
+        raise ValueError(
+            f"schedule={config.schedule!r} changes the length of the canvas, which needs an end-of-sequence token; the "
+            "model's eos_token_ids is empty"
+        )
     if schedule.shadow and spec.attention != "full":
         raise ValueError(
             f"schedule={config.schedule!r} feeds masked copies of slots beside the row, which needs full "

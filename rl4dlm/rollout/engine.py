@@ -237,7 +237,7 @@ class RolloutEngine:
             trace=record.trace(
                 drawn=config.temperature > 0,
                 monotone=parts is None or parts.monotone,
-                resizes=parts is not None and parts.resize is not None,
+                resizes=parts is not None and parts.moves,
                 draws_positions=parts is not None and parts.draws_positions,
                 requests=Requests(config.record, config.record_steps, config.num_fillings),
             ),

@@ -46,6 +46,9 @@ class EventKind(IntEnum):
     """A slot is put in at the position, open (the mask token) or given; those from there on move right."""
     TRUNCATE = 4
     """The slots from the position on are cut off; the event's token is -1."""
+    DELETE = 5
+    """The slot is taken out; those behind it move left. The event's token is the one that is lost, -1 where that is
+    cut off because the block would be too long."""
 
 
 @dataclass
@@ -55,7 +58,8 @@ class Events:
     Args:
         row: long `[E]`, row of the rollout. step: long `[E]`, the row's own step. kind: long `[E]`, see `EventKind`.
         position: long `[E]`, canvas offset at that moment. token: long `[E]`.
-        raw_log_prob, log_prob: float `[E]`, as in `Trace`, for tokens that the model wrote; 0 elsewhere.
+        raw_log_prob, log_prob: float `[E]`, as in `Trace`, for tokens that the model wrote and edits that it made; 0
+            elsewhere.
         confidence: float `[E]`, the schedule's probability of the candidate; 0 where there is none.
     """
 
@@ -168,6 +172,8 @@ class Rollout:
         seed: of the run. weight_version: the engine's, as set by its owner.
         mask_token_id: of the model; None if it has none.
         decoding: the `DecodingConfig` that it was decoded with, its blocks those of the model.
+        recorded: whether `trace` says how the canvas came about. Of another library's engine it does not: then it tells
+            written slots from others and no more, log-probabilities are NaN, and forwards 0.
         guesses: long `[N]`, guessed states that were fed beside each row (`draft_steps`); `trace.steps` less `nfe`,
             halved with guidance, came true. None where a canvas of random tokens is refined.
     """
@@ -189,6 +195,7 @@ class Rollout:
     weight_version: int | None = None
     decoding: DecodingConfig | None = None
     guesses: Tensor | None = None
+    recorded: bool = True
 
     def __len__(self) -> int:
         return len(self.canvas)
@@ -372,6 +379,8 @@ class Rollout:
                     rows[row].insert(position, token)
                 elif kind == EventKind.TRUNCATE:
                     del rows[row][position:]
+                elif kind == EventKind.DELETE:
+                    del rows[row][position]
                 else:
                     rows[row][position] = self.mask_token_id if kind == EventKind.REMASK else token
 

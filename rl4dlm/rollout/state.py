@@ -46,6 +46,13 @@ class State:
     def __len__(self) -> int:
         return len(self.canvas)
 
+    def to(self, device: Any) -> State:
+        """The same states on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
     def take(self, rows: Sequence[int] | Tensor) -> State:
         """The states of these rows, in this order; a row may come several times."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.canvas.device)

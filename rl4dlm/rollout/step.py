@@ -132,6 +132,8 @@ class Batch(Feed):
             slots = self.slot + self.record.first
             self.record.answers.add(FLAGGED, slots, self.total_step, fallback.any(-1))
         self._write(step, commit, replace, remask)
+        if schedule.edit is not None:
+            self._edit(schedule.edit(step), step, capped)
         self._after(step, capped)
 
     def _complete(self, step: Step) -> None:

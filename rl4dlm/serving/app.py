@@ -17,9 +17,11 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from rl4dlm.rollout.backends.http import ABOUT, ROLLOUTS, WEIGHTS
 from rl4dlm.serving import answers
 from rl4dlm.serving.answers import Answer
 from rl4dlm.serving.fields import Ask, BadRequest, Served, read, settles
+from rl4dlm.serving.training import Training, add_training, body_of, refusal
 from rl4dlm.serving.worker import Done, Event, Failed, Job, Part, Refused, Worker
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,9 @@ MAX_BODY = 8 * 2**20
 """Bytes of a request's body at most."""
 
 
-def make_app(served: Served, worker: Worker) -> FastAPI:
-    """The application: `/v1/completions`, `/v1/chat/completions`, `/v1/models` and `/health`."""
+def make_app(served: Served, worker: Worker, training: Training | None = None) -> FastAPI:
+    """The application: `/v1/completions`, `/v1/chat/completions`, `/v1/models` and `/health`; for those who know the
+    token also `/v1/training`, `/v1/training/rollouts` and `/v1/training/weights`, unless `training` is None."""
     app = FastAPI(title="rl4dlm", docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
 
@@ -38,7 +41,9 @@ def make_app(served: Served, worker: Worker) -> FastAPI:
     async def unknown(request: Request, problem: Exception) -> Response:
         status = problem.status_code if isinstance(problem, HTTPException) else getattr(problem, "status_code", 404)
         paths = "GET /health, GET /v1/models, POST /v1/completions, POST /v1/chat/completions"
-        return _refusal(f"{request.method} {request.url.path} is not served; allowed: {paths}", status)
+        if training is not None:
+            paths += f", GET {ABOUT}, POST {ROLLOUTS}, POST {WEIGHTS}"
+        return refusal(f"{request.method} {request.url.path} is not served; allowed: {paths}", status)
 
     @app.get("/health")
     async def health() -> Response:
@@ -52,7 +57,7 @@ def make_app(served: Served, worker: Worker) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != served.name:
-            return _refusal(f"model={name!r} is not served here; allowed: {served.name!r}", 404, "model")
+            return refusal(f"model={name!r} is not served here; allowed: {served.name!r}", 404, "model")
         return JSONResponse(answers.model_card(served, started))
 
     @app.post("/v1/completions")
@@ -62,6 +67,9 @@ def make_app(served: Served, worker: Worker) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await _answer(request, chat=True)
+
+    if training is not None:
+        add_training(app, training, served, worker)
 
     async def _answer(request: Request, *, chat: bool) -> Response:
         begun = time.monotonic()
@@ -83,13 +91,13 @@ def make_app(served: Served, worker: Worker) -> FastAPI:
             worker.submit(job)
         except BadRequest as problem:
             logger.info("%s %d %s", path, problem.status, problem.field or "")
-            return _refusal(str(problem), problem.status, problem.field)
+            return refusal(str(problem), problem.status, problem.field)
         except Refused as problem:
             logger.info("%s %d", path, problem.status)
-            return _refusal(str(problem), problem.status)
+            return refusal(str(problem), problem.status)
         except Exception as problem:
             logger.error("%s 500 %s", path, type(problem).__name__)
-            return _refusal(f"the request could not be read: {type(problem).__name__}", 500)
+            return refusal(f"the request could not be read: {type(problem).__name__}", 500)
         answer = Answer(served, ask, uuid.uuid4().hex, int(time.time()))
         if ask.streams:
             return StreamingResponse(_stream(job, events, answer, path, begun), media_type="text/event-stream")
@@ -101,7 +109,7 @@ def make_app(served: Served, worker: Worker) -> FastAPI:
         if not isinstance(outcome, Done):
             assert isinstance(outcome, Failed)
             logger.info("%s 500", path)
-            return _refusal(outcome.message, 500)
+            return refusal(outcome.message, 500)
         said = await run_in_threadpool(answer.whole, outcome.rows)
         _log(path, ask, outcome, begun)
         return JSONResponse(said)
@@ -123,6 +131,7 @@ async def _stream(
             logger.info("%s failed", path)
             yield answers.event(answers.error(outcome.message, 500))
             return
+        assert isinstance(outcome, Done)
         for chunk in answer.closing(outcome.rows):
             yield answers.event(chunk)
         yield answers.END
@@ -133,11 +142,7 @@ async def _stream(
 
 async def _body(request: Request) -> Any:
     """The JSON of a request. Raises BadRequest."""
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > MAX_BODY:
-            raise BadRequest(f"the body has more than {MAX_BODY} bytes; at most so many are allowed", status=413)
+    data = await body_of(request, MAX_BODY)
     try:
         body = json.loads(data)
         if b"\\u" in data:  # half of a pair of escapes is no character, and could not be answered either
@@ -145,11 +150,6 @@ async def _body(request: Request) -> Any:
         return body
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON in UTF-8; it must be a JSON object") from None
-
-
-def _refusal(message: str, status: int, field: str | None = None) -> Response:
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
-    return JSONResponse(answers.error(message, status, field), status, headers=headers)
 
 
 def _log(path: str, ask: Ask, outcome: Done, begun: float) -> None:

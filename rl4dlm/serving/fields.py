@@ -197,7 +197,7 @@ def _decoding(served: Served, given: Mapping[str, Any]) -> DecodingConfig:
         if name not in DECODING:
             hint = f"; {name} is a field of the request itself" if name in SAMPLING else ""
             raise BadRequest(f"decoding has no setting {name!r}{hint}; allowed: {', '.join(DECODING)}", "decoding")
-    _check_schedule_args(served, asked)
+    check_schedule_args(served, asked)
     defaults = DecodingConfig()
     settings = {
         reset: getattr(defaults, reset)
@@ -213,14 +213,14 @@ def _decoding(served: Served, given: Mapping[str, Any]) -> DecodingConfig:
     try:
         return replace(served.decoding, **settings).for_model(served.spec)
     except (ValueError, TypeError, OverflowError) as error:
-        message = _sentence(error)
+        message = sentence(error)
         if not isinstance(error, ValueError):  # a setting of a type that the check itself did not expect
             message = f"decoding={_shown(asked)} is not allowed: {message}"
         names = [name for name in (*SAMPLING, *DECODING) if message.startswith(f"{name}=")]
         raise BadRequest(message, names[0] if names and names[0] in SAMPLING else "decoding") from None
 
 
-def _check_schedule_args(served: Served, asked: Mapping[str, Any]) -> None:
+def check_schedule_args(served: Served, asked: Mapping[str, Any]) -> None:
     """Clients may choose numbers and words. What may name a file or a model, which the server would read, is the
     server's to choose: text and objects are let through only where a setting is a word, or as the server has them."""
     name, own = asked.get("schedule") or served.decoding.schedule, served.decoding
@@ -317,7 +317,7 @@ def _messages(served: Served, given: Mapping[str, Any]) -> list[int]:
         with served.lock:
             return encode_prompt(served.tokenizer, messages, chat_template_kwargs=template)
     except Exception as error:  # a template is the checkpoint's program, and what it raises is about the messages
-        raise BadRequest(f"messages cannot be rendered by the chat template: {_sentence(error)}", "messages") from None
+        raise BadRequest(f"messages cannot be rendered by the chat template: {sentence(error)}", "messages") from None
 
 
 def _check(served: Served, prompts: list[list[int]], config: DecodingConfig, name: str) -> None:
@@ -329,7 +329,7 @@ def _check(served: Served, prompts: list[list[int]], config: DecodingConfig, nam
         schedule, cache = config.build_schedule(), config.build_cache(served.spec)
         check_parts(served.model, served.spec, schedule, config, cache, None, None, None, None, None)
     except ValueError as error:
-        message = _sentence(error)
+        message = sentence(error)
         about = message.startswith("prompts[")
         raise BadRequest(name + message.removeprefix("prompts") if about else message, name if about else "decoding") \
             from None  # fmt: skip
@@ -370,5 +370,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What an error says, in one line."""
     return " ".join(str(error).split())[:500] or type(error).__name__

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rows import Progress
-from rl4dlm.serving.fields import Ask
+from rl4dlm.serving.fields import Ask, BadRequest
 from rl4dlm.serving.texts import Row, rows_of
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,20 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Nothing came of a request: one sentence."""
+    """Nothing came of a request: one sentence, and of a task what was raised."""
 
     message: str
+    error: Exception | None = None
 
 
-Event = Part | Done | Failed
+@dataclass(frozen=True)
+class Made:
+    """What came of a task."""
+
+    value: Any
+
+
+Event = Part | Done | Failed | Made
 
 
 class Job:
@@ -70,6 +79,20 @@ class Job:
         """Set by whoever no longer wants it; it is left out if it still waits."""
 
 
+class Task:
+    """Something else that the engine's thread does, alone and in its turn.
+
+    Args:
+        do: called with the engine; what it returns becomes `Made`, an exception `Failed` with that exception.
+        tell: called in the worker's thread with one of the two.
+    """
+
+    def __init__(self, do: Callable[[RolloutEngine], Any], tell: Callable[[Event], None]) -> None:
+        self.do, self.tell = do, tell
+        self.cancelled = False
+        """As `Job`'s."""
+
+
 class Worker:
     """Decodes requests, in the order in which they came, each with those of equal settings that wait behind it.
 
@@ -84,15 +107,15 @@ class Worker:
         self.engine, self.batch_rows, self.max_waiting, self.gather = engine, batch_rows, max_waiting, gather
         self.draining = False
         """Set, without a lock, to take no more requests; a signal's handler may."""
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[Job | Task] = deque()
         self._running = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="rl4dlm-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Lets a request wait. Raises Refused."""
+    def submit(self, job: Job | Task) -> None:
+        """Lets a request, or a task, wait. Raises Refused."""
         with self._changed:
             if self.draining or self._closed:
                 raise Refused("the server is shutting down and takes no new requests; send them to another one", 503)
@@ -119,46 +142,62 @@ class Worker:
             jobs = self._next()
             if not jobs:
                 return
-            self._answer(jobs)
+            if isinstance(jobs, Task):
+                self._perform(jobs)
+            else:
+                self._answer(jobs)
             with self._changed:
                 self._running = 0
 
-    def _next(self) -> list[Job]:
-        """Requests to decode in one call; none: the worker is closed."""
+    def _next(self) -> list[Job] | Task:
+        """Requests to decode in one call, or a task; none: the worker is closed."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
             until = time.monotonic() + self.gather
             while self._waiting and not (self._closed or self.draining) and len(self._waiting) < self.batch_rows:
                 left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+                if isinstance(self._waiting[0], Task) or left <= 0 or not self._changed.wait(left):
                     break
-            taken, rows, kept = list[Job](), 0, deque[Job]()
+            taken, rows, kept = list[Job](), 0, deque[Job | Task]()
+            task: Task | None = None
+            behind = False  # nothing behind a task comes before it
             for job in self._waiting:
-                fits = not taken or (
-                    job.ask.group == taken[0].ask.group and rows + len(job.ask.keys) <= self.batch_rows
-                )
                 if job.cancelled:
                     job.tell(Failed("the request was given up"))
-                elif fits:
+                elif isinstance(job, Task) and not (behind or taken):
+                    task, behind = job, True
+                elif behind or isinstance(job, Task):
+                    behind = True
+                    kept.append(job)
+                elif not taken or (job.ask.group == taken[0].ask.group and rows + len(job.ask.keys) <= self.batch_rows):
                     taken.append(job)
                     rows += len(job.ask.keys)
                 else:
                     kept.append(job)
-            self._waiting, self._running = kept, len(taken)
+            self._waiting, self._running = kept, len(taken) + (task is not None)
+            if task is not None:
+                return task
             if taken or self._closed:
                 return taken
         return self._next()
+
+    def _perform(self, task: Task) -> None:
+        try:
+            value = task.do(self.engine)
+        except Exception as error:
+            if not isinstance(error, BadRequest):
+                logger.error("a task failed: %s at %s", type(error).__name__, _place(error))
+            task.tell(Failed(f"the engine failed with {type(error).__name__}", error))
+            return
+        task.tell(Made(value))
 
     def _answer(self, jobs: list[Job]) -> None:
         """Decodes requests; if that fails, each by itself, so that none suffers for another."""
         try:
             found = self._decode(jobs)
         except Exception as error:  # whatever it is, the requests that wait are to be answered
-            # Where it happened, and not what the error says, which may hold a request's text.
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}:{frame.lineno}"
-            logger.error("decoding %d requests failed: %s at %s", len(jobs), type(error).__name__, where)
+            logger.error("decoding %d requests failed: %s at %s", len(jobs), type(error).__name__, _place(error))
             if len(jobs) > 1:
                 for job in jobs:
                     self._answer([job])
@@ -188,6 +227,12 @@ class Worker:
         )  # fmt: skip
         rows = rows_of(rollout)
         return [[rows[places[key]] for key in job.ask.keys] for job in jobs]
+
+
+def _place(error: Exception) -> str:
+    """Where it happened, and not what the error says, which may hold a request's text."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 class Watch:

@@ -3,7 +3,8 @@
 Owns the list of tasks and their construction by name, in every place that takes one: trainers, `rl4dlm eval` and
 `rl4dlm decode`. A task of one's own is a `Task` subclass named as rewards are, see `rl4dlm.plugins`: by
 `path/to/file.py:Class` (or the file alone, where it defines one task), by `package.module:Class`, or by an entry point
-of the group `rl4dlm.tasks`. Rewards, which may shape what they pay for, are plugins in rewards/.
+of the group `rl4dlm.tasks`. `reasoning_gym:NAME` is a task of the package reasoning-gym. Rewards, which may shape what
+they pay for, are plugins in rewards/.
 """
 
 from __future__ import annotations
@@ -45,9 +46,14 @@ _CLASSES = {
     "sudoku": "rl4dlm.tasks.sudoku:Sudoku",
 }
 
+_GYM = "reasoning_gym"  # whose tasks are named `reasoning_gym:NAME`
+
 
 def available_tasks() -> list[str]:
-    """What `load_task` knows by name alone: the library's tasks, then entry points. Imports none."""
+    """What `load_task` knows by name alone: the library's tasks, then entry points. Imports none.
+
+    Those of reasoning-gym, `reasoning_gym:NAME`, are not among them: which there are only that package knows.
+    """
     return sorted({*_CLASSES, *(entry_point.name for entry_point in _entries())})
 
 
@@ -63,8 +69,12 @@ def load_task(name: str, **options: Any) -> Task:
         ValueError: an unknown name, something that is no task, an option the task does not have, or a value it does
             not allow.
         FileNotFoundError: the file of a `path/to/file.py` does not exist.
+        ImportError: a task of reasoning-gym, which is not installed.
     """
-    if name in _CLASSES:
+    if isinstance(name, str) and name.startswith(f"{_GYM}:"):
+        gym = import_module("rl4dlm.tasks.reasoning_gym")
+        task_class = gym.reasoning_gym_task(name.removeprefix(f"{_GYM}:"))
+    elif name in _CLASSES:
         module, _, class_name = _CLASSES[name].partition(":")
         task_class = getattr(import_module(module), class_name)
     else:

@@ -30,7 +30,7 @@ class Event:
 
     Args:
         step: of the row, from 0. kind: what happened. position: canvas offset at that moment.
-        token: its id; `OPEN` for an open slot that is put in and for a cut.
+        token: its id; `OPEN` for an open slot that is put in or taken out and for a cut.
         probability: of a token that is written, under the model's untempered softmax.
         drawn: its probability under the distribution really drawn from; None at temperature 0.
         confidence: the schedule's, where the trace has one.
@@ -237,6 +237,8 @@ def _apply(slots: list[Slot], event: Event) -> None:
     at = event.position
     if event.kind == EventKind.TRUNCATE:
         del slots[at:]
+    elif event.kind == EventKind.DELETE:
+        del slots[at]
     elif event.kind == EventKind.INSERT:
         slots.insert(at, Slot(event.token, mark="inserted"))
     elif event.kind == EventKind.REMASK:

@@ -58,7 +58,7 @@ class AuditingTrainer(DecoderTrainer):
         All processes find the same, since what they measure is gathered, and so fall back together.
         """
         share = (0.0 if rollout.exact else AUDIT_SHARE) if self.args.audit_share is None else self.args.audit_share
-        if not share:
+        if not share or not rollout.recorded:
             return
         reason = why_not(rollout.decoding)
         if reason is not None:

@@ -65,6 +65,10 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
     """Whether the loss compares with the policy that made the completions; if not, that is never scored."""
 
     @abstractmethod
+    def _watch_draws(self, identical: float, groups: int) -> None:
+        """Is told the share of a batch's groups, of all processes, whose completions are all the same."""
+
+    @abstractmethod
     def prepare_batch(self, batch: dict[str, Any], rewards: Tensor) -> None:
         """Changes a finished batch in place."""
 
@@ -167,9 +171,10 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         recorded = trace.log_prob if tempered else trace.raw_log_prob
         if self.args.cfg_scale and not tempered and trace.confidence is not None:
             recorded = trace.confidence.clamp(min=torch.finfo(trace.confidence.dtype).tiny).log()  # scores are guided
-        assert recorded is not None
-        batch["drawn_log_probs"] = recorded.to(device)
-        batch |= {name: values.to(device) for name, values in recorded_columns(trace).items()}
+        if rollout.recorded:
+            assert recorded is not None
+            batch["drawn_log_probs"] = recorded.to(device)
+            batch |= {name: values.to(device) for name, values in recorded_columns(trace).items()}
         if rollout.trace.length is not None:
             slots = torch.arange(rollout.canvas.shape[1], device=device)
             batch["canvas_seen"] = slots < rollout.trace.length.to(device)[:, None]
@@ -191,6 +196,8 @@ class BatchTrainer(InterveningTrainer, ScoringTrainer):
         canvas, valid = (self.accelerator.gather(batch[name]) for name in ("canvas_ids", "canvas_valid"))
         same = identical_groups(canvas, valid, num_generations)
         self._metrics[mode]["diffusion/identical_completion_groups"].append(same)
+        if training:
+            self._watch_draws(same, len(canvas) // num_generations)
         if self.args.log_replays and training and self.accelerator.is_main_process:
             summed = self._summed(rewards)[: len(rollout)].tolist()
             self._replays.hold(rollout, self._tokenizer, self.state.global_step + 1, summed)

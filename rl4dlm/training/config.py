@@ -19,6 +19,7 @@ from rl4dlm.rollout.compiling import check_backend
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.tracking.trackers import TrackerSettings
 from rl4dlm.training.audit_settings import AuditSettings, check_audit
+from rl4dlm.training.backend_settings import BackendSettings, check_backend_settings
 from rl4dlm.training.clip_settings import ClipSettings, check_clip
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, check_guard
 from rl4dlm.training.precision import check_precision, settle
@@ -72,12 +73,12 @@ OWN_LOSS = {
 
 
 @dataclass
-class DiffusionPolicyConfig(AuditSettings, ClipSettings, TrackerSettings, GRPOConfig):
+class DiffusionPolicyConfig(AuditSettings, BackendSettings, ClipSettings, TrackerSettings, GRPOConfig):
     """Settings of a `DiffusionPolicyTrainer`: those of `trl.GRPOConfig`, with these added or changed.
 
     `temperature`, `top_p`, `top_k`, `seed` and `max_completion_length` (the canvas) keep TRL's names. TRL's settings
-    for left-to-right generation are refused when set. Those of inexact rollouts are `AuditSettings`', those of policy
-    ratios `ClipSettings`'.
+    for left-to-right generation are refused when set. Those of inexact rollouts are `AuditSettings`', those of
+    rollouts from elsewhere `BackendSettings`', those of policy ratios `ClipSettings`'.
 
     Args:
         schedule: which tokens are written when; see `available_schedules()`.
@@ -282,6 +283,7 @@ class DiffusionPolicyConfig(AuditSettings, ClipSettings, TrackerSettings, GRPOCo
         check_clip(self)
         _check_delta(self)
         check_audit(self)
+        check_backend_settings(self)
         self._check_kl()
         for name in ("schedule_args", "cache_args"):
             if isinstance(getattr(self, name), str):

@@ -14,16 +14,19 @@ from rl4dlm.rollout.rollout import Rollout
 def rollout_metrics(rollout: Rollout, seconds: float, num_processes: int) -> dict[str, float]:
     """Averages over the rows of one process; TRL then averages over processes.
 
-    - `nfe`: forwards per row; guidance counts two.
+    - `nfe`: forwards per row; guidance counts two. Not of rollouts without a record, as the next.
     - `tokens_per_forward`: canvas tokens written, over forwards.
     - `early_eos_share`: rows whose first end-of-sequence token comes before the last slot.
     - `rollout_tokens_per_second`: valid tokens of all processes, over wall time.
     """
     valid = rollout.valid.sum(-1)
     written = (rollout.trace.commit_step >= 0).sum()
-    return {
+    forwards = {
         "diffusion/nfe": rollout.nfe.float().mean().item(),
         "diffusion/tokens_per_forward": (written / rollout.nfe.sum().clamp(min=1)).item(),
+    }
+    return {
+        **(forwards if rollout.recorded else {}),
         "diffusion/early_eos_share": (valid < rollout.canvas.shape[1]).float().mean().item(),
         "diffusion/rollout_tokens_per_second": num_processes * valid.sum().item() / max(seconds, 1e-9),
     }

@@ -42,10 +42,10 @@ def predicted_steps(spec: DiffusionSpec, decoding: DecodingConfig, algorithm: st
             "blocks behind the active one would be scored with finished blocks before them"
         )
     schedule = decoding.build_schedule()
-    if getattr(schedule, "resize", None) is not None or getattr(schedule, "inputs", None) is not None:
+    if any(getattr(schedule, part, None) is not None for part in ("resize", "edit", "inputs")):
         raise ValueError(
-            f"schedule={decoding.schedule!r} is not allowed: it changes the length of the canvas or feeds something "
-            "else than tokens"
+            f"schedule={decoding.schedule!r} is not allowed: it changes the length of the canvas, takes slots out or "
+            "feeds something else than tokens"
         )
     assert spec.mask_token_id is not None
     return PredictedSteps(spec.mask_token_id)

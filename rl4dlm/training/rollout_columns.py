@@ -17,21 +17,27 @@ from rl4dlm.rollout.rollout import Events, Rollout, Trace
 ROLLOUT_COLUMNS = ("nfe", "denoising_steps", "tokens_per_forward", "stop_reason", "rollout")
 """Keywords of reward functions, one value per completion; `rollout`, for those that name it, is the whole `Rollout`."""
 
+FORWARD_COLUMNS = ROLLOUT_COLUMNS[:3]
+"""Those that only rollouts with a record have."""
+
 
 def rollout_columns(rollout: Rollout) -> dict[str, list[Any]]:
-    """Lists with one entry per row.
+    """Lists with one entry per row; of rollouts without a record the first three are None.
 
     - `nfe`: int, forwards that the row took part in; guidance counts two.
     - `denoising_steps`: int, steps of its schedule.
     - `tokens_per_forward`: float, canvas tokens that it wrote, over `nfe`.
     - `stop_reason`: str, see `rl4dlm.rollout.rollout.StopReason`.
     """
+    reasons = {"stop_reason": [str(reason) for reason in rollout.stop_reason]}
+    if not rollout.recorded:
+        return {**dict.fromkeys(FORWARD_COLUMNS, [None] * len(rollout)), **reasons}
     written = (rollout.trace.commit_step >= 0).sum(-1)
     return {
         "nfe": rollout.nfe.tolist(),
         "denoising_steps": rollout.trace.steps.tolist(),
         "tokens_per_forward": (written / rollout.nfe.clamp(min=1)).tolist(),
-        "stop_reason": [str(reason) for reason in rollout.stop_reason],
+        **reasons,
     }
 
 

@@ -186,7 +186,8 @@ class ScoringTrainer(CreditTrainer):
                         inputs["old_values"] = scores.values.detach()[:, None]
             if kept is not None:
                 scores = self._completed(scores, batch, kept)
-            if iteration == 0 and self.spec.noise == "mask":  # other tokens are drawn until the last step, not once
+            # Under other noise tokens are drawn until the last step, not once; other engines record no draws.
+            if iteration == 0 and self.spec.noise == "mask" and "drawn_log_probs" in inputs:
                 self._log_rollout_gap(*self.as_drawn(scores, width), inputs, kept)
             self._note(scores, batch)
             return self.loss(scores, batch) + of_fillings

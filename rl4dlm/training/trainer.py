@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
-from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.rollout import Rollout
-from rl4dlm.rollout.state import State
 from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.training import TrainingReplays
 from rl4dlm.training.auditing import AuditingTrainer
+from rl4dlm.training.backends import BackendTrainer
 from rl4dlm.training.batch import BatchTrainer
 from rl4dlm.training.checks import (
     RESERVED_COLUMNS,
@@ -77,7 +75,7 @@ _ROWS_PER_CYCLE = 2 * SECOND_ATTEMPT  # so that row ids of different generation 
 _EVALUATION_ROWS = 2**62  # row ids of evaluation start here
 
 
-class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer, BatchTrainer):
+class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer, BackendTrainer, BatchTrainer):
     """RL for a denoiser, in TRL's loop.
 
     An algorithm subclasses it, says which likelihood estimator it uses (`build_estimator`) and may define its own
@@ -216,6 +214,7 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
         self.intervention = self.build_intervention() if intervention is None else intervention
         if self.intervention is not None:
             self._bind_intervention()
+        self.backend = self._build_backend()
         positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         limits = [args.max_prompt_length, positions and positions - self.decoding.canvas_length]
         self._prompt_limit = min((limit for limit in limits if limit is not None), default=None)
@@ -331,33 +330,14 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
         for name, value in rollout_metrics(rollout, seconds, self.accelerator.num_processes).items():
             self._log_metric(name, value)
         if self.args.log_completions:
-            self._log_completion_extra("nfe", rollout.nfe.tolist())
+            if rollout.recorded:
+                self._log_completion_extra("nfe", rollout.nfe.tolist())
             self._log_completion_extra("stop_reason", rollout.stop_reason)
         if self.args.log_replays:
             shown = training and self.accelerator.is_main_process
             links = self._replays.links(len(rollout), self.state.global_step + 1)
             self._log_completion_extra("replay", links if shown else [None] * len(rollout))
         return rollout
-
-    def _decode(
-        self,
-        ids: list[list[int]],
-        row_ids: list[int],
-        hints: Sequence[Mapping[int, int]] | None = None,
-        start: State | None = None,
-    ) -> Rollout:
-        """One completion of each prompt, by the policy as it is. All processes decode together, if only nothing."""
-        with self._policy_that_decodes() as model:
-            engine = RolloutEngine(
-                model,
-                self.spec,
-                max_batch_rows=self.args.rollout_batch_size,
-                progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
-                in_step=self._any_process if self._forwards_differ else None,
-                compile=self.args.rollout_compile,
-            )
-            engine.weight_version = self.state.global_step
-            return engine.generate(ids, self.decoding, row_ids=row_ids, seed=self.args.seed, hints=hints, start=start)
 
     def _row_ids(self, rows: int, training: bool) -> list[int]:
         """Ids of this process's rows: unique in the run, and the same however rows are shared out over processes."""

@@ -89,8 +89,8 @@ class TrajectoryTrainer(ValuedTrainer):
         if self.spec.noise == "mask":
             if not getattr(schedule, "monotone", True):
                 raise ValueError(
-                    f"schedule={self.decoding.schedule!r} is not allowed: it takes tokens back, replaces them or "
-                    f"changes the length of the canvas, and {name} scores steps that write tokens for good"
+                    f"schedule={self.decoding.schedule!r} is not allowed: it takes tokens back, replaces or moves "
+                    f"them or changes the length of the canvas, and {name} scores steps that write tokens for good"
                 )
             if getattr(schedule, "inputs", None) is not None:
                 raise ValueError(

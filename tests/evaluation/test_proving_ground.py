@@ -88,7 +88,7 @@ def test_sft_goes_on_for_as_many_positions_as_are_allowed(ground: Path) -> None:
 
 
 def test_what_fails_is_logged_and_the_rest_goes_on(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(settings.LINES, "broken", settings.Line("broken", "NoTrainer"))
+    monkeypatch.setitem(settings.EVERY_LINE, "broken", settings.Line("broken", "NoTrainer"))
     said = runs.make(Run("arithmetic_steps", "full", "broken", scale=SMALL), ground, ground / "logs")
     assert said.startswith("failed, see ")
     assert "NoTrainer" in Path(said.removeprefix("failed, see ")).read_text()

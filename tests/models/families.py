@@ -17,6 +17,7 @@ from rl4dlm.models.loading import save_denoiser
 
 BUILDERS: dict[str, Callable[..., Any]] = {
     "llada": tiny.tiny_llada,
+    "illada": tiny.tiny_illada,
     "llada_moe": tiny.tiny_llada_moe,
     "llada2": tiny.tiny_llada2,
     "dream": tiny.tiny_dream,
@@ -26,6 +27,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "a2d_qwen3": tiny.tiny_a2d_qwen3,
     "a2d_qwen2": tiny.tiny_a2d_qwen2,
     "a2d_llama": tiny.tiny_a2d_llama,
+    "nemotron_diffusion": tiny.tiny_nemotron_diffusion,
+    "wedlm": tiny.tiny_wedlm,
     "diffusion_gemma": tiny.tiny_diffusion_gemma,
 }
 MASKED = [name for name in BUILDERS if name != "diffusion_gemma"]

@@ -88,7 +88,7 @@ def test_m2_what_a_trainer_saves_has_no_auto_map(tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "rows"), [("llada", 155136), ("llada2", 157312), ("sdar", 152000)])
 def test_m3_no_mask_token_is_guessed(name: str, rows: int, tmp_path: Path):
-    """iLLaDA has the format and not the vocabulary of LLaDA: its mask token is 5, and 126336 is a word."""
+    """A folder may have the format and not the vocabulary of LLaDA: 126336 is a word of iLLaDA's."""
     folder = hub_folder(name, tmp_path / "hub", vocab_size=rows, hidden_size=8)
     edit(folder, mask_token_id=None, eos_token_id=None, pad_token_id=None)
     (folder / "generation_config.json").unlink(missing_ok=True)

@@ -83,7 +83,15 @@ def assert_lossless(drafted: Rollout, plain: Rollout) -> None:
 
 def test_every_schedule_that_allows_guesses_is_here():
     named = {settings.get("schedule", "low_confidence") for settings in SCHEDULES.values()}
-    needing = {"ctrldiff", "edlm", "entropy_bound_canvas", "guided", "learn2pd", "schema"}  # settings of their own
+    needing = {
+        "ctrldiff",
+        "edlm",
+        "entropy_bound_canvas",
+        "guided",
+        "learn2pd",
+        "levenshtein",
+        "schema",
+    }  # own settings
     for name in set(registry.names()) - needing:
         schedule = DecodingConfig(schedule=name).build_schedule()
         assert isinstance(schedule, Schedule)

@@ -49,7 +49,7 @@ def test_a_row_goes_on_as_it_did(name: str, i: int):
     """Every schedule whose steps follow from what is written, with hints, rows at different steps, and a queue."""
     config = decoding(name, i)
     schedule = parts(config)
-    hints = None if schedule.resize is not None else HINTS
+    hints = None if schedule.moves else HINTS
     whole = RolloutEngine(denoiser()).generate(PROMPTS, config, row_ids=ROW_IDS, seed=5, hints=hints)
     if not (schedule.monotone and schedule.memoryless):
         with pytest.raises(ValueError, match=f"start.*schedule='{name}'|schedule='{name}'.*each slot once"):

@@ -36,6 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "takes back around given tokens": {"schedule": "rcr", "steps": 6},
     "verifies": {"schedule": "wino", "schedule_args": {"threshold": 0.3}},
     "replaces": {"schedule": "editing", "schedule_args": {"threshold": 0.3, "editing_threshold": 0.1}},
+    "edits": {
+        "block_length": 4,
+        "schedule": "levenshtein",
+        "schedule_args": {"delete_token_id": 7, "insert_token_id": 8, "threshold": 0.3, "max_post_steps": 4},
+        "temperature": 1.0,
+    },
     "grows": {"schedule": "daedal", "schedule_args": {"start_length": 4, "growth": 3, "low": 0.5, "end_slots": 2}},
     "refines": {"schedule": "entropy_bound_canvas", "temperature": 0.8, "schedule_args": {"max_steps": 6}},
 }

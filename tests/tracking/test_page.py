@@ -171,8 +171,9 @@ def test_its_script_plays_what_happened(played: dict[str, tuple[Replay, Any]], n
         ]
         assert own["blocks"] == [list(row.block(step) or ()) or None for step in range(row.steps + 1)]
         marks = [[slot.mark for slot in state] for state in states[1:]]
-        assert own["counts"]["written"] == [state.count("written") for state in marks]
-        if name not in ("by hand", "grows"):  # cuts count, too
+        if name != "edits":  # where a step may write a slot and cut it off, which counts
+            assert own["counts"]["written"] == [state.count("written") for state in marks]
+        if name not in ("by hand", "edits", "grows"):  # cuts and slots that come and go count, too
             changed = [sum(state.count(mark) for mark in ("remasked", "replaced")) for state in marks]
             assert own["counts"]["changed"] == changed
 

@@ -44,6 +44,7 @@ def test_the_rollouts_above_hold_what_they_are_named_for() -> None:
     assert kinds("takes back")[EventKind.REMASK] and kinds("verifies")[EventKind.REMASK]
     assert kinds("replaces")[EventKind.REPLACE] and kinds("refines")[EventKind.REPLACE]
     assert kinds("grows")[EventKind.INSERT]
+    assert kinds("edits")[EventKind.INSERT] and kinds("edits")[EventKind.DELETE]
 
 
 def test_probabilities_come_from_the_trace() -> None:

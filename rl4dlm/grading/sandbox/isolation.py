@@ -25,8 +25,12 @@ if TYPE_CHECKING:  # its module imports what would make every fork dearer
 
 NAMESPACES, LANDLOCK = "namespaces", "landlock"
 LEVELS = (NAMESPACES, LANDLOCK)
-FOLDER = "/tmp"  # the writable one, within the private root
+# No level for programs of a model: processes with limits, and nothing between them and the machine. Functions of our
+# own, which read hostile text but do not run it, work so where there is nothing better, also without Linux.
+LIMITS = "limits"
+FOLDERS = ("/tmp", "/folder")  # the writable one, within the private root; the second where the first is in use
 _NOBODY = 65534
+_LAST = 5.0  # seconds beyond all its parts' time after which a process without a keeper ends
 _PACKAGES = ("site-packages", "dist-packages")  # within the standard library's folder; not for programs
 _PER_PROGRAM = (
     kernel.CLONE_NEWUSER | kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC
@@ -37,11 +41,12 @@ class Prepared(NamedTuple):
     """What the server found and made, for the keepers.
 
     Attributes:
-        level: of `LEVELS`.
+        level: of `LEVELS`, or `LIMITS`.
         landlock: version of Landlock's interface.
         owner: user and group, as which keepers run in their user namespaces.
         proc: an open `/proc`, which its own view of files has not; -1 at the level `landlock`.
         rules: Landlock's rules at the level `landlock`, else -1.
+        folder: the writable one, at the level `namespaces`.
         tasks: processes and threads that the user has elsewhere, which count towards a program's; 0 where they do not;
             -1 where the kernel does not limit the user's: then a program has one thread.
         kept: capabilities, as a mask.
@@ -51,17 +56,26 @@ class Prepared(NamedTuple):
     landlock: int
     owner: tuple[int, int]
     proc: int = -1
+    folder: str = FOLDERS[0]
     rules: int = -1
     tasks: int = 0
     kept: int = 0
 
 
-def prepare_server(level: str) -> Prepared:
+def prepare_server(level: str, packages: tuple[str, ...] = ()) -> Prepared:
     """Prepares the process that forks keepers.
+
+    Args:
+        level: of `LEVELS`, or `LIMITS`.
+        packages: folders that may be read, too.
 
     Raises:
         OSError: the kernel does not offer what the level needs.
     """
+    if level == LIMITS:
+        os.umask(0o077)
+        os.chdir("/")
+        return Prepared(level, 0, (os.getuid(), os.getgid()))
     if not kernel.supported():
         raise OSError(f"the sandbox needs Linux on x86_64 or aarch64, this is {sys.platform} on {kernel.MACHINE}")
     version = landlock.abi()
@@ -71,36 +85,39 @@ def prepare_server(level: str) -> Prepared:
     os.umask(0o077)
     if level == LANDLOCK:
         entries = [f"{path}/{name}" for path in readable for name in os.listdir(path) if name not in _PACKAGES]
-        rules = landlock.ruleset(version, entries)
+        rules = landlock.ruleset(version, [*entries, *packages])
         seccomp.template(kernel.MACHINE)
-        kept = _become_nobody(readable)
+        kept = _become_nobody((*readable, *packages))
         os.chdir("/")
         tasks = _tasks() if _limited() else -1
         return Prepared(level, version, (os.getuid(), os.getgid()), rules=rules, tasks=tasks, kept=kept)
     seccomp.template(kernel.MACHINE)
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    _private_root(proc, readable)
-    _become_nobody(("/", *readable))
-    return Prepared(level, version, (os.getuid(), os.getgid()), proc, tasks=0 if _limited() else -1)
+    taken = any(path.startswith(FOLDERS[0] + "/") for path in (*readable, *packages))
+    folder = FOLDERS[taken]
+    _private_root(proc, readable, packages, folder)
+    _become_nobody(("/", *readable, *packages))
+    return Prepared(level, version, (os.getuid(), os.getgid()), proc, folder, tasks=0 if _limited() else -1)
 
 
 def fork_keeper(prepared: Prepared) -> int:
     """Forks into namespaces of the process's own, where the level has them; the child gets 0."""
-    if prepared.level == LANDLOCK:
-        return os.fork()
-    return kernel.clone(_PER_PROGRAM)
+    return kernel.clone(_PER_PROGRAM) if prepared.level == NAMESPACES else os.fork()
 
 
 def prepare_keeper(prepared: Prepared, limits: Limits) -> None:
     """What the keeper does first: its identity, an empty folder of bounded size, and no way to another path."""
     rules = prepared.rules
+    if prepared.level == LIMITS:
+        _limit(resource.RLIMIT_AS, limits.memory_bytes)
+        return
     if prepared.level == NAMESPACES:
         _write_maps(prepared.proc, *prepared.owner)
         os.close(prepared.proc)
         options = f"size={limits.folder_bytes},nr_inodes=1024,mode=0700"
-        kernel.mount("tmpfs", FOLDER, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-        os.chdir(FOLDER)
-        rules = landlock.ruleset(prepared.landlock, ("/",), (FOLDER,))
+        kernel.mount("tmpfs", prepared.folder, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        os.chdir(prepared.folder)
+        rules = landlock.ruleset(prepared.landlock, ("/",), (prepared.folder,))
     kernel.drop_capabilities(prepared.kept)
     landlock.restrict(rules)
     os.close(rules)
@@ -114,16 +131,16 @@ def die_with_parent(parent: int) -> None:
     Args:
         parent: id that `os.getppid` must give: 0 for a parent outside the pid namespace.
     """
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def seal(limits: Limits, tasks: int, parts: int = 1) -> None:
+def seal(limits: Limits, prepared: Prepared, parts: int = 1) -> None:
     """The last step before what a program says is run. Open files must be closed before.
 
     Args:
-        tasks: of `Prepared`.
         parts: that the process may come to run; `more_time` grants the processor's time for each but the first.
     """
     soft_cpu = max(1, int(limits.cpu_seconds + 0.999))
@@ -133,9 +150,17 @@ def seal(limits: Limits, tasks: int, parts: int = 1) -> None:
         resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
         resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
         resource.RLIMIT_CORE: (0, 0),
+    }
+    if prepared.level == LIMITS:
+        wanted[resource.RLIMIT_NPROC] = (0, 0)  # which does not hold the superuser
+        for kind, (soft, _) in wanted.items():
+            _limit(kind, soft)
+        signal.setitimer(signal.ITIMER_REAL, limits.program_seconds + _LAST)  # if no one is left to end it
+        return
+    wanted |= {
         resource.RLIMIT_MEMLOCK: (0, 0),
         resource.RLIMIT_MSGQUEUE: (0, 0),
-        resource.RLIMIT_NPROC: (limits.threads + 2 + max(0, tasks),) * 2,
+        resource.RLIMIT_NPROC: (limits.threads + 2 + max(0, prepared.tasks),) * 2,
     }
     for kind, (soft, hard) in wanted.items():
         highest = resource.getrlimit(kind)[1]
@@ -143,7 +168,14 @@ def seal(limits: Limits, tasks: int, parts: int = 1) -> None:
             soft, hard = min(soft, highest), min(hard, highest)
         resource.setrlimit(kind, (soft, hard))
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    seccomp.install(seccomp.program(os.getpid(), threads=tasks >= 0))
+    seccomp.install(seccomp.program(os.getpid(), threads=prepared.tasks >= 0))
+
+
+def _limit(kind: int, size: int) -> None:
+    """A limit where the system has it: not every one that Python knows is there on every system."""
+    with contextlib.suppress(ValueError, OSError):
+        _, most = resource.getrlimit(kind)
+        resource.setrlimit(kind, (size if most == resource.RLIM_INFINITY else min(size, most), most))
 
 
 def more_time(limits: Limits) -> None:
@@ -160,8 +192,8 @@ def _python_paths() -> tuple[str, ...]:
     return tuple(sorted(path for path in paths if not any(path.startswith(other + "/") for other in paths)))
 
 
-def _private_root(proc: int, readable: tuple[str, ...]) -> None:
-    """A root of this process's own that holds `readable`, read-only, and an empty folder, and nothing else."""
+def _private_root(proc: int, readable: tuple[str, ...], packages: tuple[str, ...], folder: str) -> None:
+    """A root of this process's own that holds `readable` and `packages`, read-only, and an empty folder, no more."""
     user, group = os.getuid(), os.getgid()
     try:
         if user != 0:
@@ -174,14 +206,16 @@ def _private_root(proc: int, readable: tuple[str, ...]) -> None:
     root = "/proc"  # a folder that is always there and hides nothing that is needed; no one else sees the mount
     kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=1024,mode=0755")
     os.umask(0o022)
-    for path in readable:
-        os.makedirs(root + path)
+    seen = {os.path.realpath(path) for path in packages}
+    below = tuple(path + "/" for path in readable)
+    for path in (*readable, *(path for path in packages if not path.startswith(below))):
+        os.makedirs(root + path, exist_ok=True)
         kernel.mount(path, root + path, None, kernel.MS_BIND)
         _read_only(root + path)
         for name in _PACKAGES:
-            if os.path.isdir(f"{root}{path}/{name}"):
+            if os.path.isdir(f"{root}{path}/{name}") and os.path.realpath(f"{path}/{name}") not in seen:
                 kernel.mount("tmpfs", f"{root}{path}/{name}", "tmpfs", kernel.MS_RDONLY, "size=4k,mode=0755")
-    os.makedirs(root + FOLDER, exist_ok=True)
+    os.makedirs(root + folder, exist_ok=True)
     os.chdir(root)
     kernel.call("pivot_root", b".", b".")
     kernel.unmount(".")

@@ -9,6 +9,7 @@ whose size is limited, so that nothing needs to be read while a program runs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -16,12 +17,13 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from rl4dlm.grading.sandbox import isolation, part as parts
+from rl4dlm.grading.sandbox import isolation, kernel, part as parts
 from rl4dlm.grading.sandbox.frames import read_frame, write_frame
 
 if TYPE_CHECKING:
@@ -40,13 +42,13 @@ _TOGETHER = ("call", "compile")  # of which several may be asked of one process
 _FULL = 0.9  # share of its seconds that a part must have had to be out of time
 
 
-def serve(job: int, channel: int, tasks: int) -> None:
+def serve(job: int, channel: int, prepared: isolation.Prepared) -> None:
     """Runs one program.
 
     Args:
         job: a stream on which `rl4dlm.grading.sandbox.frames` come and go: the request, then a frame for each part.
         channel: a stream between the process that holds tests and the one that holds the program; -1 without.
-        tasks: of `isolation.Prepared`.
+        prepared: by the server.
     """
     request = json.loads(read_frame(job))
     limits: Any = SimpleNamespace(**request["limits"])
@@ -63,7 +65,7 @@ def serve(job: int, channel: int, tasks: int) -> None:
             send(job, number, "over" if over else "timeout", "parts before it took the time")
             number += 1
             continue
-        process = _Process(_together(asked[number:]), limits, channel, tasks)
+        process = _Process(_together(asked[number:]), limits, channel, prepared)
         try:
             answers = process.run(setup, request["source"], end)
         finally:
@@ -93,15 +95,15 @@ _Answer = tuple[str, str, bytes]  # status, message, value
 class _Process:
     """The process of a part, or of the first few of several calls, and its files."""
 
-    def __init__(self, asked: list[dict[str, Any]], limits: Limits, channel: int, tasks: int) -> None:
-        self.asked, self.limits, self.channel, self.tasks = asked, limits, channel, tasks
+    def __init__(self, asked: list[dict[str, Any]], limits: Limits, channel: int, prepared: isolation.Prepared) -> None:
+        self.asked, self.limits, self.channel, self.prepared = asked, limits, channel, prepared
         self.kind = asked[0]["kind"]
-        self.answer = os.memfd_create("answer")
+        self.answer = _file("answer")
         self.sealed, self.say_sealed = os.pipe()
         self.nonce = os.urandom(16).hex().encode()
         self.stdin = self.stdout = -1
         if self.kind == "feed":
-            self.stdin, self.stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
+            self.stdin, self.stdout = _file("stdin"), _file("stdout")
             os.pwrite(self.stdin, asked[0]["stdin"].encode("utf-8", "surrogatepass"), 0)
 
     def close(self) -> None:
@@ -123,9 +125,9 @@ class _Process:
         pid = os.fork()
         if pid == 0:
             _leave(lambda: self._child(keeper, setup, source))
-        handle, ended, known = os.pidfd_open(pid), False, 0
+        handle, ended, known = kernel.process_handle(pid), False, 0
         try:
-            while not (ended := _ends(handle, due)):
+            while not (ended := _ends(pid, handle, due)):
                 answers, told = self._answers()
                 if len(answers) <= known or min(told + seconds, end) <= time.monotonic():
                     break
@@ -133,7 +135,11 @@ class _Process:
             if not ended:
                 os.kill(pid, signal.SIGKILL)
         finally:
-            os.close(handle)
+            if handle >= 0:
+                os.close(handle)
+            if self.prepared.level == isolation.LIMITS:  # it may have started others
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, signal.SIGKILL)
             _, status, used = os.wait4(pid, 0)
         os.set_blocking(self.sealed, False)
         try:
@@ -184,7 +190,7 @@ class _Process:
             os.dup2(handle, number, inheritable=False)
         os.closerange(3 + len(safe), os.sysconf("SC_OPEN_MAX"))
         asked, nonce, limits = self.asked, self.nonce, self.limits
-        isolation.seal(limits, self.tasks, len(asked))
+        isolation.seal(limits, self.prepared, len(asked))
         os.write(2 + len(safe), b"1")
         os.close(2 + len(safe))
         parts.run(asked, setup, source, nonce, limits.output_bytes, lambda: isolation.more_time(limits))
@@ -226,10 +232,23 @@ def _leave(work: Callable[[], None]) -> None:
         os._exit(70)
 
 
-def _ends(process: int, due: float) -> bool:
+def _file(name: str) -> int:
+    """A file that has no name for others."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    handle, path = tempfile.mkstemp()
+    os.unlink(path)
+    return handle
+
+
+def _ends(pid: int, handle: int, due: float) -> bool:
     """Whether a process has ended, once it has or time is up."""
+    while handle < 0:
+        if kernel.has_ended(pid) or time.monotonic() >= due:
+            return kernel.has_ended(pid)
+        time.sleep(kernel.LOOK)
     poll = select.poll()
-    poll.register(process, select.POLLIN)
+    poll.register(handle, select.POLLIN)
     return bool(poll.poll(max(0.0, due - time.monotonic()) * 1000))
 
 

@@ -6,6 +6,7 @@ server, which has nothing but the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -108,6 +109,21 @@ def clone(flags: int) -> int:
     if pid < 0:
         raise OSError(number, f"clone: {os.strerror(number)}")
     return pid
+
+
+LOOK = 0.002  # seconds between two looks at a process without a handle
+
+
+def process_handle(pid: int) -> int:
+    """A file that can be read once a child has ended; -1 where the system has none, and `has_ended` must be asked."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.pidfd_open(pid)
+    return -1
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child has, without reaping it."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _checked(result: int, what: str) -> int:

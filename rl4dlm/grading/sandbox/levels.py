@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STRONGEST, *_levels = SANDBOX_LEVELS
 LEVELS = tuple(_levels)  # from the strongest on
+LIMITS = "limits"  # of which a model's programs know nothing: see `level_for_own`
 _SETTING = "sandbox_level"
 # What each of them raises shows that a level holds. The first must work.
 _TRIED = (
@@ -83,6 +84,32 @@ def active_level() -> str:
     )
 
 
+def level_for_own() -> str:
+    """The level at which functions of our own read what a model wrote: one that this machine offers, else `limits`.
+
+    Such a function does not run the text, and so it is not refused where nothing seals it. What it does to the text may
+    still be led astray, and then limits alone hold it; the log says so, once.
+    """
+    wanted = current_settings().sandbox_level
+    tried = LEVELS if wanted == STRONGEST else (wanted, *LEVELS)
+    level = next((level for level in tried if not why_not(level)), LIMITS)
+    announce_own(level, "; ".join(f"{level}: {why_not(level)}" for level in LEVELS) if level == LIMITS else "")
+    return level
+
+
+@functools.cache
+def announce_own(level: str, why: str = "") -> None:
+    """Says in the log at which level functions of our own read answers, and why at no other."""
+    if level == LIMITS:
+        logger.warning(
+            "answers are compared by processes with limits on memory, time and files and nothing else around them, as "
+            "no sandbox can be had for it (%s)",
+            why,
+        )
+    else:
+        logger.info("answers are compared in a sandbox at the level %r", level)
+
+
 def require_sandbox() -> str:
     """Finds out, before anything is trained, that programs can be run, and says at which level: once, in the log.
 
@@ -110,7 +137,11 @@ def share_of_cores() -> int:
 
 
 def run_programs(
-    programs: Sequence[Program], *, limits: Limits | None = None, budget: float | None = None
+    programs: Sequence[Program],
+    *,
+    limits: Limits | None = None,
+    budget: float | None = None,
+    preload: Sequence[str] = (),
 ) -> list[list[Result]]:
     """Runs programs where they can hurt nothing.
 
@@ -124,12 +155,16 @@ def run_programs(
             to the end and gets its whole time there, so that few that hang or are slow do not cost the rest their turn;
             what is left at the end of one that has used its share of the budget has the status `timeout`.
 
+        preload: modules beside the standard library that programs may import, such as `("numpy",)`, and with them all
+            packages of this environment. They are imported before anything is sealed, so they must be trusted, and
+            their folders may be read by programs. Each set of modules has a server of its own.
+
     Returns:
         For each program a result for each of its parts.
 
     Raises:
         ValueError: `budget` is not positive and finite.
-        SandboxError: this machine does not offer the level asked for; nothing was run.
+        SandboxError: a module cannot be imported, or this machine does not offer the level asked for; nothing was run.
     """
     settings = current_settings()
     budget = settings.budget if budget is None else budget
@@ -138,12 +173,12 @@ def run_programs(
     level = require_sandbox()
     limits = limits or Limits(seconds=settings.deadline, cpu_seconds=settings.deadline)
     with count_work() as count:
-        results = _sandbox(level, share_of_cores()).run(programs, limits, budget)
+        results = _sandbox(level, share_of_cores(), tuple(preload)).run(programs, limits, budget)
         count.items = sum(map(len, results))
         count.late = sum(result.status in ("timeout", "budget") for row in results for result in row)
     return results
 
 
 @functools.cache
-def _sandbox(level: str, workers: int) -> Sandbox:
-    return Sandbox(level, workers, current_settings().startup_seconds)
+def _sandbox(level: str, workers: int, preload: tuple[str, ...]) -> Sandbox:
+    return Sandbox(level, workers, current_settings().startup_seconds, preload)

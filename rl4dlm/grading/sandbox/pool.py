@@ -24,14 +24,16 @@ from typing import Any
 
 from rl4dlm.grading.sandbox.batch import Batch
 from rl4dlm.grading.sandbox.limits import Limits
+from rl4dlm.grading.sandbox.preload import Preload, environment, find
 from rl4dlm.grading.sandbox.programs import Program, Result
 
+_STARTS = 3  # that may fail in a row
 _PACKAGE = Path(__file__).resolve().parent
 # The server has the standard library alone. The packages above its own are empty there, so that nothing else is loaded.
 _BOOT = """
 import sys
 package = type(sys)
-for name, path in zip(("rl4dlm", "rl4dlm.grading", "rl4dlm.grading.sandbox"), sys.argv[3:]):
+for name, path in zip(("rl4dlm", "rl4dlm.grading", "rl4dlm.grading.sandbox"), sys.argv[3:6]):
     module = sys.modules[name] = package(name)
     module.__path__ = [path]
 from rl4dlm.grading.sandbox import server
@@ -43,6 +45,14 @@ class SandboxError(RuntimeError):
     """There is no sandbox as it was asked for, and nothing was run."""
 
 
+class PreloadError(SandboxError):
+    """What a server shall have beside the standard library could not be imported."""
+
+
+class _StartError(SandboxError):
+    """A server ended or hung before it could say anything: another one may not."""
+
+
 class Server:
     """The process that forks a keeper for each program, at one level.
 
@@ -50,34 +60,44 @@ class Server:
         SandboxError: the level is not available here, and why.
     """
 
-    def __init__(self, level: str, startup_seconds: float) -> None:
+    def __init__(self, level: str, startup_seconds: float, preload: Preload) -> None:
         self.level = level
         self._numbers = 0
         self.outbox: deque[tuple[bytes, tuple[socket.socket, ...]]] = deque()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         self.control = ours
         folders = [str(_PACKAGE.parents[1]), str(_PACKAGE.parent), str(_PACKAGE)]
         # -P, -s, -S and an environment of one: as -I, but sets are in the same order every time.
-        command = [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, str(theirs.fileno()), level, *folders]
+        told = json.dumps(preload._asdict())
+        command = [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, str(theirs.fileno()), level, *folders, told]
         with theirs:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={"PYTHONHASHSEED": "0"},
-                start_new_session=True,
-                cwd="/",
-            )
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={"PYTHONHASHSEED": "0", **environment(preload)},
+                    start_new_session=True,
+                    cwd="/",
+                )
+            except OSError as error:  # no processes or memory left for now
+                ours.close()
+                raise _StartError(f"its server could not be made: {error}") from error
+        said: dict[str, Any] = {}
+        why = ""
         try:
             ours.settimeout(startup_seconds)
-            said: dict[str, Any] = json.loads(ours.recv(65536) or b"{}")
+            said = json.loads(ours.recv(65536) or b"{}")
         except OSError:
-            said = {"failed": f"its server did not start in {startup_seconds:g} seconds"}
+            why = f"its server did not start in {startup_seconds:g} seconds"
         if "ready" not in said:
             status = self.stop()
-            raise SandboxError(said.get("failed", f"its server ended with status {status}"))
+            if "failed" in said:
+                raise (PreloadError if "preload" in said else SandboxError)(said["failed"])
+            raise _StartError(why or f"its server ended with status {status} before it could start")
         ours.setblocking(False)
 
     def new_number(self) -> int:
@@ -129,13 +149,15 @@ class Sandbox:
     """Runs programs of untrusted source.
 
     Args:
-        level: of `isolation.LEVELS`.
+        level: of `isolation.LEVELS`, or `isolation.LIMITS` for functions of our own.
         workers: programs that run at once.
-        startup_seconds: for a server to start.
+        startup_seconds: for a server to start; a start that fails is tried again.
+        preload: modules that the server imports, as `run_programs` says.
     """
 
-    def __init__(self, level: str, workers: int, startup_seconds: float = 120.0) -> None:
+    def __init__(self, level: str, workers: int, startup_seconds: float = 120.0, preload: Sequence[str] = ()) -> None:
         self.level, self.workers, self.startup_seconds = level, workers, startup_seconds
+        self.preload = tuple(preload)
         self._adopt_process()
 
     def run(self, programs: Sequence[Program], limits: Limits, budget: float) -> list[list[Result]]:
@@ -152,6 +174,17 @@ class Sandbox:
             except BaseException:  # also an interrupt: nothing may answer the next batch with this one's results
                 _stop_in(self._pid, self._servers)
                 raise
+
+    def start(self) -> None:
+        """Starts what `run` would start.
+
+        Raises:
+            SandboxError: the level is not available.
+        """
+        if os.getpid() != self._pid:
+            self._adopt_process()
+        with self._lock:
+            self._server()
 
     def close(self) -> None:
         """Ends all processes. The sandbox may be used again."""
@@ -176,8 +209,15 @@ class Sandbox:
         if self._servers and self._servers[0].has_ended():
             _stop_in(self._pid, self._servers)
         if not self._servers:
-            self._servers.append(Server(self.level, self.startup_seconds))
+            self._servers.append(self._started())
         return self._servers[0]
+
+    def _started(self) -> Server:
+        preload = find(self.preload)
+        for _ in range(_STARTS - 1):
+            with contextlib.suppress(_StartError):
+                return Server(self.level, self.startup_seconds, preload)
+        return Server(self.level, self.startup_seconds, preload)
 
 
 def _stop_in(pid: int, servers: list[Server]) -> None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+# What messages begin with where a part has had its own time, and not too little since others took it.
+OWN_TIME = ("it took longer than", "it used more than")
+
 
 @dataclass(frozen=True)
 class Call:

@@ -1,6 +1,7 @@
 """The process behind the sandbox: forks a keeper for each program, and never sees a program itself.
 
-Owns the server's loop. It is a fresh interpreter with the standard library alone and no environment. What a program
+Owns the server's loop. It is a fresh interpreter with the standard library, what is preloaded, and no
+environment. What a program
 says, and what it is asked, goes from the trainer to the keeper over a stream that the server hands on unread: a later
 program finds nothing of an earlier one in the memory that it was forked from.
 
@@ -27,8 +28,9 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
-from rl4dlm.grading.sandbox import isolation, job
+from rl4dlm.grading.sandbox import isolation, job, kernel, preload
 from rl4dlm.grading.sandbox.frames import write_frame
+from rl4dlm.grading.sandbox.preload import Preload
 
 # What programs most often import is there when they are forked. Each module makes every fork dearer, so that what few
 # import is left to them.
@@ -45,8 +47,7 @@ def main() -> None:
     """Serves until the control socket closes, or the parent is gone."""
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
-    level, parent = sys.argv[2], os.getppid()
-    os.environ.clear()
+    level, parent, preloaded = sys.argv[2], os.getppid(), Preload(**json.loads(sys.argv[6]))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))
     for name in (*PRELOADED, *LOADED):
@@ -57,8 +58,13 @@ def main() -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory is short, programs go before what trains
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reason = preload.load(preloaded)
+    if reason:
+        control.send(json.dumps({"failed": reason, "preload": True}).encode())
+        return
+    os.environ.clear()
     try:
-        prepared = isolation.prepare_server(level)
+        prepared = isolation.prepare_server(level, tuple(preloaded.paths))
     except OSError as error:
         control.send(json.dumps({"failed": str(error)}).encode())
         return
@@ -74,7 +80,7 @@ class _Server:
 
     def __init__(self, control: socket.socket, prepared: isolation.Prepared, parent: int) -> None:
         self.control, self.prepared, self.parent = control, prepared, parent
-        self.keepers: dict[int, _Keeper] = {}  # by the handle of the process
+        self.keepers: dict[int, _Keeper] = {}  # by the id of the process
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> None:
@@ -83,10 +89,13 @@ class _Server:
             self.selector.register(self.control, selectors.EVENT_READ)
             while os.getppid() == self.parent:
                 nearest = min([_ALONE, *(keeper.due - time.monotonic() for keeper in self.keepers.values())])
-                ready = {key.fd for key, _ in self.selector.select(max(0.0, nearest))}
-                for handle in ready & self.keepers.keys():
-                    self._reap(handle)
-                if self.control.fileno() in ready and not self._obey():
+                unseen = [pid for pid, keeper in self.keepers.items() if keeper.handle < 0]
+                if unseen:
+                    nearest = min(nearest, kernel.LOOK)
+                ready = [key.data for key, _ in self.selector.select(max(0.0, nearest))]
+                for pid in [*filter(None, ready), *filter(kernel.has_ended, unseen)]:
+                    self._reap(pid)
+                if None in ready and not self._obey():
                     break
                 now = time.monotonic()
                 for keeper in self.keepers.values():
@@ -121,15 +130,10 @@ class _Server:
             return
         if pid == 0:
             self._keep(message, handles)
-        try:
-            handle = os.pidfd_open(pid)
-        except OSError as error:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            self._say(ended=number, status=-1, cpu=0.0, why=str(error))
-            return
-        self.selector.register(handle, selectors.EVENT_READ)
-        self.keepers[handle] = _Keeper(pid, number, time.monotonic() + message["seconds"])
+        handle = kernel.process_handle(pid)
+        if handle >= 0:
+            self.selector.register(handle, selectors.EVENT_READ, pid)
+        self.keepers[pid] = _Keeper(pid, handle, number, time.monotonic() + message["seconds"])
 
     def _keep(self, message: dict[str, Any], handles: list[int]) -> None:
         """The keeper, which ends here."""
@@ -138,21 +142,23 @@ class _Server:
             parent = 0 if self.prepared.level == isolation.NAMESPACES else os.getppid()
             self.control.close()
             self.selector.close()
-            for handle in self.keepers:
-                os.close(handle)
+            for keeper in self.keepers.values():
+                if keeper.handle >= 0:
+                    os.close(keeper.handle)
             isolation.die_with_parent(parent)
             isolation.prepare_keeper(self.prepared, cast(Any, SimpleNamespace(**message["limits"])))
-            job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared.tasks)
+            job.serve(handles[0], handles[1] if len(handles) > 1 else -1, self.prepared)
             status = 0
         except BaseException as error:
             write_frame(handles[0], json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         finally:
             os._exit(status)
 
-    def _reap(self, handle: int) -> None:
-        keeper = self.keepers.pop(handle)
-        self.selector.unregister(handle)
-        os.close(handle)
+    def _reap(self, pid: int) -> None:
+        keeper = self.keepers.pop(pid)
+        if keeper.handle >= 0:
+            self.selector.unregister(keeper.handle)
+            os.close(keeper.handle)
         _, status, used = os.wait4(keeper.pid, 0)
         self._say(ended=keeper.number, status=status, cpu=used.ru_utime + used.ru_stime)
 
@@ -162,5 +168,5 @@ class _Server:
 
 
 class _Keeper:
-    def __init__(self, pid: int, number: int, due: float) -> None:
-        self.pid, self.number, self.due = pid, number, due
+    def __init__(self, pid: int, handle: int, number: int, due: float) -> None:
+        self.pid, self.handle, self.number, self.due = pid, handle, number, due

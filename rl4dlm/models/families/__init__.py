@@ -6,16 +6,20 @@ from rl4dlm.models.families.a2d import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3
 from rl4dlm.models.families.diffusion_gemma import DIFFUSION_GEMMA
 from rl4dlm.models.families.dream import DREAM
 from rl4dlm.models.families.fast_dllm import FAST_DLLM
+from rl4dlm.models.families.illada import ILLADA
 from rl4dlm.models.families.llada import LLADA
 from rl4dlm.models.families.llada2 import LLADA2
 from rl4dlm.models.families.llada_moe import LLADA_MOE
+from rl4dlm.models.families.nemotron_diffusion import NEMOTRON_DIFFUSION
 from rl4dlm.models.families.sdar import SDAR, SDAR_MOE
+from rl4dlm.models.families.wedlm import WEDLM
 from rl4dlm.models.family import Family, HubConfig
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         LLADA,
+        ILLADA,
         LLADA_MOE,
         LLADA2,
         DREAM,
@@ -25,6 +29,8 @@ FAMILIES: dict[str, Family] = {
         A2D_QWEN3,
         A2D_QWEN2,
         A2D_LLAMA,
+        NEMOTRON_DIFFUSION,
+        WEDLM,
         DIFFUSION_GEMMA,
     )
 }

@@ -1,7 +1,9 @@
-"""LLaDA2.0 and LLaDA2.1 (arXiv:2512.15745): the mini (16B) mixtures of experts as GLM-4-MoE.
+"""LLaDA2.0 and LLaDA2.1 (arXiv:2512.15745): the mini (16B) mixtures of experts as GLM-4-MoE; LLaDA2.2 is refused.
 
 Owns the names of its configuration keys and weights. Query, key and value are one matrix on the hub, stacked in this
 order. The router's scores are sigmoids, its bias only chooses, experts are chosen within groups: what GLM-4-MoE does.
+LLaDA2.2 first admits `expert_capacity` experts for all tokens of a block and routes each of them among these, which it
+does not.
 """
 
 from __future__ import annotations
@@ -110,6 +112,7 @@ LLADA2 = Family(
     ),
     rows=(157184,),
     fixed={
+        "expert_capacity": (None,),  # LLaDA2.2: experts that all tokens of a block may use together
         "embedding_dropout": (0.0,),
         "moe_router_enable_expert_bias": (True,),
         "norm_head": (False, None),

@@ -240,6 +240,19 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class Edits:
+    """Slots of the active block that come and go after a step; the block keeps its length. bool `[R, W]`.
+
+    Args:
+        delete: taken out; the block gets an open slot at its end instead.
+        insert: an open slot goes in before them; what then stands behind the block's end is cut off.
+    """
+
+    delete: Tensor
+    insert: Tensor
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The parts of a schedule. What is None is not done.
 
@@ -247,7 +260,7 @@ class Schedule:
         blocks: where blocks end. confidence: which candidates are good. commit: which are written.
         propose: other candidates than those drawn, before anything else looks at them.
         replace: which written tokens take their candidate. remask: which slots are masked again.
-        resize: how the canvas changes its length.
+        resize: how the canvas changes its length. edit: which slots of the block come and go.
         stay: rows that make another step in their block though nothing in it is masked.
         finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
         reach: how far a step may write, where that is not the end of the active block.
@@ -278,6 +291,7 @@ class Schedule:
     replace: ReplaceRule | None = None
     remask: RemaskRule | None = None
     resize: Callable[[Step], Resize | None] | None = None
+    edit: Callable[[Step], Edits] | None = None
     stay: RowRule | None = None
     finish: RowRule | None = None
     reach: ReachRule | None = None
@@ -299,7 +313,12 @@ class Schedule:
     @property
     def monotone(self) -> bool:
         """Whether each slot is written once and for good, so that the steps of commitment say everything."""
-        return self.replace is None and self.remask is None and self.resize is None
+        return self.replace is None and self.remask is None and not self.moves
+
+    @property
+    def moves(self) -> bool:
+        """Whether slots come and go, so that nothing can be said about a slot by its place."""
+        return self.resize is not None or self.edit is not None
 
     @property
     def whole(self) -> bool:

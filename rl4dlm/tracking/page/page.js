@@ -2,7 +2,7 @@
 // Plays the events of a replay. Everything that is shown as text goes through textContent.
 
 const OPEN = -1;
-const COMMIT = 0, REMASK = 1, REPLACE = 2, INSERT = 3, TRUNCATE = 4;
+const COMMIT = 0, REMASK = 1, REPLACE = 2, INSERT = 3, TRUNCATE = 4, DELETE = 5;
 const SCALE = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725"];
 
 // Which events belong to a token that was written and taken back in one step, so that it never stood.
@@ -24,6 +24,8 @@ function slotsAfter(row, steps) {
     const at = events.position[i], step = events.step[i], last = step === steps - 1;
     if (events.kind[i] === TRUNCATE) {
       slots.length = Math.min(slots.length, at);
+    } else if (events.kind[i] === DELETE) {
+      slots.splice(at, 1);
     } else if (events.kind[i] === INSERT) {
       const mark = last ? "inserted" : "";
       slots.splice(at, 0, { token: events.token[i], step: -1, event: -1, mark, history: [i], changed: false });
@@ -102,7 +104,7 @@ function show() {
     });
     at("canvas").replaceChildren(...pieces);
     const open = slots.filter((slot) => slot.token === OPEN).length, said = [];
-    const happened = [0, 0, 0, 0, 0], fleeting = passing(row.events);
+    const happened = [0, 0, 0, 0, 0, 0], fleeting = passing(row.events);
     let tried = 0;
     row.events.step.forEach((step, i) => {
       if (step !== steps - 1) return;
@@ -116,6 +118,7 @@ function show() {
       if (happened[kind]) said.push(`${happened[kind]} ${word}`);
     });
     if (tried) said.push(`${tried} tried, not kept`);
+    if (happened[DELETE]) said.push(`${happened[DELETE]} taken out`);
     if (happened[TRUNCATE]) said.push("the rest was cut off");
     if (steps === row.steps) said.push(`ended: ${row.stop_reason}`);
     at("status").textContent = said.join(" \u00b7 ");

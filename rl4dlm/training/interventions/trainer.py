@@ -97,10 +97,10 @@ class InterveningTrainer(LossParts, ABC):
             )
         if self.spec.noise != "mask":
             raise ValueError(f"{name} gives slots of the canvas, which noise={self.spec.noise!r} would overwrite")
-        if getattr(self.decoding.build_schedule(), "resize", None) is not None:
+        if getattr(self.decoding.build_schedule(), "moves", False):
             raise ValueError(
                 f"{name} gives slots of the canvas, which schedule={self.decoding.schedule!r} cannot have: it changes "
-                "the length of the canvas"
+                "the length of the canvas, or takes slots out"
             )
         if self.is_fsdp_enabled or (self._dist.is_zero3 and not args.ds3_gather_for_generation):
             raise ValueError(f"{name} decodes other numbers of rows on each process, which deadlocks sharded rollouts")

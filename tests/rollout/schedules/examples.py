@@ -154,6 +154,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {**WHOLE, "schedule_args": {"threshold": 0.5, "refine_steps": 3, "settle_divergence": 0.01}},
         {"schedule_args": {"threshold": 0.6, "feedback": 0.5, "refine_steps": 2}, "temperature": 0.7},
     ),
+    "levenshtein": (
+        {"schedule_args": {"delete_token_id": 5, "insert_token_id": 6, "threshold": 0.3, "max_post_steps": 3}},
+        {
+            "schedule_args": {
+                "delete_token_id": 4,
+                "insert_token_id": 8,
+                "editing_threshold": 0.2,
+                "max_post_steps": 2,
+            },
+            "temperature": 0.8,
+        },
+    ),
     "learn2pd": (
         {**WHOLE, "schedule_args": {"filter_path": lambda: token_filter(LENGTH), "acceptance": 0.8}},
         {
@@ -305,7 +317,7 @@ def alone(
     """Decodes a row on its own. `given`: its hints, which schedules that change the length do not take."""
     progress: list[Progress] = []
     schedule = parts(config)
-    hints = None if schedule.resize is not None else [given]
+    hints = None if schedule.moves else [given]
     with watched(model) as fed:
         rollout = RolloutEngine(model).generate(
             [prompt], config, row_ids=[row_id], seed=seed, hints=hints, on_step=progress.append, **more

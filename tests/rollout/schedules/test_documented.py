@@ -78,6 +78,7 @@ def overview() -> dict[str, list[str]]:
 NEEDED: dict[str, dict[str, Any]] = {
     "edlm": {"energy": judge, "drafts": 1},
     "guided": {"guide": judge},
+    "levenshtein": {"delete_token_id": 5, "insert_token_id": 6},
     "learn2pd": {"filter_path": lambda: token_filter(LENGTH)},
 }
 """Settings that have no default that would do."""
@@ -87,8 +88,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 def test_the_overview_says_what_is_so(name: str):
     schedule = parts(decoding(name, steps=None, schedule_args=NEEDED.get(name, {})))
     grid = schedule.blocks.on_grid and not schedule.whole
-    resized, replaced = schedule.resize is not None, schedule.replace is not None
-    expected = [schedule.monotone, not schedule.whole, grid, not resized, not (resized or replaced)]
+    replaced = schedule.replace is not None
+    expected = [schedule.monotone, not schedule.whole, grid, not schedule.moves, not (schedule.moves or replaced)]
     assert overview()[name][1:6] == ["yes" if value else "no" for value in expected]
 
 

@@ -68,8 +68,9 @@ def test_the_examples_show_what_can_happen():
 
     assert where("writes several") == set(SETTINGS)
     assert where("REMASK") == {"hierarchical", "rcr", "saber", "wino"}
-    assert where("REPLACE") == {"editing", "hierarchical"}
-    assert where("INSERT") == {"daedal"} and where("TRUNCATE") == {"daedal", "learn2pd"}
+    assert where("REPLACE") == {"editing", "hierarchical", "levenshtein"}
+    assert where("INSERT") == {"daedal", "levenshtein"} and where("TRUNCATE") == {"daedal", "learn2pd"}
+    assert where("DELETE") == {"levenshtein"}
     assert where("waits") >= {"dream_origin", "latent_refinement"}
     dream = {"dream_entropy", "dream_maskgit_plus", "dream_origin", "dream_topk_margin"}
     assert where("draws positions") == dream | {"ctrldiff", "edlm"}
@@ -86,7 +87,7 @@ def check_prompt_and_given(run: Run) -> None:
             assert call["input_ids"][0, : len(run.prompt)].tolist() == run.prompt
     for state in run.states:
         assert [state[offset] for offset in run.given] == list(run.given.values())
-    if run.schedule.resize is None:
+    if not run.schedule.moves:
         assert run.rollout.hinted[0].nonzero().squeeze(-1).tolist() == sorted(run.given)
 
 
@@ -112,6 +113,7 @@ def check_blocks(run: Run) -> None:
         assert 0 <= start <= stop
         if run.schedule.resize is None:
             assert stop <= LENGTH
+        if not run.schedule.moves:
             new = [i for i, (old, token) in enumerate(zip(before, after, strict=True)) if old == MASK != token]
             assert all(i < reach for i in new)
 
@@ -188,6 +190,9 @@ def _cut_off(states: list[list[int]], events: Events) -> Iterator[list[int]]:
             elif kind == EventKind.TRUNCATE:
                 yield canvas[position:]
                 del canvas[position:]
+            elif kind == EventKind.DELETE:
+                assert token in (-1, canvas[position])
+                yield [canvas.pop(position)]
             else:
                 assert (canvas[position] == MASK) == (kind == EventKind.COMMIT), (
                     "open slots are written, others taken back"
@@ -314,14 +319,14 @@ def _selection(rollout: Rollout, row: int) -> list[float]:
 @every_example
 def test_a_row_is_the_same_in_every_batch(name: str, i: int, stop: bool):
     config, one_by_one = decoding(name, i, stop_at_eos=stop), runs(name, i, stop_at_eos=stop)
-    resizes = parts(config).resize is not None
+    moves = parts(config).moves
 
     def together(order: list[int], longer: bool, **engine: Any) -> Rollout:
         prompts, ids, hints = [PROMPTS[r] for r in order], [ROW_IDS[r] for r in order], [HINTS[r] for r in order]
         if longer:  # a row that pads all others further
             prompts, ids, hints = [*prompts, [3, 4, 5] * 4], [*ids, 99], [*hints, {}]
         return RolloutEngine(denoiser(), **engine).generate(
-            prompts, config, row_ids=ids, seed=5, hints=None if resizes else hints
+            prompts, config, row_ids=ids, seed=5, hints=None if moves else hints
         )
 
     batch = together([0, 1, 2, 3, 4], longer=False)
@@ -395,7 +400,7 @@ def turns(state: list[int]) -> bool:
 def test_a_constraint_holds_at_every_step(name: str, i: int):
     config = decoding(name, i)
     for prompt, row_id in zip(PROMPTS, ROW_IDS, strict=True):
-        if parts(config).resize is not None or parts(config).replace is not None:
+        if parts(config).moves or parts(config).replace is not None:
             with pytest.raises(ValueError, match="constraint is not supported"):
                 alone(denoiser(), config, prompt, {}, row_id, seed=5, constraint=ALTERNATING)
             return
@@ -414,7 +419,7 @@ class FromTheLeft:
 @every_example
 def test_a_constraint_may_refuse_whole_slots(name: str, i: int):
     config = decoding(name, i)
-    if parts(config).resize is not None or parts(config).replace is not None:
+    if parts(config).moves or parts(config).replace is not None:
         pytest.skip("takes no constraint")
     for prompt, row_id in zip(PROMPTS, ROW_IDS, strict=True):
         run = alone(denoiser(), config, prompt, {}, row_id, seed=5, constraint=FromTheLeft())
@@ -426,7 +431,7 @@ def test_a_constraint_may_refuse_whole_slots(name: str, i: int):
 @every_example
 def test_a_slot_takes_only_tokens_that_it_may(name: str, i: int):
     config = decoding(name, i, suppress_token_ids=(5,))
-    if parts(config).resize is not None:
+    if parts(config).moves:
         return
     choices = [{slot: SECOND if slot % 2 else FIRST for slot in range(1, LENGTH)}]
     for prompt, row_id in zip(PROMPTS, ROW_IDS, strict=True):
@@ -437,6 +442,10 @@ def test_a_slot_takes_only_tokens_that_it_may(name: str, i: int):
 
 @every_example
 def test_ends_come_no_earlier_than_allowed(name: str, i: int):
+    if name == "levenshtein":  # ends may move to the left
+        with pytest.raises(ValueError, match="min_new_tokens=5 is not allowed"):
+            decoding(name, i, min_new_tokens=5)
+        return
     config = decoding(name, i, min_new_tokens=5, eos_penalty=-2.0)
     ended = 0
     for prompt, row_id in zip(PROMPTS, ROW_IDS, strict=True):
