@@ -59,7 +59,7 @@ CASES = {
     "bgpo": Case("BGPOTrainer", {"beta": 0.04, "num_views": 2}),
     "dmpo": Case("DMPOTrainer", {"alpha": 0.5, "num_views": 2}),
     "dmpo-ddo": Case("DMPOTrainer", {"objective": "ddo", "weight_baseline": "none", "num_views": 2}),
-    "self-distillation": Case("SelfDistillationTrainer", {"rewarded_from": 0.5}),
+    "self-distillation": Case("SelfDistillationTrainer", {"rewarded_from": 0.5, "hard_weight": 0.5}),
     "self-distillation-full": Case(
         "SelfDistillationTrainer",
         {"teacher_view": "suffix", "distill_top_k": None, "hard_weight": 0.5, "block_length": 4, "states": "recorded"},

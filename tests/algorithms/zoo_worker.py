@@ -37,7 +37,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "GDSDTrainer": {"beta": 0.04, "num_views": 2},
     "BGPOTrainer": {"beta": 0.04, "num_views": 2},
     "DMPOTrainer": {"num_views": 2},
-    "SelfDistillationTrainer": {"rewarded_from": 0.5},
+    "SelfDistillationTrainer": {"rewarded_from": 0.5, "hard_weight": 1.0},
     "WD1Trainer": {},
     "WD1Trainer+predictions": {"num_predicted_steps": 2, **THRESHOLD},
     "JustGRPOTrainer": {"denoising_steps": 8},
