@@ -134,7 +134,7 @@ def test_p7_help_is_grouped_and_leaves_out_what_is_refused() -> None:
     assert outcome.returncode == 0
     headings = re.findall(r"^(\w[^\n]*):$", outcome.stdout, flags=re.MULTILINE)
     assert headings == ["data and rewards", "rollout", "likelihood", "algorithm", "model", "TRL and transformers"]
-    for refused in ("vllm", "--min_p", "--repetition_penalty", "--no_"):
+    for refused in ("--use_vllm", "--vllm_", "--min_p", "--repetition_penalty", "--no_"):
         assert refused not in outcome.stdout
     rollout = outcome.stdout.split("rollout:")[1].split("likelihood:")[0]
     assert "--denoising_steps" in rollout and "--learning_rate" not in rollout
