@@ -315,7 +315,14 @@ def test_completions_may_be_the_references(make_trainer: Any, adapter: bool) -> 
     expected = plain_trainer.rollout(["abc0", "de1"])
     assert torch.equal(trainer.rollout(["abc0", "de1"]).canvas, expected.canvas)
     trainer.args.rollouts_by = "policy"
-    assert not torch.equal(trainer.rollout(["abc0", "de1"]).canvas, expected.canvas)
+    own = trainer.rollout(["abc0", "de1"]).canvas
+    assert not torch.equal(own, expected.canvas)
+    # It is the policy that is evaluated, whoever wrote what it learns from.
+    trainer.model.eval()
+    trainer.args.rollouts_by, row = "policy", trainer._eval_rows
+    own = trainer.rollout(["abc0", "de1"]).canvas
+    trainer.args.rollouts_by, trainer._eval_rows = "teacher", row
+    assert torch.equal(trainer.rollout(["abc0", "de1"]).canvas, own)
 
 
 def test_rounds_and_moving_averages_are_trls(make_trainer: Any) -> None:
@@ -354,6 +361,8 @@ def test_a_student_with_blocks_learns_from_a_teacher_without(make_trainer: Any, 
     expected = mean_of(batch, views, divergence(torch.cat(found), teacher, "forward_kl"))
     assert loss_and_gradient(trainer, batch)[0].item() == pytest.approx(expected.item(), abs=1e-9)
     assert expected.item() > 1e-3
+    trainer.model.eval()
+    assert len(trainer.rollout(["abc0", "de1"])) == 2  # evaluation is the student's
     trainer.train()
     spec = DiffusionSpec.of(trainer.model)
     assert (spec.attention, spec.block_length) == ("block_causal", BLOCK)
@@ -404,3 +413,13 @@ def test_an_adapter_on_the_head_needs_classes(make_trainer: Any) -> None:
     with pytest.raises(ValueError, match="distill_top_k=None is not supported with modules_to_save for the head"):
         build(make_trainer, distill_top_k=None, peft_config=lora, model=tiny_llada(), **SAME)
     assert build(make_trainer, distill_top_k=4, peft_config=lora, model=tiny_llada(), **SAME).ref_model is None
+
+
+def test_steps_of_the_teacher_that_have_nothing_left_to_write(make_trainer: Any) -> None:
+    trainer = build(make_trainer, teacher_steps=4, share_range=[0.0, 0.0])
+    batch = batch_of(trainer)
+    views = trainer._draw(rows_of(batch), 0)
+    assert bool((views.scored.sum(-1) == 1).all())
+    loss = loss_and_gradient(trainer, batch)[0]
+    trainer.args.teacher_steps = 1
+    assert loss.item() == pytest.approx(loss_and_gradient(trainer, batch)[0].item(), abs=1e-12)
