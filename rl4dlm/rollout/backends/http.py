@@ -51,10 +51,10 @@ def check_url(url: str) -> None:
 
 def check_token(token: str) -> None:
     """Raises ValueError for a token that a header cannot hold, such as one with the end of a line; it is not shown."""
-    if not all("!" <= letter <= "~" for letter in token):
+    if token != token.strip() or not all(" " <= letter <= "~" for letter in token):
         raise ValueError(
-            f"{TOKEN} has a space, an end of line or a letter beyond ASCII, which a request cannot carry; it must be "
-            "printable ASCII without spaces"
+            f"{TOKEN} begins or ends with a space, or has an end of line or a letter beyond ASCII, which a request "
+            "cannot carry; it must be printable ASCII"
         )
 
 
