@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl4dlm import SelfDistillationConfig, SelfDistillationTrainer, tiny_llada
@@ -16,6 +17,7 @@ from rl4dlm.likelihood.student_states import StudentStates, teacher_views
 from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.distributions import divergence
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.training.moving_reference import REFERENCE_FILE, load_reference
 from rl4dlm.training.trainer import rows_of
 from tests.models.float64 import exactly_float64
 
@@ -331,6 +333,26 @@ def test_rounds_and_moving_averages_are_trls(make_trainer: Any) -> None:
     trainer.train()
     for p, q in zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_run_that_is_resumed_has_the_reference_that_it_had(make_trainer: Any, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, **SAME}
+    more |= {"hard_weight": 1.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    whole = build(make_trainer, **more)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-3"
+    assert (checkpoint / REFERENCE_FILE).is_file()
+    resumed = build(make_trainer, **more)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for owner in ("model", "ref_model"):
+        pairs = zip(getattr(whole, owner).parameters(), getattr(resumed, owner).parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs), owner
+    other = {f"x.{name}": value for name, value in load_file(checkpoint / REFERENCE_FILE).items()}
+    save_file(other, tmp_path / REFERENCE_FILE)
+    with pytest.raises(ValueError, match="of another reference model"):
+        load_reference(whole.ref_model, tmp_path)
+    (tmp_path / REFERENCE_FILE).unlink()
+    assert not load_reference(whole.ref_model, tmp_path)
 
 
 def test_a_student_with_blocks_learns_from_a_teacher_without(make_trainer: Any, tmp_path: Path) -> None:
