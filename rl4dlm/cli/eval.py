@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,13 @@ def _rewards(arguments: argparse.Namespace) -> Rewards | None:
     threshold = arguments.reward_threshold
     if threshold is None and arguments.dataset is not None:
         threshold = 1.0
-    return Rewards(dict(zip(names, load_rewards(names), strict=True)), threshold=threshold)
+    return Rewards(dict(zip(_short(names), load_rewards(names), strict=True)), threshold=threshold)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without the folders of files, where that leaves them distinct: they become columns of tables."""
+    short = [name.rpartition("/")[2] for name in names]
+    return short if len(set(short)) == len(short) else list(names)
 
 
 def _decodings(arguments: argparse.Namespace) -> dict[str | int, DecodingConfig]:

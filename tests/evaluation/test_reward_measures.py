@@ -8,7 +8,7 @@ from math import sqrt
 import pytest
 
 from rl4dlm import DecodingConfig, evaluate, load_task, tiny_diffusion_gemma, tiny_llada, tiny_sdar, tiny_tokenizer
-from rl4dlm.cli import main
+from rl4dlm.cli import eval as command, main
 from rl4dlm.evaluation import DatasetTask, Rewards, read_results
 from rl4dlm.models.loading import save_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -192,3 +192,14 @@ def test_sudokus_protocols_are_labelled():
     assert [label.partition(",")[0] for label in labels.values()] == ["0-shot", "3-shot", "1-shot"]
     assert all("leak-free" in label for label in labels.values())
     assert load_task("countdown").protocol == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["gsm8k", "some/folder/mine.py:score"], ["gsm8k", "mine.py:score"]),
+        (["a/mine.py:score", "b/mine.py:score"], ["a/mine.py:score", "b/mine.py:score"]),
+    ],
+)
+def test_columns_are_named_without_folders_where_names_stay_distinct(names, shown):
+    assert command._short(names) == shown
