@@ -187,7 +187,9 @@ class GDSDTrainer(DiffusionPolicyTrainer):
         return of_noise(self.model, self.args.estimator())
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any]) -> Tensor | None:
-        """Rewards above the baseline."""
+        """Rewards above the baseline. Notes which completions have one: others have no target, and not one of 0."""
+        start = self.accelerator.process_index * len(batch["advantages"])
+        batch["graded"] = ~rewards.flatten()[start : start + len(batch["advantages"])].isnan()
         return above_baseline(rewards, self.args.baseline, self.args.scale_rewards)
 
     def compared(self, scores: PolicyScores) -> Tensor:
@@ -220,13 +222,15 @@ class GDSDTrainer(DiffusionPolicyTrainer):
                 moved = (pairs * length).clamp(math.log(1 - args.epsilon), math.log(1 + high)) / length
             each = self._penalty(moved - target).mean(-1)
         counts = mask.any(-1)
+        graded = counts & batch["graded"] if "graded" in batch else counts
+        each = each * graded
         if args.beta:
             apart = self.log_ratio_to(args.kl_target, self.compared(scores), batch)
             kl = kl_estimate(_pairs((weight * apart).sum(-1)), args.kl_estimator).mean(-1) / length[:, 0]
             each = each + args.beta * kl
             self.log_mean("kl", kl, counts)
         self.log_mean("gdsd/change", pairs.mean(-1), counts)
-        self.log_mean("gdsd/residual", (pairs - target).abs().mean(-1), counts)
+        self.log_mean("gdsd/residual", (pairs - target).abs().mean(-1), graded)
         self.log_entropy(scores, mask)
         return self.mean_over_rows(each * counts)
 

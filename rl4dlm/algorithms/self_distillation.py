@@ -416,8 +416,8 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
             )
 
     def _decode(self, *args: Any, **kwargs: Any) -> Rollout:
-        """By the reference, where its completions are wanted."""
-        if self.args.rollouts_by == "policy":
+        """By the reference, where its completions are learnt from; it is the policy that is evaluated."""
+        if self.args.rollouts_by == "policy" or not self.model.training:
             return super()._decode(*args, **kwargs)
         with ExitStack() as stack:
             stack.enter_context(self._as_taught())

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rl4dlm.cli.arguments import mapping
     from rl4dlm.models.loading import check_tokenizer, load_denoiser, load_tokenizer
     from rl4dlm.models.taught import warn_of_canvas
-    from rl4dlm.rollout.backends.http import TOKEN
+    from rl4dlm.rollout.backends.http import TOKEN, check_token
     from rl4dlm.rollout.backends.weights import Receiver
     from rl4dlm.rollout.decoding import DecodingConfig
     from rl4dlm.rollout.engine import RolloutEngine
@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"training-folder={folder!r} is not a folder; it is one that trainers write weights into")
     if folder is not None and not token:
         raise ValueError(f"training-folder={folder!r} needs {TOKEN} in the environment: who knows it may set weights")
+    if folder is not None and token:
+        check_token(token)
 
     console = Console(stderr=True)
     with bound_socket(arguments.host, arguments.port) as listener:

@@ -199,8 +199,8 @@ class WorkerPool:
             level = levels.require_sandbox()
         else:
             level = levels.LIMITS if self._lacking else levels.level_for_own()
-        if level not in self._sandboxes:
-            self._sandboxes[level] = Sandbox(level, self.workers, self._startup_seconds, self.preload)
+        if level not in self._sandboxes:  # in one step: of two threads both must get the one that `close` knows
+            self._sandboxes.setdefault(level, Sandbox(level, self.workers, self._startup_seconds, self.preload))
         try:
             self._sandboxes[level].start()
         except SandboxError as error:

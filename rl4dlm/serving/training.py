@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 
 import rl4dlm
 from rl4dlm.models.attention import BLOCK_KINDS
-from rl4dlm.rollout.backends.http import ABOUT, ROLLOUTS, WEIGHTS
+from rl4dlm.rollout.backends.http import ABOUT, ROLLOUTS, WEIGHTS, check_token
 from rl4dlm.rollout.backends.weights import Receiver, check_name
 from rl4dlm.rollout.backends.wire import FORMAT, Wanted, pack_rollout, unpack_request
 from rl4dlm.rollout.checks import check_call, check_parts, check_start
@@ -45,7 +45,7 @@ class Training:
     """Who may train with a server, and where its weights come from.
 
     Args:
-        token: that requests have to know, at least one character.
+        token: that requests have to know, at least one character, printable ASCII.
         receiver: of the served model.
     """
 
@@ -55,6 +55,7 @@ class Training:
     def __post_init__(self) -> None:
         if not self.token:
             raise ValueError("token='' is not allowed; it must have at least one character")
+        check_token(self.token)
 
 
 def add_training(app: FastAPI, training: Training, served: Served, worker: Worker) -> None:

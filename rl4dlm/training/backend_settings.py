@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from rl4dlm.likelihood.masks import check_choice
+from rl4dlm.rollout.backends.http import check_url
 
 BACKENDS = ("in_process", "http", "vllm", "sglang")
 
@@ -57,11 +57,7 @@ def check_backend_settings(config: Any) -> None:
                 f"{name}={getattr(config, name)!r} is not allowed with rollout_backend={config.rollout_backend!r}; "
                 + ("http://HOST:PORT is needed" if name == "rollout_url" else "a folder that the server sees is needed")
             )
-    parts = urlsplit(config.rollout_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-        raise ValueError(
-            f"rollout_url={config.rollout_url!r} is not allowed; it must be http://HOST:PORT or https://HOST:PORT"
-        )
+    check_url(config.rollout_url)
     if not 0 < config.rollout_timeout < math.inf:
         raise ValueError(
             f"rollout_timeout={config.rollout_timeout} is not allowed; it must be larger than 0, and finite"

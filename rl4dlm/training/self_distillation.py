@@ -58,7 +58,7 @@ class SelfDistillationConfig(RatioFreeConfig):
         entropy_temperature: divides the logits of that entropy.
         ddo_scale, ddo_negative_weight: b and a of `"ddo"`.
         rewarded_from: learn from completions whose reward is at least this; None: from all.
-        rollouts_by: `"policy"`, or `"teacher"`: completions of the reference.
+        rollouts_by: `"policy"`, or `"teacher"`: completions of the reference. Evaluation decodes with the policy.
         student_attention: `"block_causal"`: the student sees its own block and those before it, noisy ones, the teacher
             everything (D2F). The model is saved with that attention. None: as the model has it.
         num_iterations: passes over a batch of completions, each with states of its own.

@@ -71,7 +71,7 @@ def test_centred_logits_are_trained(make_trainer: Any) -> None:
 
 
 def loss_of(
-    make_trainer: Any, change: float, advantages: list[float], length: int = 8, **settings: Any
+    make_trainer: Any, change: float, advantages: list[float], length: int = 8, graded: Any = None, **settings: Any
 ) -> tuple[float, Tensor]:
     """Loss, and its gradient by scores `[B, K, L]`, where each token of one pair of views has changed by `change`."""
     trainer = make_trainer(
@@ -89,6 +89,10 @@ def loss_of(
         "advantages": torch.tensor(advantages, dtype=torch.float64),
         "old_per_token_logps": torch.full((rows, 2, length), -2.0, dtype=torch.float64),
     }
+    if graded is not None:
+        rewards = torch.where(torch.tensor(graded), 1.0, torch.nan).double()[None]
+        trainer.advantages(rewards, batch)
+        assert batch["graded"].tolist() == graded
     nothing = torch.zeros(rows, length, dtype=torch.float64)
     loss = trainer.loss(PolicyScores(nothing, nothing, views, scores), batch)
     return loss.item(), torch.autograd.grad(loss, scores)[0]
@@ -105,6 +109,15 @@ def test_the_target_is_approached_from_both_sides_and_kept(make_trainer: Any) ->
         assert bool((back * advantage >= 0).all()) and bool(back.any())
         there, none = loss_of(make_trainer, 2 * advantage, [advantage], psi=1.0)
         assert there == pytest.approx(0, abs=1e-15) and float(none.abs().max()) < 1e-12
+
+
+def test_without_a_reward_there_is_no_target(make_trainer: Any) -> None:
+    """A completion that could not be graded has an advantage of 0, and is not drawn back to the old policy."""
+    for unit in ("sequence", "token"):
+        loss, slope = loss_of(make_trainer, 0.4, [0.0, 0.0], graded=[True, False], unit=unit)
+        _, alone = loss_of(make_trainer, 0.4, [0.0], unit=unit)
+        assert loss > 0 and not slope[1].any()
+        torch.testing.assert_close(slope[0], alone[0] / 2)
 
 
 def test_residuals_of_tokens(make_trainer: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl4dlm import SelfDistillationConfig, SelfDistillationTrainer, tiny_llada
@@ -16,6 +17,7 @@ from rl4dlm.likelihood.student_states import StudentStates, teacher_views
 from rl4dlm.likelihood.views import Rows, Views
 from rl4dlm.models.distributions import divergence
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.training.moving_reference import REFERENCE_FILE, load_reference
 from rl4dlm.training.trainer import rows_of
 from tests.models.float64 import exactly_float64
 
@@ -315,7 +317,14 @@ def test_completions_may_be_the_references(make_trainer: Any, adapter: bool) -> 
     expected = plain_trainer.rollout(["abc0", "de1"])
     assert torch.equal(trainer.rollout(["abc0", "de1"]).canvas, expected.canvas)
     trainer.args.rollouts_by = "policy"
-    assert not torch.equal(trainer.rollout(["abc0", "de1"]).canvas, expected.canvas)
+    own = trainer.rollout(["abc0", "de1"]).canvas
+    assert not torch.equal(own, expected.canvas)
+    # It is the policy that is evaluated, whoever wrote what it learns from.
+    trainer.model.eval()
+    trainer.args.rollouts_by, row = "policy", trainer._eval_rows
+    own = trainer.rollout(["abc0", "de1"]).canvas
+    trainer.args.rollouts_by, trainer._eval_rows = "teacher", row
+    assert torch.equal(trainer.rollout(["abc0", "de1"]).canvas, own)
 
 
 def test_rounds_and_moving_averages_are_trls(make_trainer: Any) -> None:
@@ -324,6 +333,26 @@ def test_rounds_and_moving_averages_are_trls(make_trainer: Any) -> None:
     trainer.train()
     for p, q in zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_run_that_is_resumed_has_the_reference_that_it_had(make_trainer: Any, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, **SAME}
+    more |= {"hard_weight": 1.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    whole = build(make_trainer, **more)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-3"
+    assert (checkpoint / REFERENCE_FILE).is_file()
+    resumed = build(make_trainer, **more)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for owner in ("model", "ref_model"):
+        pairs = zip(getattr(whole, owner).parameters(), getattr(resumed, owner).parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs), owner
+    other = {f"x.{name}": value for name, value in load_file(checkpoint / REFERENCE_FILE).items()}
+    save_file(other, tmp_path / REFERENCE_FILE)
+    with pytest.raises(ValueError, match="of another reference model"):
+        load_reference(whole.ref_model, tmp_path)
+    (tmp_path / REFERENCE_FILE).unlink()
+    assert not load_reference(whole.ref_model, tmp_path)
 
 
 def test_a_student_with_blocks_learns_from_a_teacher_without(make_trainer: Any, tmp_path: Path) -> None:
@@ -354,6 +383,8 @@ def test_a_student_with_blocks_learns_from_a_teacher_without(make_trainer: Any, 
     expected = mean_of(batch, views, divergence(torch.cat(found), teacher, "forward_kl"))
     assert loss_and_gradient(trainer, batch)[0].item() == pytest.approx(expected.item(), abs=1e-9)
     assert expected.item() > 1e-3
+    trainer.model.eval()
+    assert len(trainer.rollout(["abc0", "de1"])) == 2  # evaluation is the student's
     trainer.train()
     spec = DiffusionSpec.of(trainer.model)
     assert (spec.attention, spec.block_length) == ("block_causal", BLOCK)
@@ -404,3 +435,13 @@ def test_an_adapter_on_the_head_needs_classes(make_trainer: Any) -> None:
     with pytest.raises(ValueError, match="distill_top_k=None is not supported with modules_to_save for the head"):
         build(make_trainer, distill_top_k=None, peft_config=lora, model=tiny_llada(), **SAME)
     assert build(make_trainer, distill_top_k=4, peft_config=lora, model=tiny_llada(), **SAME).ref_model is None
+
+
+def test_steps_of_the_teacher_that_have_nothing_left_to_write(make_trainer: Any) -> None:
+    trainer = build(make_trainer, teacher_steps=4, share_range=[0.0, 0.0])
+    batch = batch_of(trainer)
+    views = trainer._draw(rows_of(batch), 0)
+    assert bool((views.scored.sum(-1) == 1).all())
+    loss = loss_and_gradient(trainer, batch)[0]
+    trainer.args.teacher_steps = 1
+    assert loss.item() == pytest.approx(loss_and_gradient(trainer, batch)[0].item(), abs=1e-12)

@@ -186,6 +186,7 @@ def test_these_paths_are_off_and_need_a_token(served: Any) -> None:
     [
         ("/no/such", TOKEN, "training-folder='/no/such' is not a folder"),
         ("/tmp", None, f"training-folder='/tmp' needs {http.TOKEN} in the environment"),
+        ("/tmp", "secret\n", f"{http.TOKEN} begins or ends with a space"),
     ],
 )
 def test_the_command_needs_a_folder_and_a_token(

@@ -37,6 +37,10 @@ from rl4dlm.training.config import DiffusionPolicyConfig
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
+# All of it is said: an engine fills in what is not from the checkpoint's generation_config.json.
+SAMPLING = {"temperature": 0.8, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
 class Fake:
     """Answers as vLLM 0.23 and SGLang 0.5 are documented to. `greedy`: as an engine that does not draw."""
 
@@ -164,13 +168,12 @@ def test_a_trainer_that_scores_completions_alone_learns_from_other_engines(kind:
             "model": "google/a-model",
             "max_tokens": 8,
             "return_token_ids": True,
-            "temperature": 0.8,
-            "top_p": 1.0,
+            **SAMPLING,
         }
         assert all(wanted.items() <= body.items() and body["prompt"] for body in bodies)
     else:
         assert [len(body["input_ids"]) for body in bodies] == [8, 8]
-        assert bodies[0]["sampling_params"] == {"max_new_tokens": 8, "temperature": 0.8, "top_p": 1.0}
+        assert bodies[0]["sampling_params"] == {"max_new_tokens": 8, **SAMPLING}
 
 
 def test_an_engine_that_does_not_draw_is_found_out(make: Any, fake: Fake, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,6 +253,7 @@ def forward_reward(completions: list[str], nfe: Any = None, **columns: Any) -> l
         ({"rollout_batch_size": 4}, "rollout_batch_size=4 is not allowed"),
         ({"rollout_url": None}, "rollout_url=None is not allowed"),
         ({"rollout_url": "ftp://x"}, "rollout_url='ftp://x' is not allowed; it must be http"),
+        ({"rollout_url": "http://x:99999"}, "rollout_url='http://x:99999' is not allowed; it must be http"),
         ({"rollout_weights_dir": "/no/such"}, "rollout_weights_dir='/no/such' is not a folder"),
         ({"rollout_timeout": 0}, "rollout_timeout=0 is not allowed"),
         ({"rollout_backend": "in_process"}, "rollout_url=.*has no effect with rollout_backend='in_process'"),
@@ -263,10 +267,48 @@ def test_what_a_run_needs_is_asked_before_it_starts(make: Any, fake: Fake, chang
     assert not fake.weights
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`read(n)` of Python's client takes the part that came for the whole."""
+    monkeypatch.setattr(http, "WAITS", (0.0,))
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *given: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "10")
+            self.end_headers()
+            self.wfile.write(b"0123456789" if len(asked) == 2 else b"0123")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    asker = http.Http(f"http://127.0.0.1:{server.server_address[1]}", 20.0)
+    try:
+        assert asker.ask("/x") == b"0123456789" and len(asked) == 2
+        with pytest.raises(BackendError, match=r"failed at /x: IncompleteRead\(4 bytes read, 6 more expected\)"):
+            asker.ask("/x")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("token", ["secret\n", " secret", "gehe\u00efm"])
+def test_a_token_that_no_header_can_hold_is_not_shown(token: str) -> None:
+    with pytest.raises(ValueError, match="RL4DLM_ROLLOUT_TOKEN begins or ends") as error:
+        http.Http("http://127.0.0.1:1", 1.0, token)
+    assert token.strip() not in str(error.value)
+
+
 def test_a_policy_must_be_whole(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="rollout_backend='vllm' is not supported for a policy with an adapter"):
         make(peft_config=adapter)
+    # Biases that are trained are the base's, which the server has as they were.
+    with pytest.raises(ValueError, match="LoRA adapter with bias='all' cannot come from a server"):
+        make("http", peft_config=LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
     monkeypatch.setattr(DiffuGRPOTrainer, "_sharded", True)
     with pytest.raises(ValueError, match="rollout_backend='http' is not supported under FSDP"):
         make("http")

@@ -257,8 +257,14 @@ class SGLangBackend(EngineBackend):
 
 
 def _sampling(config: DecodingConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p}
-    return {**found, "top_k": config.top_k} if config.top_k else found
+    """All of it: what is left out takes the values of the checkpoint's `generation_config.json`."""
+    return {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
 
 
 def _first(said: Any, name: str) -> dict[str, Any]:

@@ -37,6 +37,27 @@ MAX_ANSWER = 2**34
 """Bytes of an answer at most."""
 
 
+def check_url(url: str) -> None:
+    """Raises ValueError for a URL that is not that of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.username
+        fits = fits and parts.port != 0
+    except ValueError:  # no port has such a number
+        fits = False
+    if not fits:
+        raise ValueError(f"rollout_url={url!r} is not allowed; it must be http://HOST:PORT or https://HOST:PORT")
+
+
+def check_token(token: str) -> None:
+    """Raises ValueError for a token that a header cannot hold, such as one with the end of a line; it is not shown."""
+    if token != token.strip() or not all(" " <= letter <= "~" for letter in token):
+        raise ValueError(
+            f"{TOKEN} begins or ends with a space, or has an end of line or a letter beyond ASCII, which a request "
+            "cannot carry; it must be printable ASCII"
+        )
+
+
 class Http:
     """One server.
 
@@ -45,13 +66,13 @@ class Http:
         token: sent as a bearer token; None: there is none.
 
     Raises:
-        ValueError: another kind of URL.
+        ValueError: another kind of URL, or a token that no header can hold.
     """
 
     def __init__(self, url: str, timeout: float, token: str | None = None) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            raise ValueError(f"rollout_url={url!r} is not allowed; it must be http://HOST:PORT or https://HOST:PORT")
+        check_url(url)
+        if token is not None:
+            check_token(token)
         self.url, self.timeout, self.token = url.rstrip("/"), timeout, token
         # A redirect would hand the token to another host, and machines of a cluster are not behind a proxy.
         self._opener = urllib.request.build_opener(_NoRedirects(), urllib.request.ProxyHandler({}))
@@ -68,6 +89,8 @@ class Http:
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
                     data: bytes = response.read(MAX_ANSWER)
+                    if response.length:  # which a read of so many bytes does not mind
+                        raise http.client.IncompleteRead(data, response.length)
                     return data
             except urllib.error.HTTPError as error:
                 said = f"status {error.code}: {_sentence(error)}"
@@ -143,7 +166,8 @@ class HTTPBackend:
         token: that the server was started with; None: what the environment's `RL4DLM_ROLLOUT_TOKEN` says.
 
     Raises:
-        ValueError: a bad URL, no token, no such folder, or a server with another kind of model.
+        ValueError: a bad URL, no token or one that no header can hold, no such folder, or a server with another kind
+            of model.
         BackendError: the server does not answer, or refuses the token.
     """
 

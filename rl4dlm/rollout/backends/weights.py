@@ -37,10 +37,10 @@ _SAMPLED = 16
 _IGNORED = ("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version")
 _LORA = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "fan_in_fan_out",
-    "bias", "use_rslora", "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "use_rslora", "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "init_lora_weights",
 )  # fmt: skip
-"""Settings of an adapter that a server takes over."""
+"""Settings of an adapter that a server takes over. Not `bias`, which trains biases of the base."""
 
 
 def check_name(name: Any) -> str:
@@ -164,14 +164,16 @@ def fingerprint(model: Any) -> str:
     were loaded in another dtype."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.sha256()
-    for name, value in sorted(base.state_dict().items()):
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        clean = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    named = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+        for name, value in base.state_dict().items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
+    for name, value in sorted(named.items()):  # in the order of a model without an adapter
         flat = value.detach().reshape(-1)
         places = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLED, len(flat)), dtype=torch.float64).long()
         some = flat[places.to(flat.device)].to(torch.bfloat16).view(torch.int16).tolist()
-        digest.update(json.dumps([clean, list(value.shape), some]).encode())
+        digest.update(json.dumps([name, list(value.shape), some]).encode())
     return digest.hexdigest()
 
 

@@ -204,6 +204,8 @@ class _Rules:
         last = step.memory.rows.get(LAST, torch.zeros_like(step.step, dtype=torch.bool))
         waits = (scores == -torch.inf) & ~last[:, None]  # what is deferred, until the block ends
         chosen = step.memory.slots[CHOSEN] & ~(waits & step.eligible)
+        # Where all of them wait, the best of the other slots: the engine's own way out, much later, knows no edits.
+        chosen = chosen | (best(scores, step.eligible) & ~chosen.any(-1, keepdim=True))
         step.memory.slots[CHOSEN], step.memory.rows[BUSY] = chosen, chosen.any(-1)
         return chosen & step.eligible & ~self._is_edit(step)
 

@@ -253,3 +253,19 @@ def test_models_with_blocks_are_cached_exactly(kind: str, temperature: float):
 def test_settings_that_mean_nothing_are_refused(arguments: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         hand.decode(always((A, 0.9)), 1, "levenshtein", arguments)
+
+
+@pytest.mark.parametrize("waits", [[t for t in range(VOCAB) if t % 2], [t for t in range(VOCAB) if t != A]])
+def test_where_all_that_is_chosen_waits_other_slots_are_written(waits: list[int]):
+    """Edits stay edits, and no step goes by with nothing done."""
+    wishes = [(B, 0.9), (C, 0.8), (D, 0.4), (A, 0.3)]
+    rollout = decode(always(*wishes), 4, {"editing_threshold": 1.0}, defer_token_ids=waits)
+    states = hand.states(rollout)
+    assert len(states) <= 6 and rollout.canvas.tolist() == [[B, C, D, A]]
+    edits = [(DELETE, 0.9), (INSERT, 0.8)]
+
+    def then(canvas: tuple[int, ...]) -> list[Wish]:
+        return edits if all(token == MASK for token in canvas) else [(B, 0.9), (C, 0.8)]
+
+    rollout = decode(then, 2, {"editing_threshold": 1.0, "max_post_steps": 2}, defer_token_ids=[DELETE, INSERT, B, C])
+    assert DELETE not in rollout.canvas and INSERT not in rollout.canvas and len(hand.states(rollout)) <= 6
