@@ -265,7 +265,7 @@ def make_sft(folder: Path, model: Any, tokenizer: Any, options: argparse.Namespa
         warmup_steps=min(20, options.sft_steps),
         block_length_schedule=growing if phase and options.start is None else None,
     )
-    trainer.train()
+    train(trainer)
     save_denoiser(trainer.model, folder, tokenizer)
     return {"history": history(trainer, "loss"), "validation_loss": round(trainer.evaluate()["eval_loss"], 4)}
 
@@ -322,7 +322,7 @@ def make_more(
             train_dataset=rows.remove_columns("solution"),
             processing_class=tokenizer,
         )
-    trainer.train()
+    train(trainer)
     save_denoiser(trainer.model, folder, tokenizer)
     return {
         "steps": trainer.state.global_step,
@@ -442,6 +442,14 @@ def sft_trainer(
         eval_dataset=examples("validation"),
         processing_class=tokenizer,
     )
+
+
+def train(trainer: Any) -> None:
+    """Trains to the end, or ends the program: a signal asks trainers to stop early, and that is no stage."""
+    trainer.train()
+    limited = any(isinstance(callback, ProcessorLimit) for callback in trainer.callback_handler.callbacks)
+    if trainer.state.global_step < trainer.state.max_steps and not limited:
+        raise SystemExit(f"training was stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps")
 
 
 class ProcessorLimit(TrainerCallback):

@@ -91,6 +91,16 @@ def test_stages_that_are_there_are_not_made_again(run: Any, monkeypatch: pytest.
         run("--sft-batch", "2")
 
 
+def test_a_training_that_is_stopped_leaves_no_stage(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+    monkeypatch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_end", stop)
+    with pytest.raises(SystemExit, match="training was stopped after 1 of 8 steps"):
+        run("--work", str(run.folder / "stopped"))
+    assert not (run.folder / "stopped" / "sft-0.json").exists()
+
+
 def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
         script.main(["--methods", "more-sft", "rl"])
@@ -141,3 +151,20 @@ def test_the_committed_results_are_of_the_test_split_and_of_tasks_as_the_script_
         assert measured["prompts"] == [row["prompt"] for row in rows[: len(measured["prompts"])]]
         for m in measured["solved"].values():
             assert m["interval"][0] <= m["solve_rate"] <= m["interval"][1] and m["prompts"] == settings["prompts"]
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = script.rows_of(committed("adapt_small_lm_countdown"))
+    four = {
+        title: [model["measured"]["solved"]["4"]["solve_rate"] for model in models] for title, models in rows.items()
+    }
+
+    def of(title: str) -> str:
+        return f"{sum(four[title]) / len(four[title]):.3f}"[1:]
+
+    seeds = ", ".join(f"{share:.3f}"[1:] for share in four["RL: CJ-GRPO"])
+    assert f"solves {of('masked SFT')} of its test prompts at four tokens per step" in readme
+    assert f"RL takes that to {of('RL: CJ-GRPO')} (three seeds: {seeds})" in readme
+    assert f"more supervised training to {of('control: SFT goes on')}, random rewards to" in readme
+    assert readme.partition("random rewards to ")[2].startswith(of("control: CJ-GRPO with random rewards"))
