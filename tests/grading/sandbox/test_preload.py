@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,15 @@ def test_nothing_else_is_open(level: str, folder: Path) -> None:
     beside, here = str(folder.parent / "secret"), str(folder / "own_helper.py")
     refused = (f"own_module.read({beside!r})", "own_module.read('/etc/passwd')", "socket.socket()", "os.fork()",
                f"open({here!r}, 'a')", "os.listdir('/var')", "os.listdir('/proc')", "os.kill(os.getppid(), 0)",
-               f"os.listdir({str(Path(__file__).parents[3])!r})")  # fmt: skip
+               f"own_module.read({str(Path(__file__))!r})")  # fmt: skip
     with Sandbox(level, 1, preload=("own_module",)) as sandbox:
         assert [result.status for result in ask(sandbox, *refused)] == ["error"] * len(refused)
         assert ask(sandbox, f"own_module.read({here!r})")[0].value == "VALUE = 7\n"
+        # Nothing of the checkout, but its name and the environment's where that lies in it: a way to packages.
+        checkout = Path(__file__).parents[3]
+        (listed,) = ask(sandbox, f"os.listdir({str(checkout)!r})")
+        ways = {Path(sys.prefix), *Path(sys.prefix).parents}
+        assert listed.status == "error" or {checkout / name for name in listed.value} <= ways
         (written,) = ask(sandbox, "open('new', 'w').write('x')")
         assert written.status == ("value" if level == "namespaces" else "error")  # an empty folder, in another place
     with Sandbox(level, 1) as alone:
