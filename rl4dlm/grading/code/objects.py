@@ -13,10 +13,9 @@ from rl4dlm.grading.code.evaluate import METHODS
 
 _DATA = (str, bytes, int, float, complex, bool, list, tuple, dict, set, frozenset, type(None))
 _OF_DATA = frozenset(name for kind in _DATA for name in dir(kind))
-_WITHOUT_ARGUMENTS = frozenset(
-    "isdigit isalpha isalnum isnumeric isspace isupper islower upper lower title keys values items".split()
-)
-_OPTIONAL = frozenset("strip lstrip rstrip split splitlines".split())
+_QUESTIONS = ("isdigit", "isalpha", "isalnum", "isnumeric", "isspace", "isupper", "islower")
+_WITHOUT_ARGUMENTS = frozenset([*_QUESTIONS, "upper", "lower", "title", "keys", "values", "items"])
+_OPTIONAL = frozenset(["strip", "lstrip", "rstrip", "split", "splitlines"])
 _WITH_ARGUMENTS = frozenset(METHODS) - _WITHOUT_ARGUMENTS - _OPTIONAL
 
 
