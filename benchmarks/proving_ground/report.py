@@ -39,6 +39,8 @@ CHEAPEST = "diffu_grpo"
 """What costs are compared with."""
 UNPAID = "lightningrl+no_speed"
 """What a reward of speed is compared with, seed by seed."""
+PRICED = ("inexact", "views")
+"""Questions whose tables say what runs have fed and taken: it is what they are about."""
 SEEDS = 3
 """Fewest that a line of a table is complete with."""
 MISSING = "–"
@@ -159,8 +161,8 @@ def of_group(group: Group, results: Results) -> str:
         nature.append([LINES[name].title, *_nature(found), *_price(found)])
     first = ["", "points gained at 4, by seed from lowest to highest"]
     first += [s if s != "threshold" else "0.9 sure" for s in speeds] + ["tokens per forward where 0.9 sure", "area"]
-    second = ["", "pass@1", "pass@8", "length", "ended", "empty", "drift, nats", "completions", "positions fed, M"]
-    parts = [markdown(first, accuracy), markdown([*second, "CPU s"], nature), *_notes(results, [group])]
+    second = ["", "pass@1", "pass@8", "length", "ended", "empty", "drift, nats", *PRICE]
+    parts = [markdown(first, accuracy), markdown(second, nature), *_notes(results, [group])]
     return "\n\n".join(parts)
 
 
@@ -182,8 +184,11 @@ def answers(question: str, results: Results) -> str:
         for group in groups:
             at_most = results.gains(group, name, "1")
             cells += [interval(results.gains(group, name)), interval(at_most)]
+            if question in PRICED:
+                cells += _price(results.runs[group].get(name, ()))
         rows.append(cells)
-    heads = [f"{', '.join(group)}: at {speed}" for group in groups for speed in (TRAINED, 1)]
+    measured = (f"at {TRAINED}", "at 1", *(PRICE if question in PRICED else ()))
+    heads = [f"{', '.join(group)}: {what}" for group in groups for what in measured]
     text = markdown(["points gained, by tokens per step", "settings", *heads], rows)
     return f"{text}\n\nNot run: {', '.join(open_ones)}." if open_ones else text
 
@@ -301,6 +306,9 @@ def _pass(of: Callable[[Sequence[int], int], float], k: int, result: Result) -> 
     """pass@k, or its interval; of all completions where there are fewer."""
     right = result["measured"]["drawn"]["right"]
     return of(right, min(k, len(right) - 1))
+
+
+PRICE = ("completions", "positions fed, M", "CPU s")
 
 
 def _price(found: Sequence[Result]) -> list[str]:
