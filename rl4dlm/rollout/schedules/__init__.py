@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rl4dlm.rollout.schedules import (
     adablock,
+    bernoulli,
     ctrldiff,
     d2f,
     daedal,
@@ -35,6 +36,7 @@ from rl4dlm.rollout.schedules.registry import register
 
 __all__ = [
     "adablock",
+    "bernoulli",
     "ctrldiff",
     "d2f",
     "daedal",

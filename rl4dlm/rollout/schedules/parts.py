@@ -48,6 +48,7 @@ class Step:
         mask_token_id, eos_token_ids: of the model.
         selection_log_prob: `[R]`, for parts that draw positions to add the log-probability of their draw to.
         extra_forwards: long `[R]`, for parts that run another model to count its forwards in.
+        noted: what a policy saw and chose, for the record; parts put it there (`rl4dlm.rollout.requests`).
     """
 
     tokens: Tensor
@@ -73,6 +74,7 @@ class Step:
     eos_token_ids: tuple[int, ...]
     selection_log_prob: Tensor
     extra_forwards: Tensor
+    noted: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def offsets(self) -> Tensor:
@@ -281,6 +283,7 @@ class Schedule:
             follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
         reads_entropy: some part looks at `step.drawn.entropy`, which is NaN else if the record does not keep it either.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
+        policy: the network that decides, where one does; what it sees and chooses is then in `step.noted`.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
 
@@ -306,6 +309,7 @@ class Schedule:
     start_length: int | None = None
     reopens: bool = False
     draws_positions: bool = False
+    policy: Any = None
     memoryless: bool = False
     reads_entropy: bool = False
     check: Callable[[Any], None] | None = None
