@@ -71,6 +71,7 @@ SIGNATURES = {
     "confidence entropy block_stop predictions fillings filling_log_probs flagged",
     "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "ELBOKTOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
     "VRPOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
     "Views": "hidden weight ids",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -174,6 +175,7 @@ SETTINGS = {
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
+    "ELBOKTOConfig": "num_views complement one_view reward_baseline length_normalize",
     "VRPOConfig": "num_views complement steps block_length tokens_per_step step_weight one_view",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt num_predicted_steps",
 }
@@ -254,7 +256,8 @@ def test_parameters_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_settings_stay(name: str) -> None:
-    shared = [] if name in ("DiffusionSFTConfig", "VRPOConfig") else SETTINGS["DiffusionPolicyConfig"].split()
+    of_others = "DiffusionSFTConfig", "ELBOKTOConfig", "VRPOConfig"
+    shared = [] if name in of_others else SETTINGS["DiffusionPolicyConfig"].split()
     missing = {*shared, *SETTINGS[name].split()} - {field.name for field in fields(getattr(rl4dlm, name)) if field.init}
     assert not missing
 
