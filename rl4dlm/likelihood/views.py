@@ -23,6 +23,7 @@ class StepFacts:
         threshold: float `[B]`, the entropy that a step must reach to be scored; the same for all rows of a batch.
         shown: long `[B, K, L]`, the canvas before each of K steps, the mask token where it was open.
         predicted: long `[B, K, L]`, what the step would have made of it at once.
+        rank: long `[B, L]`, the place of each token among those that its step chose, -1 where none was drawn.
     """
 
     entropy: Tensor | None = None
@@ -30,6 +31,7 @@ class StepFacts:
     threshold: Tensor | None = None
     shown: Tensor | None = None
     predicted: Tensor | None = None
+    rank: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> StepFacts:
         return StepFacts(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
