@@ -68,7 +68,8 @@ SIGNATURES = {
     "MDPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "StableDRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
-    "confidence entropy block_stop predictions fillings filling_log_probs flagged commit_rank",
+    "confidence entropy block_stop predictions fillings filling_log_probs flagged commit_rank policy_features "
+    "policy_allowed policy_chosen blocks",
     "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "ELBOKTOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
