@@ -72,7 +72,7 @@ SIGNATURES = {
     "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "VRPOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
-    "Views": "hidden weight ids",
+    "Views": "hidden weight ids targets absent",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "adapt_causal_lm": (
         "path tokenizer attention block_length grid_origin logit_shift mask_token dtype device "
@@ -147,7 +147,7 @@ SETTINGS = {
     ),
     "DiffusionSFTConfig": (
         "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "
-        "ar_loss_weight noise_floor eos_padding random_truncation"
+        "ar_loss_weight noise_floor eos_padding random_truncation turns"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
     "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",

@@ -109,6 +109,18 @@ def fitting(dataset: Any, most: int | None) -> Any:
     return found
 
 
+def check_answers(row: dict[str, Any]) -> dict[str, Any]:
+    """The row. Raises ValueError if all of its turns are targets, so that where answers end is not known."""
+    column = "messages" if row.get("messages") else "completion"
+    messages = row.get(column)
+    if isinstance(messages, list) and len(messages) > 1:
+        raise ValueError(
+            f"example {row['example_id']} has {len(messages)} messages in `{column}`, all of them targets; `turns` "
+            "needs to know the assistant's: set assistant_only_loss to True"
+        )
+    return row
+
+
 def prompt_length(prompt_ids: list[int], ids: list[int]) -> int:
     """Length of the prompt in tokens. Raises ValueError unless it is a prefix of prompt and completion."""
     if ids[: len(prompt_ids)] != prompt_ids:
