@@ -294,7 +294,8 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
         evaluation; None: as the model is.
 
         K is 1, or 2 with complementary masks; with `turns` it may be more, see `by_turn`. A function of (seed, example,
-        optimizer step); in evaluation of the example alone, and by the plain bound whatever the settings of adaptation are.
+        optimizer step); in evaluation of the example alone, and by the plain bound whatever the settings of adaptation
+        are.
         """
         args, training = self.args, self.model.training if training is None else training
         ids = inputs["example_id"]  # [B]
