@@ -147,7 +147,8 @@ SETTINGS = {
     ),
     "DiffusionSFTConfig": (
         "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "
-        "ar_loss_weight noise_floor eos_padding random_truncation turns"
+        "ar_loss_weight noise_floor eos_padding random_truncation turns causal_weight causal_layers causal_ratio "
+        "causal_decay_steps causal_value_grad"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
     "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
@@ -222,6 +223,9 @@ METRICS = {
     "diffusion/audit_ratio",
     "diffusion/early_eos_share",
     "diffusion/explained_variance",
+    "diffusion/causal_loss",
+    "diffusion/causal_ratio",
+    "diffusion/causal_weight",
     "diffusion/effective_sample_share",
     "diffusion/filling_advantage_share",
     "diffusion/filling_reward",

@@ -13,6 +13,7 @@ from trl import SFTConfig
 from rl4dlm.likelihood.turns import TURNS
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.sft.causal_attention import CausalAttentionSettings
 from rl4dlm.sft.settings import AdaptationSettings
 from rl4dlm.tracking.trackers import TrackerSettings
 from rl4dlm.training.config import set_but_not_supported
@@ -31,8 +32,8 @@ _NOT_SUPPORTED = {
 
 
 @dataclass
-class DiffusionSFTConfig(AdaptationSettings, TrackerSettings, SFTConfig):
-    """Settings of masked SFT: those of `trl.SFTConfig` and of `AdaptationSettings`, with these added.
+class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSettings, SFTConfig):
+    """Settings of masked SFT: those of `trl.SFTConfig`, `AdaptationSettings` and `CausalAttentionSettings`, with these.
 
     Args:
         noise_floor: eps, the smallest level; weights are at most 1/eps.
@@ -129,10 +130,18 @@ class DiffusionSFTConfig(AdaptationSettings, TrackerSettings, SFTConfig):
                 "are not there for them; use another weight, or turns='together'"
             )
         self.check_adaptation(self.noise_floor)
+        self.check_causal()
+        for name in ("random_truncation", "attention_annealing_steps"):
+            if self.causal_weight and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with causal_weight={self.causal_weight} is not supported: tokens "
+                    "that are in an edge may be cut off, or hidden from each other; use one of them"
+                )
 
     def check_model(self, spec: DiffusionSpec) -> None:
         """Raises ValueError for settings that have no meaning for a model."""
         super().check_model(spec)
+        self.check_causal_model(spec)
         if self.turns != TURNS[0] and spec.attention not in BLOCK_KINDS:
             raise ValueError(
                 f"turns={self.turns!r} needs a model that denoises block by block (attention "

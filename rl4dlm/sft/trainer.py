@@ -17,10 +17,12 @@ TRL's SFT trainer prepares the data and runs the loop; this file replaces its lo
   whose first point hides next to nothing at weight 1/eps.
 
 `AdaptationSettings` has what turns an autoregressive model into a denoiser: other weights, masks and block lengths.
+`CausalAttentionSettings` adds a loss that draws attention from effects to their causes.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +45,7 @@ from rl4dlm.models.taught import record_taught
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.sft.annealing import unseen_pairs
+from rl4dlm.sft.causal_attention import COLUMN, TOKENS, CausalAttentionTrainer, edges_to_tokens
 from rl4dlm.sft.config import DiffusionSFTConfig as DiffusionSFTConfig
 from rl4dlm.sft.data import (
     LEVEL_UNIT,
@@ -63,6 +66,8 @@ from rl4dlm.training.losses import denoising_cross_entropy
 from rl4dlm.training.model_card import base_name, model_card
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
+logger = logging.getLogger(__name__)
+
 check_contract(
     SFTTrainer,
     parameters={
@@ -79,7 +84,7 @@ check_contract(
 )
 
 
-class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
+class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:
@@ -143,6 +148,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
             )
         self.spec = DiffusionSpec.of(base_model(self.model))
         args.check_model(self.spec)
+        self.check_causal_run()
         record_taught(base_model(self.model).config, args.eos_padding, args.max_completion_length, args.max_length)
         check_tokenizer(self._tokenizer, self.spec)
         self.data_collator = DenoisingCollator(
@@ -157,7 +163,8 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         dataset = numbered(dataset)
-        tokenized = "input_ids" in (dataset.column_names or next(iter(dataset), {}))
+        columns: Any = dataset.column_names or next(iter(dataset), {})
+        tokenized = "input_ids" in columns
         with swapped(sft, "common_prefix_length", prompt_length), swapped(sft, "_tokenize", Rendering()):
             prepared_dataset = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
         if not tokenized:
@@ -165,11 +172,20 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
             if args.turns != "together" and not args.assistant_only_loss:
                 prepared_dataset = prepared_dataset.map(check_answers)
             prepared_dataset = prepared_dataset.map(until_end, fn_kwargs=given)
+        if COLUMN in columns and not args.causal_weight:
+            logger.warning("the column `%s` has no effect with causal_weight=0", COLUMN)
+        elif COLUMN in columns and not tokenized:
+            given = {
+                "tokenizer": processing_class,
+                "text_column": args.dataset_text_field,
+                "chat_template": self.chat_template,
+            }
+            prepared_dataset = prepared_dataset.map(edges_to_tokens, fn_kwargs=given)
         return fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for column in ("example_id", "noise_level"):
+        for column in ("example_id", "noise_level", TOKENS):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
@@ -215,6 +231,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
         targets = torch.as_tensor(sum(counts), device=device)
         if self.args.average_tokens_across_devices:
             targets = self.accelerator.gather(targets).sum()
+        self.count_effects_of_step(samples, device)
         return samples, targets
 
     def compute_loss(
@@ -229,16 +246,18 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
         targets = inputs["labels"] != NOT_A_TARGET
         real = inputs["attention_mask"].bool()
         ar_weight = self.args.ar_loss_weight if self.model.training else 0.0
-        scores = score_views(
-            model,
-            self.spec,
-            inputs["input_ids"],
-            real,
-            views,
-            prompt_lengths=_prompt_lengths(inputs),
-            next_tokens=_followers(targets) if ar_weight else None,
-            unseen=self._unseen(inputs),
-        )
+        with self.recorded_causes(inputs) as recorded:
+            scores = score_views(
+                model,
+                self.spec,
+                inputs["input_ids"],
+                real,
+                views,
+                prompt_lengths=_prompt_lengths(inputs),
+                next_tokens=_followers(targets) if ar_weight else None,
+                unseen=self._unseen(inputs),
+                share=not recorded.layers,  # rows of what was recorded are then those of the views
+            )
         self.note({"score": scores.log_probs}, inputs["example_id"])
         count = targets.sum() if num_items_in_batch is None else num_items_in_batch
         if num_items_in_batch is None and self.args.loss_weight == "cart" and self.model.training:
@@ -248,6 +267,8 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
             loss = loss + ar_weight * denoising_cross_entropy(
                 scores.next_log_probs, torch.ones_like(scores.next_log_probs), count
             )
+        guided = self.causal_loss(recorded, inputs, views.hidden.shape[1], in_step=num_items_in_batch is not None)
+        loss = loss if guided is None else loss + guided
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the denominator is global, and DDP averages gradients
         self._log(scores, views, inputs)
