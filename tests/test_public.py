@@ -74,7 +74,7 @@ SIGNATURES = {
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "ELBOKTOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
     "VRPOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
-    "Views": "hidden weight ids",
+    "Views": "hidden weight ids targets absent",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "adapt_causal_lm": (
         "path tokenizer attention block_length grid_origin logit_shift mask_token dtype device "
@@ -149,7 +149,8 @@ SETTINGS = {
     ),
     "DiffusionSFTConfig": (
         "loss_weight cart_p complementary_masks noise_levels mask_ratio_tilt block_length_schedule "
-        "ar_loss_weight noise_floor eos_padding random_truncation"
+        "ar_loss_weight noise_floor eos_padding random_truncation turns causal_weight causal_layers causal_ratio "
+        "causal_decay_steps causal_value_grad"
     ),
     "DreamCoderRLConfig": "cart_p substitute_groups",
     "EGSPOConfig": f"{_TRAJECTORY} step_lambda step_baseline",
@@ -225,6 +226,9 @@ METRICS = {
     "diffusion/audit_ratio",
     "diffusion/early_eos_share",
     "diffusion/explained_variance",
+    "diffusion/causal_loss",
+    "diffusion/causal_ratio",
+    "diffusion/causal_weight",
     "diffusion/effective_sample_share",
     "diffusion/filling_advantage_share",
     "diffusion/filling_reward",

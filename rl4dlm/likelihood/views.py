@@ -119,12 +119,15 @@ class Views:
         weight: float `[B, K, L]`, what the log-probability of a canvas token in a view counts for; zero: not computed.
         ids: long `[B, K, T]`, what hidden tokens are replaced by where that is not the mask token.
         targets: long `[B, K, L]`, the canvas tokens whose log-probabilities are wanted, where they are not the row's.
+        absent: bool `[B, K, T]`, the tokens that are not there for others of their own block, which do not see them at
+            all; None: there are none. For models that denoise block by block; finished blocks are seen whole.
     """
 
     hidden: Tensor
     weight: Tensor
     ids: Tensor | None = None
     targets: Tensor | None = None
+    absent: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.dim() != 3 or self.weight.dim() != 3 or self.hidden.shape[:2] != self.weight.shape[:2]:
@@ -136,6 +139,10 @@ class Views:
             raise ValueError(f"hidden must be bool and weight float; got {self.hidden.dtype} and {self.weight.dtype}")
         if self.weight.shape[2] > self.hidden.shape[2]:
             raise ValueError(f"a canvas of {self.weight.shape[2]} tokens does not fit into {self.hidden.shape[2]}")
+        if self.absent is not None and self.absent.shape != self.hidden.shape:
+            raise ValueError(
+                f"absent must be shaped as hidden, {list(self.hidden.shape)}; got {list(self.absent.shape)}"
+            )
         if self.ids is not None and self.ids.shape != self.hidden.shape:
             raise ValueError(f"ids must be shaped as hidden, {list(self.hidden.shape)}; got {list(self.ids.shape)}")
         if self.targets is not None and self.targets.shape != self.weight.shape:
