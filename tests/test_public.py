@@ -170,7 +170,9 @@ SETTINGS = {
         "states share_range block_states positions num_positions complement num_views teacher teacher_view "
         "teacher_share teacher_steps teacher_written teacher_order teacher_temperature divergence distill_top_k "
         "renormalize distill_temperature divergence_limit limit_entries divergence_weight hard_weight entropy_weight "
-        "entropy_temperature ddo_scale ddo_negative_weight rewarded_from rollouts_by student_attention"
+        "entropy_temperature ddo_scale ddo_negative_weight rewarded_from rollouts_by student_attention share_range_end "
+        "shares shares_exponent every_block state_block_length state_block_length_end teacher_context_column "
+        "teacher_prompt_template teacher_step teacher_step_doubles"
     ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "MDPOConfig": "num_trained_steps confidence_weights",

@@ -411,6 +411,8 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         given=batch.get("hinted"),
         commit_step=batch.get("commit_step"),
         facts=facts,
+        told_ids=batch.get("told_ids"),
+        told_mask=batch.get("told_mask"),
     )
 
 
