@@ -110,7 +110,7 @@ def filled(text: str, results: Results) -> str:
 
 
 def table(name: str, results: Results) -> str:
-    """One table: `overview`, `cost`, `speed`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
+    """One table: `overview`, `cost`, `speed`, `rates`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
 
     Raises:
         ValueError: there is no such table.
@@ -121,6 +121,8 @@ def table(name: str, results: Results) -> str:
         return cost(results)
     if name == "speed":
         return accuracy_over_speed(results)
+    if name == "rates":
+        return rates(results)
     if name == "figure":
         return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
     kind, _, rest = name.partition("/")
@@ -243,6 +245,21 @@ def accuracy_over_speed(results: Results, group: Group = ("few_clue_sudoku", "fu
         rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", pays, quick, faster, so, worse, four])
     heads = ["", "paid for speed", "tokens per forward", "more than unpaid", "solved so", "points more than unpaid"]
     return markdown([*heads, "solved at 4 per step"], rows)
+
+
+def rates(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
+    """What every algorithm gains with a third of its learning rate, with its own and with three times that."""
+    names = [name for name in ALGORITHMS if any(results.runs[group].get(f"{name}+{w}") for w in ("slow", "fast"))]
+    if not names:
+        return NOTHING
+    rows = []
+    for name in names:
+        three = (f"{name}+slow", name, f"{name}+fast")
+        cells = [interval(results.gains(group, each)) for each in three]
+        cells += [interval(results.gains(group, each, "1")) for each in three]
+        rows.append([ALGORITHMS[name].title, f"{Run(*group[:2], name).settings()['learning_rate']:g}", *cells])
+    heads = [f"{times}, at {speed}" for speed in (TRAINED, 1) for times in ("a third", "its own", "three times")]
+    return markdown(["points gained, by learning rate and tokens per step", "its own rate", *heads], rows)
 
 
 def _quick(found: Result) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
+from rl4dlm.likelihood.choices import Choices
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.distributions import PositionReduction
@@ -40,6 +41,7 @@ class ViewScores(NamedTuple):
     entropies: Tensor  # [B, K, L], in nats
     next_log_probs: Tensor | None = None  # [B, T], of tokens that were asked for as next tokens, zero elsewhere
     values: Tensor | None = None  # [B, K, L], of the states that tokens are predicted from, where asked for
+    choices: Tensor | None = None  # [B, K, L], log-probabilities of the choice of tokens' slots, where asked for
 
 
 def score_views(
@@ -60,6 +62,7 @@ def score_views(
     in_step: int | None = None,
     values: bool = False,
     of: str = "log_prob",
+    choices: Choices | None = None,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens, or the views' own, at the positions that the views score.
 
@@ -89,6 +92,8 @@ def score_views(
         values: ask the model's value head, too; not together with `next_tokens`.
         of: what the score of a token is, one of `rl4dlm.models.reductions.SCORES`: log-probabilities, or centred logits
             in the place of `log_probs`.
+        choices: ask the model's unmasking policy about the choices of the views' steps, too; not together with
+            `next_tokens`, `values` or guidance.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -114,7 +119,9 @@ def score_views(
     targets = ids.repeat_interleave(num_views, dim=0)
     if views.targets is not None:
         targets = torch.cat([targets[:, : length - canvas], views.targets.flatten(0, 1)], dim=1)
-    ask = {"score_targets": targets}
+    if choices is not None and (next_tokens is not None or values or cfg_scale > 0):
+        raise ValueError(f"choices are not supported with next_tokens, values or cfg_scale={cfg_scale}")
+    ask = {"score_targets": targets, **({} if choices is None else choices.asked)}
     if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
         following = next_tokens.new_zeros(batch, num_views, length)
         following[:, 0] = next_tokens
@@ -137,6 +144,8 @@ def score_views(
     log_probs, entropies = (each.view(batch, num_views, canvas) for each in found[:2])
     if values:
         return ViewScores(log_probs, entropies, values=found[2].view(batch, num_views, canvas))
+    if choices is not None:
+        return ViewScores(log_probs, entropies, choices=found[2].view(batch, num_views, canvas))
     return ViewScores(log_probs, entropies, found[2].view(batch, num_views, length)[:, 0] if len(found) > 2 else None)
 
 
@@ -277,16 +286,17 @@ class _Inputs:
     finished: Tensor | None = None  # long [R, L], the clean canvas, for models that denoise block by block
     prompt_lengths: Tensor | None = None  # long [R], for these, too
     unseen: Tensor | None = None  # bool [R, T, T]
+    absent: Tensor | None = None  # bool [R, T], tokens that the noisy copy lacks
     turns: int = 1  # so many forwards
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: Tensor) -> _Inputs:
-        finished, lengths, unseen = (
-            None if value is None else value[rows] for value in (self.finished, self.prompt_lengths, self.unseen)
-        )
-        return _Inputs(self.ids[rows], self.keys[rows], self.turn[rows], finished, lengths, unseen, self.turns)
+        others = {"finished": self.finished, "prompt_lengths": self.prompt_lengths, "unseen": self.unseen}
+        others["absent"] = self.absent
+        picked: dict[str, Any] = {name: None if value is None else value[rows] for name, value in others.items()}
+        return _Inputs(self.ids[rows], self.keys[rows], self.turn[rows], **picked, turns=self.turns)
 
     def all(self) -> tuple[Tensor, Tensor]:
         """What `distinct` says of rows that all differ."""
@@ -298,6 +308,7 @@ class _Inputs:
         parts = [self.turn[:, None], 2 * self.ids + self.keys]  # positions are counted from the first real token
         parts += [] if self.finished is None else [self.finished]
         parts += [] if self.prompt_lengths is None else [self.prompt_lengths[:, None]]
+        parts += [] if self.absent is None else [self.absent.long()]
         unique, of = torch.unique(torch.cat(parts, dim=1), dim=0, return_inverse=True)
         if len(unique) == len(self) and self.turns == 1:
             return self.all()
@@ -324,6 +335,11 @@ def _inputs(
 ) -> _Inputs:
     """Those of all views, `[B * K]`."""
     num_views, blocks = views.hidden.shape[1], spec.attention in BLOCK_KINDS
+    if views.absent is not None and (not blocks or given.noisy_history):
+        raise ValueError(
+            "views with absent tokens have a meaning for models that denoise block by block, with finished blocks "
+            f"before; here attention={spec.attention!r}"
+        )
 
     def of_views(values: Tensor) -> Tensor:
         return values.repeat_interleave(num_views, dim=0)
@@ -337,6 +353,7 @@ def _inputs(
         finished=of_views(finished) if blocks and not given.noisy_history else None,
         prompt_lengths=of_views(prompt_lengths) if blocks else None,
         unseen=None if given.unseen is None else of_views(given.unseen),
+        absent=None if views.absent is None else views.absent.flatten(0, 1),
         turns=turns,
     )
 
@@ -375,6 +392,8 @@ def _forward(
         extra["score_prompt_lengths"] = inputs.prompt_lengths
     if inputs.unseen is not None:
         extra["score_unseen"] = inputs.unseen
+    if inputs.absent is not None:
+        extra["score_absent"] = inputs.absent
     if reduction is not None:
         extra["score_reduce"] = reduction
     scores = model(input_ids=inputs.ids, attention_mask=inputs.keys, **ask, **settings, **extra)
@@ -383,8 +402,7 @@ def _forward(
     positions, following = ask["score_positions"], ask.get("score_next_tokens")
     count = len(scores.log_probs) - (0 if following is None else int(following.sum()))
     placed = [
-        values.new_zeros(positions.shape).masked_scatter(positions, values[:count])[:, -canvas:]
-        for values in (scores.log_probs, scores.entropies, *([scores.values] if settings.get("score_values") else []))
+        values.new_zeros(positions.shape).masked_scatter(positions, values[:count])[:, -canvas:] for values in scores
     ]
     if following is not None:
         values = scores.log_probs[count:]

@@ -30,8 +30,9 @@ from rl4dlm.models.canvas import canvas_states, denoises_canvases
 from rl4dlm.models.checkpoint import listed, unfinite
 from rl4dlm.models.distributions import HiddenStates
 from rl4dlm.models.in_turn import score_in_turn
-from rl4dlm.models.reductions import Reduction, TokenScores, ValuedScores, log_prob_reduction
+from rl4dlm.models.reductions import ChosenScores, Reduction, TokenScores, ValuedScores, log_prob_reduction
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.models.unmasking import choice_scores, slot_states
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in elements: 256 MiB in float32."""
@@ -69,8 +70,15 @@ def attach_scoring(model: Any) -> Any:
 
     - `score_unseen`: bool `[R, T, T]`, for full attention: pairs of a query and a key that are hidden from each other
       besides;
+    - `score_absent`: bool `[R, T]`, with `score_clean_ids`: tokens that the noisy copy lacks, so that their own block
+      does not see them; the clean copy has them;
     - `score_values`: True adds what the model's value head (`value_head.py`) makes of the state that each token is
       predicted from, without guidance, to a `ValuedScores`; not together with `score_reduce`;
+    - `score_states`: int W, with `score_reduce`: behind what the reduction finds comes the last hidden state that each
+      token of the last W columns is predicted from, `[R, W, D]`;
+    - `score_order`, `score_flags`, `score_time`: what the model's unmasking policy (`unmasking.py`) is asked about the
+      last L columns, `[R, L]`, `[R, L, 3]` and `[R]`; its log-probability of each scored token's place is then part of
+      a `ChosenScores`. For full attention, and not together with `score_reduce`, `score_values` or guidance;
     - `score_rows`: long `[N]`, or `[2 N]` with guidance: rows that ask for the same input share a forward. Positions,
       targets and `score_next_tokens` are then `[N, T]`, row i of them is about the fed row `score_rows[i]`, and with
       guidance u comes from the fed row `score_rows[N + i]`. Positions that several rows ask for go through the head
@@ -133,9 +141,14 @@ def _score(
     score_clean_ids: Tensor | None = None,
     score_next_tokens: Tensor | None = None,
     score_unseen: Tensor | None = None,
+    score_absent: Tensor | None = None,
     score_rows: Tensor | None = None,
     score_values: bool = False,
     score_of: str = "log_prob",
+    score_states: int | None = None,
+    score_order: Tensor | None = None,
+    score_flags: Tensor | None = None,
+    score_time: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     if isinstance(score_positions, tuple):
@@ -146,6 +159,8 @@ def _score(
     sources = (columns - spec.logit_shift).clamp(min=0)  # [n], which of the fed columns predicts each position
     if attention_mask is None and (spec.attention != "full" or score_unseen is not None or position_ids is None):
         attention_mask = torch.ones_like(input_ids)
+    if score_absent is not None and score_clean_ids is None:
+        raise ValueError("score_absent needs score_clean_ids: it is the noisy copy that lacks tokens")
     if score_next_tokens is not None and (score_clean_ids is None or spec.attention != "context_causal"):
         raise ValueError(
             "score_next_tokens needs score_clean_ids and attention='context_causal', whose clean copy is causal; here "
@@ -179,7 +194,8 @@ def _score(
             sources = torch.cat([sources, input_ids.shape[1] - first + followers[1] - 1])
         input_ids = torch.cat([input_ids[:, first:], score_clean_ids], dim=1)
         position_ids = torch.cat([position_ids[:, first:], position_ids], dim=1)
-        keys = torch.cat([keys[:, first:], keys], dim=1)
+        noisy = keys if score_absent is None else keys & ~score_absent
+        keys = torch.cat([noisy[:, first:], keys], dim=1)
     elif keys is not None:
         sight = one_copy(spec, position_ids, score_prompt_lengths, masked=input_ids == spec.mask_token_id)
     if score_unseen is not None:
@@ -196,6 +212,17 @@ def _score(
     hidden = model.base_model(
         attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
     ).last_hidden_state  # [R, T, D]
+    chosen: Tensor | None = None  # [n], of the unmasking policy
+    if score_order is not None:
+        unfit = score_reduce is not None or score_values or score_cfg_scale > 0 or spec.attention in BLOCK_KINDS
+        if unfit or score_flags is None or score_time is None:
+            raise ValueError(
+                "score_order needs score_flags, score_time and a model without blocks in its attention, and neither "
+                "score_reduce, score_values nor guidance"
+            )
+        states = slot_states(hidden, score_order.shape[1], spec.logit_shift, score_rows)
+        slots = columns - (input_ids.shape[1] - score_order.shape[1])
+        chosen = choice_scores(model, states, score_order, score_flags, score_time)[rows, slots]
     if score_reduce is None and score_targets is None:
         raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
     guides = None
@@ -206,7 +233,8 @@ def _score(
         assert score_targets is not None
         wanted = score_targets[rows, columns]
         settings = score_temperature, score_cfg_scale, score_values, score_of
-        return _score_shared(model, hidden, fed, sources, guides, wanted, *settings)
+        shared = _score_shared(model, hidden, fed, sources, guides, wanted, *settings)
+        return shared if chosen is None else ChosenScores(shared[0], shared[1], chosen)
     picked = hidden[fed, sources]  # [n, D]
     guide = None if guides is None else hidden[guides, sources]
     if score_reduce is None:
@@ -219,6 +247,10 @@ def _score(
     found = reduce_hidden(
         model, picked, guide, score_reduce, score_temperature, score_cfg_scale, sees_own=score_reduce_sees_own
     )
+    if score_states is not None:
+        return (*found, slot_states(hidden, score_states, spec.logit_shift, score_rows))
+    if chosen is not None:
+        return ChosenScores(found[0], found[1], chosen)
     return _with_values(model, found, picked) if score_values else found
 
 
@@ -288,6 +320,8 @@ def _score_canvases(
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """`_score` for models that denoise canvases over an encoded prefix."""
+    if kwargs.pop("score_absent", None) is not None:
+        raise ValueError(f"{type(model).__name__} denoises whole canvases: score_absent is not supported")
     if score_cfg_scale > 0 or score_next_tokens is not None:
         raise ValueError(
             f"{type(model).__name__} has no token to hide a prompt behind and no head on its encoder: score_cfg_scale="

@@ -123,6 +123,8 @@ class Trace:
         entropy: float `[N, L]`, of that softmax, in nats. None likewise, and unless it was asked for.
         block_stop: long `[N, L]`, end of the block that was active when each token was committed, a canvas offset, so
             that blocks that are not on a grid can be told; -1 at -1. None likewise.
+        commit_rank: long `[N, L]`, the place of each token in the order in which its step chose slots, from 0; -1 at -1
+            and in steps that were made before a row was taken up from a state. None where steps choose in no order.
         predictions: int32 `[N, K, L]`, the canvas before each step with every open slot filled by its most probable
             token. K: steps of the longest row, or `record_steps` if the settings name them; -1 where a row made no such
             step (or made it before it was taken up from a state), and at slots that did not exist. This and what
@@ -154,6 +156,7 @@ class Trace:
     fillings: Tensor | None = None
     filling_log_probs: Tensor | None = None
     flagged: Tensor | None = None
+    commit_rank: Tensor | None = None
     policy_features: Tensor | None = None
     policy_allowed: Tensor | None = None
     policy_chosen: Tensor | None = None
@@ -247,7 +250,7 @@ class Rollout:
         mine, others = self.trace, other.trace
         per_row = (
             "commit_step", "raw_log_prob", "log_prob", "steps", "start_length", "length", "confidence", "entropy",
-            "block_stop",
+            "block_stop", "commit_rank",
         )  # fmt: skip
         trace: dict[str, Any] = {name: picked(getattr(mine, name), getattr(others, name)) for name in per_row}
         for name, blank in _PER_STEP.items():

@@ -183,6 +183,9 @@ class Batch(Feed):
         if self.schedule.draws_positions:
             slots = self.slot + self.record.first
             self.record.log.selections.append((slots, self.total_step, step.selection_log_prob))
+        if step.order is not None:
+            slots = self.slot + self.record.first
+            self.record.log.orders.append((slots, torch.where(commit, step.order, -1)))
         self.extra_forwards = self.extra_forwards + step.extra_forwards
         self.block_step = self.block_step + 1
         self.total_step = self.total_step + 1

@@ -55,6 +55,7 @@ def recorded_columns(trace: Trace) -> dict[str, Tensor]:
     - `sampled_log_probs`: float `[N, L]`, under the distribution that it was drawn from; at a temperature above 0.
     - `commit_confidence`, `commit_entropy`: float `[N, L]`, of the untempered softmax after guidance and options.
     - `block_stop`: long `[N, L]`, end of the block that was active.
+    - `commit_rank`: long `[N, L]`, its place among those that the step chose, where steps choose in an order.
     - `selection_log_probs`: float `[N, S]`, of the choice of slots, or of blocks, at each step; where one was drawn.
     - `policy_features`: float `[N, S, ...]`, `policy_allowed`, `policy_chosen`: bool `[N, S, A]`, what a learned policy
       saw, could choose from and chose at each step; if it was recorded.
@@ -69,6 +70,7 @@ def recorded_columns(trace: Trace) -> dict[str, Tensor]:
         "commit_confidence": trace.confidence,
         "commit_entropy": trace.entropy,
         "block_stop": trace.block_stop,
+        "commit_rank": trace.commit_rank,
         "selection_log_probs": trace.selection_log_prob,
         "policy_features": trace.policy_features,
         "policy_allowed": trace.policy_allowed,

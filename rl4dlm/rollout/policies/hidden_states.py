@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rl4dlm.rollout.policies import plackett_luce
 from rl4dlm.rollout.policies.policy import Seen, UnmaskingPolicy
 from rl4dlm.rollout.policies.saving import register
 
@@ -29,8 +30,24 @@ ROTARY_BASE = 10000.0
 NORM_EPS = 1e-4
 
 
+class HiddenStatePolicy(UnmaskingPolicy):
+    """A policy whose features are the last hidden states of the canvas's slots, and which draws slots in an order.
+
+    Attributes:
+        hidden_size: D, of hidden states.
+    """
+
+    hidden_size: int
+
+    def log_factors(self, states: Tensor, order: Tensor, flags: Tensor, time: Tensor) -> Tensor:
+        """See `rl4dlm.models.unmasking.choice_scores`, which asks."""
+        masked, inside, exists = flags.unbind(-1)
+        utilities = self(Seen(states, masked, inside, exists, time))
+        return plackett_luce.log_factors(utilities, masked & inside, order - 1)
+
+
 @register
-class LinearPolicy(UnmaskingPolicy):
+class LinearPolicy(HiddenStatePolicy):
     """h_i = w x_i, of the last hidden state x_i of a slot.
 
     Args:
@@ -58,7 +75,7 @@ class LinearPolicy(UnmaskingPolicy):
 
 
 @register
-class UnmaskingPolicyModule(UnmaskingPolicy):
+class UnmaskingPolicyModule(HiddenStatePolicy):
     """LLaDOU's, see the module's docstring.
 
     Args:

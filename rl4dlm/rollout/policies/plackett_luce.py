@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.schedules.parts import ranks
+from rl4dlm.rollout.ranking import ranks
 
 
 def draw(utilities: Tensor, eligible: Tensor, counts: Tensor, uniforms: Tensor) -> Tensor:

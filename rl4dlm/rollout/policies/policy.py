@@ -13,8 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-ATTRIBUTE = "unmasking_policy"
-"""Where a model has its policy; `rl4dlm.models.scoring` looks there, too."""
+from rl4dlm.models.unmasking import ATTRIBUTE
 
 
 @dataclass(frozen=True)

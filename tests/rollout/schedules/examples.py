@@ -18,7 +18,9 @@ from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
 from rl4dlm.rollout.policies.bernoulli import BernoulliPolicy
+from rl4dlm.rollout.policies.hidden_states import UnmaskingPolicyModule
 from rl4dlm.rollout.policies.policy import fresh
+from rl4dlm.rollout.policies.saving import save_policy
 from rl4dlm.rollout.rollout import EventKind, Rollout
 from rl4dlm.rollout.rows import Progress
 from rl4dlm.rollout.schedules.learn2pd import TokenFilter, save_filter
@@ -44,6 +46,20 @@ def token_filter(block_length: int) -> str:
     path = Path(SCRATCH.name) / f"filter-{block_length}.safetensors"
     save_filter(network, path, temperature=0.0, cache="none")
     return str(path)
+
+
+@functools.cache
+def order_policy(layers: int) -> str:
+    """The path of a random policy for `learned_order`; the file is there as long as the tests run."""
+    size = denoiser().config.hidden_size
+    policy = fresh(UnmaskingPolicyModule(size, frequencies=8, layers=layers, heads=2), seed=0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    folder = Path(SCRATCH.name) / f"policy-{layers}"
+    folder.mkdir()
+    return str(save_policy(policy, folder))
 
 
 @functools.cache
@@ -199,6 +215,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
                 "eos_threshold": 0.1,
             },
         },
+    ),
+    "learned_order": (
+        {"steps": 4, "schedule_args": {"policy": lambda: order_policy(1)}},
+        {**WHOLE, "steps": 4, "schedule_args": {"policy": lambda: order_policy(0)}, "temperature": 0.8},
     ),
     "left_to_right": ({"steps": 6}, {**WHOLE, "steps": 3, "temperature": 1.0}),
     "low_confidence": ({"steps": 4}, {**WHOLE, "steps": 3, "temperature": 0.8, "top_p": 0.9}),
