@@ -10,10 +10,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rl4dlm.cli.arguments import RewardArguments, check_settings, load_splits, model_options, parse
 from rl4dlm.grading import load_rewards
-from rl4dlm.models.loading import load_tokenizer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
 from rl4dlm.training.preemption import PREEMPTED
+from rl4dlm.training.setup import tokenizer_for
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 
 GUIDANCE = ("inpainting",)
@@ -75,8 +75,8 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     if script.reward_model_name_or_path is not None:
         rewards.append(script.reward_model_name_or_path)
     train_dataset, eval_dataset = load_splits(script, evaluating=training.eval_strategy != "no")
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     training.model_init_kwargs = model_options(training, model)
+    tokenizer = tokenizer_for(model.model_name_or_path, training.model_init_kwargs)
     trainer = trainer_class(
         model.model_name_or_path,
         rewards,
