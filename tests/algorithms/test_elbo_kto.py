@@ -175,6 +175,20 @@ def test_training_raises_the_margin(tmp_path: Path) -> None:
     assert margins[-1] > margins[0] + 0.1
 
 
+def test_evaluation_has_the_same_views_every_time(tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "beta": 1.0}
+    args = ELBOKTOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **{**SMALL_RUN, **settings})
+    data = Dataset.from_list(ROWS)
+    trainer = ELBOKTOTrainer(tiny_llada(initializer_range=0.2), None, args, data, data, tiny_tokenizer())
+    moved(trainer.model)
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2 and found[0]["eval_loss"] == found[1]["eval_loss"] != 0.5
+    assert found[0]["eval_elbo_kto/baseline"] == found[1]["eval_elbo_kto/baseline"] != 0
+    with pytest.raises(ValueError, match="row 0 of eval_dataset has label=1"):
+        ELBOKTOTrainer("x", None, args, data, Dataset.from_list([{**ROWS[0], "label": 1}]))
+
+
 def test_pairs_are_taken_apart(tmp_path: Path) -> None:
     trainer = build(tmp_path, PAIRS)
     assert len(trainer.train_dataset) == 16 and sum(trainer.train_dataset["label"]) == 8
