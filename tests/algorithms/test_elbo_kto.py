@@ -17,9 +17,7 @@ from rl4dlm import ELBOKTOConfig, ELBOKTOTrainer, tiny_llada, tiny_tokenizer
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.training.preferences import rows_of_completions
-from tests.algorithms import kto_worker
 from tests.algorithms.test_vrpo import PAIRS, moved, plain_bounds, variance_of_scores
-from tests.launch import launch
 from tests.training.steps import SMALL_RUN
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -231,19 +229,3 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], sai
     with pytest.raises(ValueError) as error:
         ELBOKTOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
     assert said in str(error.value)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_rewards_are_compared_with_their_mean_over_two_processes(tmp_path: Path) -> None:
-    """Where one process has what is wanted and the other what is not, as it is in one process of both."""
-    launch(Path(kto_worker.__file__), tmp_path, tmp_path / "results.pt")
-    found = torch.load(tmp_path / "results.pt")
-    alone = kto_worker.run(tmp_path / "alone", 1)
-    assert found["world_size"] == 2 and len(found["log"]) == len(alone["log"])
-    for theirs, ours in zip(found["log"], alone["log"], strict=True):
-        for name in kto_worker.COMPARED & ours.keys():
-            assert theirs[name] == pytest.approx(ours[name], abs=2e-5), name
-    assert abs(alone["log"][1]["elbo_kto/baseline"]) > 1e-4
-    for name, weight in found["weights"].items():
-        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=1e-5)
