@@ -30,7 +30,13 @@ API: dict[str, list[str]] = {
         "rl4dlm.training.credit.daca",
         "rl4dlm.training.credit.dispo",
     ],
-    "Supervised training": ["rl4dlm.sft.trainer", "rl4dlm.sft.adapt", "rl4dlm.sft.cut"],
+    "Supervised training": [
+        "rl4dlm.sft.trainer",
+        "rl4dlm.sft.config",
+        "rl4dlm.sft.causal_attention",
+        "rl4dlm.sft.adapt",
+        "rl4dlm.sft.cut",
+    ],
     "Models": [
         "rl4dlm.models.spec",
         "rl4dlm.models.loading",

@@ -88,6 +88,14 @@ def folder(tmp_path_factory) -> Path:
     s1k = {"question": "Why?", "thinking_trajectories": ["Because."], "attempt": "So.", "solution": "So.", "cot": None}
     write(folder / "s1K.jsonl", [s1k] * 8)
     write(folder / "pairs.jsonl", [{"prompt": "Why?", "chosen": "Because.", "rejected": "So."}] * 8)
+    edge = {"prompt": "It rains.", "completion": " The ground is wet.", "causal_edges": [[[10, 27], [0, 8]]]}
+    write(folder / "edges.jsonl", [edge] * 8)
+    turns = [{"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."))]
+    write(folder / "conversations.jsonl", [{"messages": turns * 3}] * 8)
+    said = "<|{{ message['role'] }}|>", "{{ message['content'] }}<eos>"
+    marked = "{% for message in messages %}" + said[0] + "{% if message['role'] == 'assistant' %}{% generation %}"
+    marked += said[1] + "{% endgeneration %}{% else %}" + said[1] + "{% endif %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(marked)
     load_script(EXAMPLES / "prepare_s1k.py").main([str(folder / "s1k"), "--source", str(folder / "s1K.jsonl")])
     return folder
 
@@ -118,7 +126,7 @@ SMALL_RL = {
 
 
 def overrides(name: str, settings: dict, folder: Path) -> dict:
-    pairs = name.startswith("vrpo/")
+    pairs = name.startswith(("elbo_kto/", "vrpo/"))
     model = folder / family(settings)
     small = {"model_name_or_path": model, "output_dir": folder / "outputs", **SMALL}
     if "adapt_attention" in settings:
@@ -146,6 +154,11 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
             small[name] = 2
     if "dataset_name" in settings:
         small["dataset_name"] = folder / ("pairs.jsonl" if pairs else "s1k")
+    if "causal_layers" in settings:
+        small |= {"dataset_name": folder / "edges.jsonl", "causal_layers": "[0, 1]"}
+    if "turns" in settings:
+        small |= {"dataset_name": folder / "conversations.jsonl"}
+        small["chat_template_path"] = folder / "chat_template.jinja"
     if "max_length" in settings:
         small["max_length"] = 256
     return small

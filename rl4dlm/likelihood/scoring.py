@@ -286,16 +286,17 @@ class _Inputs:
     finished: Tensor | None = None  # long [R, L], the clean canvas, for models that denoise block by block
     prompt_lengths: Tensor | None = None  # long [R], for these, too
     unseen: Tensor | None = None  # bool [R, T, T]
+    absent: Tensor | None = None  # bool [R, T], tokens that the noisy copy lacks
     turns: int = 1  # so many forwards
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: Tensor) -> _Inputs:
-        finished, lengths, unseen = (
-            None if value is None else value[rows] for value in (self.finished, self.prompt_lengths, self.unseen)
-        )
-        return _Inputs(self.ids[rows], self.keys[rows], self.turn[rows], finished, lengths, unseen, self.turns)
+        others = {"finished": self.finished, "prompt_lengths": self.prompt_lengths, "unseen": self.unseen}
+        others["absent"] = self.absent
+        picked: dict[str, Any] = {name: None if value is None else value[rows] for name, value in others.items()}
+        return _Inputs(self.ids[rows], self.keys[rows], self.turn[rows], **picked, turns=self.turns)
 
     def all(self) -> tuple[Tensor, Tensor]:
         """What `distinct` says of rows that all differ."""
@@ -307,6 +308,7 @@ class _Inputs:
         parts = [self.turn[:, None], 2 * self.ids + self.keys]  # positions are counted from the first real token
         parts += [] if self.finished is None else [self.finished]
         parts += [] if self.prompt_lengths is None else [self.prompt_lengths[:, None]]
+        parts += [] if self.absent is None else [self.absent.long()]
         unique, of = torch.unique(torch.cat(parts, dim=1), dim=0, return_inverse=True)
         if len(unique) == len(self) and self.turns == 1:
             return self.all()
@@ -333,6 +335,11 @@ def _inputs(
 ) -> _Inputs:
     """Those of all views, `[B * K]`."""
     num_views, blocks = views.hidden.shape[1], spec.attention in BLOCK_KINDS
+    if views.absent is not None and (not blocks or given.noisy_history):
+        raise ValueError(
+            "views with absent tokens have a meaning for models that denoise block by block, with finished blocks "
+            f"before; here attention={spec.attention!r}"
+        )
 
     def of_views(values: Tensor) -> Tensor:
         return values.repeat_interleave(num_views, dim=0)
@@ -346,6 +353,7 @@ def _inputs(
         finished=of_views(finished) if blocks and not given.noisy_history else None,
         prompt_lengths=of_views(prompt_lengths) if blocks else None,
         unseen=None if given.unseen is None else of_views(given.unseen),
+        absent=None if views.absent is None else views.absent.flatten(0, 1),
         turns=turns,
     )
 
@@ -384,6 +392,8 @@ def _forward(
         extra["score_prompt_lengths"] = inputs.prompt_lengths
     if inputs.unseen is not None:
         extra["score_unseen"] = inputs.unseen
+    if inputs.absent is not None:
+        extra["score_absent"] = inputs.absent
     if reduction is not None:
         extra["score_reduce"] = reduction
     scores = model(input_ids=inputs.ids, attention_mask=inputs.keys, **ask, **settings, **extra)

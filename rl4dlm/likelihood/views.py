@@ -54,6 +54,8 @@ class Rows:
         commit_step: long `[B, L]`, the row's own step at which a token was written, -1 where none was; None: it is not
             known. See `rl4dlm.likelihood.steps`.
         facts: what else was recorded of tokens when they were written.
+        told_ids, told_mask: long and bool `[B, Q]`, padded on the left, the prompt that a teacher is given instead;
+            None: the same one.
     """
 
     prompt_ids: Tensor
@@ -65,6 +67,8 @@ class Rows:
     given: Tensor | None = None
     commit_step: Tensor | None = None
     facts: StepFacts | None = None
+    told_ids: Tensor | None = None
+    told_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.prompt_mask, self.valid = self.prompt_mask.bool(), self.valid.bool()
@@ -93,7 +97,28 @@ class Rows:
             None if self.given is None else self.given[rows],
             None if self.commit_step is None else self.commit_step[rows],
             None if self.facts is None else self.facts[rows],
+            None if self.told_ids is None else self.told_ids[rows],
+            None if self.told_mask is None else self.told_mask[rows],
         )
+
+    def as_told(self, views: Views) -> tuple[Rows, Views]:
+        """Rows and their views as a teacher has them, whose prompts nothing is hidden of; these, where there are none.
+
+        Raises ValueError for views that hide something of the prompt.
+        """
+        if self.told_ids is None or self.told_mask is None:
+            return self, views
+        length = self.canvas_ids.shape[1]
+        if views.hidden[..., :-length].any():
+            raise ValueError("views that hide parts of the prompt mean nothing for another prompt")
+        before = self.told_ids.new_zeros(*views.hidden.shape[:2], self.told_ids.shape[1])
+
+        def moved(values: Tensor) -> Tensor:
+            return torch.cat([before.to(values.dtype), values[..., -length:]], dim=-1)
+
+        told = replace(self, prompt_ids=self.told_ids, prompt_mask=self.told_mask, told_ids=None, told_mask=None)
+        ids = None if views.ids is None else moved(views.ids)
+        return told, replace(views, hidden=moved(views.hidden), ids=ids)
 
     @property
     def ids(self) -> Tensor:
@@ -119,12 +144,15 @@ class Views:
         weight: float `[B, K, L]`, what the log-probability of a canvas token in a view counts for; zero: not computed.
         ids: long `[B, K, T]`, what hidden tokens are replaced by where that is not the mask token.
         targets: long `[B, K, L]`, the canvas tokens whose log-probabilities are wanted, where they are not the row's.
+        absent: bool `[B, K, T]`, the tokens that are not there for others of their own block, which do not see them at
+            all; None: there are none. For models that denoise block by block; finished blocks are seen whole.
     """
 
     hidden: Tensor
     weight: Tensor
     ids: Tensor | None = None
     targets: Tensor | None = None
+    absent: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.dim() != 3 or self.weight.dim() != 3 or self.hidden.shape[:2] != self.weight.shape[:2]:
@@ -136,6 +164,10 @@ class Views:
             raise ValueError(f"hidden must be bool and weight float; got {self.hidden.dtype} and {self.weight.dtype}")
         if self.weight.shape[2] > self.hidden.shape[2]:
             raise ValueError(f"a canvas of {self.weight.shape[2]} tokens does not fit into {self.hidden.shape[2]}")
+        if self.absent is not None and self.absent.shape != self.hidden.shape:
+            raise ValueError(
+                f"absent must be shaped as hidden, {list(self.hidden.shape)}; got {list(self.absent.shape)}"
+            )
         if self.ids is not None and self.ids.shape != self.hidden.shape:
             raise ValueError(f"ids must be shaped as hidden, {list(self.hidden.shape)}; got {list(self.ids.shape)}")
         if self.targets is not None and self.targets.shape != self.weight.shape:

@@ -70,6 +70,8 @@ def attach_scoring(model: Any) -> Any:
 
     - `score_unseen`: bool `[R, T, T]`, for full attention: pairs of a query and a key that are hidden from each other
       besides;
+    - `score_absent`: bool `[R, T]`, with `score_clean_ids`: tokens that the noisy copy lacks, so that their own block
+      does not see them; the clean copy has them;
     - `score_values`: True adds what the model's value head (`value_head.py`) makes of the state that each token is
       predicted from, without guidance, to a `ValuedScores`; not together with `score_reduce`;
     - `score_states`: int W, with `score_reduce`: behind what the reduction finds comes the last hidden state that each
@@ -139,6 +141,7 @@ def _score(
     score_clean_ids: Tensor | None = None,
     score_next_tokens: Tensor | None = None,
     score_unseen: Tensor | None = None,
+    score_absent: Tensor | None = None,
     score_rows: Tensor | None = None,
     score_values: bool = False,
     score_of: str = "log_prob",
@@ -156,6 +159,8 @@ def _score(
     sources = (columns - spec.logit_shift).clamp(min=0)  # [n], which of the fed columns predicts each position
     if attention_mask is None and (spec.attention != "full" or score_unseen is not None or position_ids is None):
         attention_mask = torch.ones_like(input_ids)
+    if score_absent is not None and score_clean_ids is None:
+        raise ValueError("score_absent needs score_clean_ids: it is the noisy copy that lacks tokens")
     if score_next_tokens is not None and (score_clean_ids is None or spec.attention != "context_causal"):
         raise ValueError(
             "score_next_tokens needs score_clean_ids and attention='context_causal', whose clean copy is causal; here "
@@ -189,7 +194,8 @@ def _score(
             sources = torch.cat([sources, input_ids.shape[1] - first + followers[1] - 1])
         input_ids = torch.cat([input_ids[:, first:], score_clean_ids], dim=1)
         position_ids = torch.cat([position_ids[:, first:], position_ids], dim=1)
-        keys = torch.cat([keys[:, first:], keys], dim=1)
+        noisy = keys if score_absent is None else keys & ~score_absent
+        keys = torch.cat([noisy[:, first:], keys], dim=1)
     elif keys is not None:
         sight = one_copy(spec, position_ids, score_prompt_lengths, masked=input_ids == spec.mask_token_id)
     if score_unseen is not None:
@@ -314,6 +320,8 @@ def _score_canvases(
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """`_score` for models that denoise canvases over an encoded prefix."""
+    if kwargs.pop("score_absent", None) is not None:
+        raise ValueError(f"{type(model).__name__} denoises whole canvases: score_absent is not supported")
     if score_cfg_scale > 0 or score_next_tokens is not None:
         raise ValueError(
             f"{type(model).__name__} has no token to hide a prompt behind and no head on its encoder: score_cfg_scale="

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.requests import FILLING_LOG_PROBS, FILLINGS, PREDICTIONS, Answers, Requests
+from rl4dlm.rollout.requests import BLOCKS, FILLING_LOG_PROBS, FILLINGS, NOTED, PREDICTIONS, Answers, Requests
 from rl4dlm.rollout.rollout import EventKind, Events, StopReason, Trace
 from rl4dlm.rollout.state import State
 
@@ -146,6 +146,7 @@ class Record:
         `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write."""
         steps = int(self.steps.max()) if len(self.steps) else 0
         dtype = self.raw_log_prob.dtype
+        seen, allowed, chosen = (self.answers.per_step(name, self.raw_log_prob, steps) for name in NOTED)
         return Trace(
             self.commit_step,
             self.raw_log_prob,
@@ -163,6 +164,10 @@ class Record:
             fillings=self.answers.completions(requests, FILLINGS, self.raw_log_prob, steps),
             filling_log_probs=self.answers.completions(requests, FILLING_LOG_PROBS, self.raw_log_prob, steps),
             flagged=self.answers.flags(requests, self.raw_log_prob, steps),
+            blocks=self.answers.per_step(BLOCKS, self.raw_log_prob, steps, -1),
+            policy_features=seen,
+            policy_allowed=allowed,
+            policy_chosen=chosen,
         )
 
     def stop_reasons(self) -> list[StopReason]:

@@ -6,6 +6,7 @@ are `trainer.py`'s.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ LEVEL_UNIT = 2**30  # levels travel as integers, since DeepSpeed casts a batch's
 class DenoisingCollator:
     """Pads examples on the right; see `DiffusionSFTConfig.eos_padding`.
 
-    Takes dictionaries with `input_ids`, `labels` (-100: no target), `example_id` and perhaps `noise_level`. Returns
-    `input_ids`, `labels` and `attention_mask`, long `[B, T]`, `example_id` and `noise_level`, long `[B]`.
+    Takes dictionaries with `input_ids`, `labels` (-100: no target), `example_id` and perhaps `noise_level` and
+    `causal_tokens`. Returns `input_ids`, `labels` and `attention_mask`, long `[B, T]`, `example_id` and `noise_level`,
+    long `[B]`, and `causal_tokens`, long `[B, E, 4]`, -1 where a row has fewer edges.
 
     Raises ValueError for a text that contains the mask token.
     """
@@ -67,6 +69,10 @@ class DenoisingCollator:
         }
         if "noise_level" in examples[0]:
             batch["noise_level"] = torch.tensor([example["noise_level"] for example in examples])
+        if "causal_tokens" in examples[0]:
+            edges = [example["causal_tokens"] for example in examples]
+            most = max(1, *map(len, edges))
+            batch["causal_tokens"] = torch.tensor([[*row, *[[-1] * 4] * (most - len(row))] for row in edges])
         return batch
 
     def _to_canvas(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +113,18 @@ def fitting(dataset: Any, most: int | None) -> Any:
             left_out = len(dataset) - len(found)
             logger.warning("left out %d of %d examples: completions over %d tokens", left_out, len(dataset), most)
     return found
+
+
+def check_answers(row: dict[str, Any]) -> dict[str, Any]:
+    """The row. Raises ValueError if all of its turns are targets, so that where answers end is not known."""
+    column = "messages" if row.get("messages") else "completion"
+    messages = row.get(column)
+    if isinstance(messages, list) and len(messages) > 1:
+        raise ValueError(
+            f"example {row['example_id']} has {len(messages)} messages in `{column}`, all of them targets; `turns` "
+            "needs to know the assistant's: set assistant_only_loss to True"
+        )
+    return row
 
 
 def prompt_length(prompt_ids: list[int], ids: list[int]) -> int:
@@ -150,6 +168,24 @@ class Rendering:
             messages = _continued(messages, len(started))
         encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
         return {name: encoded[name] for name in ("input_ids", "assistant_masks") if name in encoded}
+
+
+def text_of(row: Mapping[str, Any], tokenizer: Any, text_column: str, chat_template: str | None) -> str:
+    """The text that an example was tokenized from: its own, or what the chat template makes of its messages."""
+    messages = row.get("messages")
+    if row.get("prompt") is not None:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str):
+            return prompt + str(completion)
+        messages = [*prompt, *completion]
+        if prompt and prompt[-1]["role"] == "assistant":
+            messages = _continued(messages, len(prompt))
+    if not messages:
+        return str(row[text_column])
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "chat_template": chat_template}
+    own = row.get("chat_template_kwargs") or {}
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **own))
 
 
 def _of_template(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,14 +42,18 @@ class CheckedTrainer(CheckingTrainer, CheckpointingTrainer):
             ValueError: evaluation is switched off, the model is sharded over processes, or a setting that is not
                 allowed.
         """
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        if self.holds_part_of_the_model():
             raise ValueError(
                 "an exact check of supervised training needs the whole model on each process; use DDP or ZeRO-2, or "
                 "measure checkpoints with `rl4dlm eval`"
             )
         counts = [decoding.steps] if steps is None else steps
         self._set_check(task, split, limit, by_steps(decoding, counts), self.spec)
+
+    def holds_part_of_the_model(self) -> bool:
+        """Whether a process has a part of the weights only: FSDP and ZeRO-3."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
 
     @contextmanager
     def _checked_model(self) -> Iterator[Any]:

@@ -17,24 +17,27 @@ TRL's SFT trainer prepares the data and runs the loop; this file replaces its lo
   whose first point hides next to nothing at weight 1/eps.
 
 `AdaptationSettings` has what turns an autoregressive model into a denoiser: other weights, masks and block lengths.
+`CausalAttentionSettings` adds a loss that draws attention from effects to their causes.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl.trainer.sft_trainer as sft
 from torch import Tensor
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from rl4dlm.likelihood.complementary import context_weights
 from rl4dlm.likelihood.denoising import denoising_views, hiding, places_of
 from rl4dlm.likelihood.scoring import ViewScores, score_views
+from rl4dlm.likelihood.turns import by_turn
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -42,11 +45,14 @@ from rl4dlm.models.taught import record_taught
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.sft.annealing import unseen_pairs
+from rl4dlm.sft.causal_attention import COLUMN, TOKENS, CausalAttentionTrainer, edges_to_tokens
+from rl4dlm.sft.config import DiffusionSFTConfig as DiffusionSFTConfig
 from rl4dlm.sft.data import (
     LEVEL_UNIT,
     NOT_A_TARGET,
     DenoisingCollator,
     Rendering,
+    check_answers,
     count_targets,
     fitting,
     numbered,
@@ -54,17 +60,13 @@ from rl4dlm.sft.data import (
     until_end,
 )
 from rl4dlm.sft.exact_check import CheckedTrainer
-from rl4dlm.sft.settings import AdaptationSettings
-from rl4dlm.tracking.trackers import TrackerSettings
-from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
-from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer, check_guard
+from rl4dlm.training.guard import GuardedTrainer
 from rl4dlm.training.losses import denoising_cross_entropy
 from rl4dlm.training.model_card import base_name, model_card
-from rl4dlm.training.precision import check_precision, settle
 from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
 
-EOS_PADDING = ("none", "longest", "max_length", "canvas")
+logger = logging.getLogger(__name__)
 
 check_contract(
     SFTTrainer,
@@ -81,98 +83,8 @@ check_contract(
     names=["create_model_from_path", "common_prefix_length", "_tokenize"],
 )
 
-_NOT_SUPPORTED = {
-    "packing": "rows packed together would see each other under bidirectional attention",
-    "eval_packing": "rows packed together would see each other under bidirectional attention",
-    "padding_free": "rows packed together would see each other under bidirectional attention",
-    "loss_type": "the loss is the masked cross-entropy",
-    "label_smoothing_factor": "the loss is the masked cross-entropy",
-}
 
-
-@dataclass
-class DiffusionSFTConfig(AdaptationSettings, TrackerSettings, SFTConfig):
-    """Settings of masked SFT: those of `trl.SFTConfig` and of `AdaptationSettings`, with these added.
-
-    Args:
-        noise_floor: eps, the smallest level; weights are at most 1/eps.
-        eos_padding: `"none"`: padding is hidden and no target. `"longest"` and `"max_length"`: rows are padded with
-            end-of-sequence tokens, targets like any other, to the batch's longest or to `max_length`, so that the model
-            learns to fill a canvas after its answer. `"canvas"`: every completion is padded so, to
-            `max_completion_length`, and what makes a batch rectangular is hidden.
-        max_completion_length: examples with longer completions, in tokens, are left out, not cut: what is learnt fits
-            the canvas that RL then decodes (length-aligned SFT; IGPO, arXiv 2509.10396). It needs `max_length=None`.
-        random_truncation: cut and pad the completions of each micro-batch to the length of a random one of them; the
-            padding is end-of-sequence tokens, targets like any other. So lengths vary, and padding is a small part of
-            what is learnt (Dream-Coder, arXiv 2509.01142). Training alone is affected.
-        max_skipped_steps: optimizer steps in a row that may be skipped because something in them is not finite, before
-            the run is given up; see `rl4dlm.training.guard`.
-
-    Raises:
-        ValueError: names the setting, the value and what is allowed.
-    """
-
-    noise_floor: float = field(default=1e-3, metadata={"help": "Smallest share of tokens that a level hides."})
-    eos_padding: str = field(
-        default="none",
-        metadata={
-            "help": "Pad with end-of-sequence tokens that are trained on: none, longest (of the batch), max_length, or "
-            "canvas (each completion to max_completion_length).",
-            "choices": list(EOS_PADDING),
-        },
-    )
-    max_completion_length: int | None = field(
-        default=None, metadata={"help": "Leave out examples with longer completions, in tokens."}
-    )
-    random_truncation: bool = field(
-        default=False,
-        metadata={"help": "Cut and pad the completions of a micro-batch to the length of a random one of them."},
-    )
-    max_skipped_steps: int = field(
-        default=MAX_SKIPPED_STEPS,
-        metadata={"help": "Steps in a row that may be skipped because something in them is not finite."},
-    )
-
-    def __post_init__(self) -> None:
-        refused = set_but_not_supported(self, _NOT_SUPPORTED)
-        settle(self)
-        super().__post_init__()
-        check_precision(self)
-        if refused:
-            raise ValueError("; ".join(refused))
-        check_guard(self)
-        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
-            raise ValueError(
-                "dataset_kwargs={'skip_prepare_dataset': True} is not supported: examples must be numbered. A dataset "
-                "with a column `input_ids` (and `labels`) is used as it is."
-            )
-        if not 0 < self.noise_floor <= 1:
-            raise ValueError(f"noise_floor={self.noise_floor} is not allowed; it must be in (0, 1]")
-        if self.eos_padding not in EOS_PADDING:
-            raise ValueError(f"eos_padding={self.eos_padding!r} is not allowed; choose one of {', '.join(EOS_PADDING)}")
-        if self.eos_padding == "max_length" and self.max_length is None:
-            raise ValueError("eos_padding='max_length' needs max_length, which is None")
-        if self.max_completion_length is not None:
-            if self.max_completion_length < 1:
-                raise ValueError(
-                    f"max_completion_length={self.max_completion_length} is not allowed; it must be 1 or larger"
-                )
-            if self.max_length is not None:
-                raise ValueError(
-                    f"max_length={self.max_length} with max_completion_length={self.max_completion_length} is not "
-                    "allowed: it cuts examples before they are measured; set max_length to None"
-                )
-        elif self.eos_padding == "canvas":
-            raise ValueError("eos_padding='canvas' needs max_completion_length, which is None")
-        if self.random_truncation and self.eos_padding != "none":
-            raise ValueError(
-                f"eos_padding={self.eos_padding!r} with random_truncation=True is not allowed: both say how "
-                "completions are padded; use one of them"
-            )
-        self.check_adaptation(self.noise_floor)
-
-
-class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
+class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer, SFTTrainer):
     """Masked SFT of a denoiser, in TRL's loop.
 
     Args:
@@ -236,6 +148,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
             )
         self.spec = DiffusionSpec.of(base_model(self.model))
         args.check_model(self.spec)
+        self.check_causal_run()
         record_taught(base_model(self.model).config, args.eos_padding, args.max_completion_length, args.max_length)
         check_tokenizer(self._tokenizer, self.spec)
         self.data_collator = DenoisingCollator(
@@ -250,17 +163,29 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         dataset = numbered(dataset)
-        tokenized = "input_ids" in (dataset.column_names or next(iter(dataset), {}))
+        columns: Any = dataset.column_names or next(iter(dataset), {})
+        tokenized = "input_ids" in columns
         with swapped(sft, "common_prefix_length", prompt_length), swapped(sft, "_tokenize", Rendering()):
             prepared_dataset = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
         if not tokenized:
             given = {"ends": self.spec.eos_token_ids, "max_length": args.max_length}
+            if args.turns != "together" and not args.assistant_only_loss:
+                prepared_dataset = prepared_dataset.map(check_answers)
             prepared_dataset = prepared_dataset.map(until_end, fn_kwargs=given)
+        if COLUMN in columns and not args.causal_weight:
+            logger.warning("the column `%s` has no effect with causal_weight=0", COLUMN)
+        elif COLUMN in columns and not tokenized:
+            given = {
+                "tokenizer": processing_class,
+                "text_column": args.dataset_text_field,
+                "chat_template": self.chat_template,
+            }
+            prepared_dataset = prepared_dataset.map(edges_to_tokens, fn_kwargs=given)
         return fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for column in ("example_id", "noise_level"):
+        for column in ("example_id", "noise_level", TOKENS):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
@@ -306,6 +231,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
         targets = torch.as_tensor(sum(counts), device=device)
         if self.args.average_tokens_across_devices:
             targets = self.accelerator.gather(targets).sum()
+        self.count_effects_of_step(samples, device)
         return samples, targets
 
     def compute_loss(
@@ -320,16 +246,18 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
         targets = inputs["labels"] != NOT_A_TARGET
         real = inputs["attention_mask"].bool()
         ar_weight = self.args.ar_loss_weight if self.model.training else 0.0
-        scores = score_views(
-            model,
-            self.spec,
-            inputs["input_ids"],
-            real,
-            views,
-            prompt_lengths=_prompt_lengths(inputs),
-            next_tokens=_followers(targets) if ar_weight else None,
-            unseen=self._unseen(inputs),
-        )
+        with self.recorded_causes(inputs) as recorded:
+            scores = score_views(
+                model,
+                self.spec,
+                inputs["input_ids"],
+                real,
+                views,
+                prompt_lengths=_prompt_lengths(inputs),
+                next_tokens=_followers(targets) if ar_weight else None,
+                unseen=self._unseen(inputs),
+                share=not recorded.layers,  # rows of what was recorded are then those of the views
+            )
         self.note({"score": scores.log_probs}, inputs["example_id"])
         count = targets.sum() if num_items_in_batch is None else num_items_in_batch
         if num_items_in_batch is None and self.args.loss_weight == "cart" and self.model.training:
@@ -339,6 +267,8 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
             loss = loss + ar_weight * denoising_cross_entropy(
                 scores.next_log_probs, torch.ones_like(scores.next_log_probs), count
             )
+        guided = self.causal_loss(recorded, inputs, views.hidden.shape[1], in_step=num_items_in_batch is not None)
+        loss = loss if guided is None else loss + guided
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the denominator is global, and DDP averages gradients
         self._log(scores, views, inputs)
@@ -384,19 +314,20 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
         """The views of a micro-batch's rows: `hidden` and `weight` (1/t where hidden) `[B, K, T]`, for `training` or
         evaluation; None: as the model is.
 
-        K is 1, or 2 with complementary masks. A function of (seed, example, optimizer step); in evaluation of the
-        example alone, and by the plain bound whatever the settings of adaptation are.
+        K is 1, or 2 with complementary masks; with `turns` it may be more, see `by_turn`. A function of (seed, example,
+        optimizer step); in evaluation of the example alone, and by the plain bound whatever the settings of adaptation
+        are.
         """
         args, training = self.args, self.model.training if training is None else training
         ids = inputs["example_id"]  # [B]
         position = torch.arange(inputs["input_ids"].shape[1], device=ids.device)
         targets = inputs["labels"] != NOT_A_TARGET
-        places = None
+        real, places = inputs["attention_mask"].bool(), None
         if training:
             step = torch.tensor(self.state.global_step, device=ids.device)
             level, purpose = keyed_uniform(args.seed, "sft level", ids, step)[:, None], "sft mask"
             if args.noise_levels == "block" or args.mask_ratio_tilt > 0:
-                places = places_of(self.spec, inputs["attention_mask"].bool(), _prompt_lengths(inputs))
+                places = places_of(self.spec, real, _prompt_lengths(inputs))
             if places is not None and args.noise_levels == "block":
                 level = keyed_uniform(args.seed, "sft block level", ids[:, None], step, places.blocks)
         else:
@@ -415,8 +346,11 @@ class DiffusionSFTTrainer(GuardedTrainer, CheckedTrainer, SFTTrainer):
             complementary=complementary,
         )
         if args.loss_weight == "cart" and training:
-            visible = inputs["attention_mask"].bool()[:, None] & ~views.hidden
+            visible = real[:, None] & ~views.hidden
             views = replace(views, weight=(views.hidden * context_weights(visible, args.cart_p)).float())
+        if args.turns != "together":
+            places = places or places_of(self.spec, real, _prompt_lengths(inputs))
+            views = by_turn(views, targets, real, places.blocks, args.turns)
         return views
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ class ScoringTrainer(CreditTrainer):
         """What is compared with the log-probabilities at drawing, `[B, C]`, and where; None: at every token."""
         return scores.log_probs, None
 
-    def choices(self, rows: Rows, views: Views) -> Choices | None:
+    def view_choices(self, rows: Rows, views: Views) -> Choices | None:
         """What the model's unmasking policy is asked about the steps of these views; None: nothing."""
         return None
 
@@ -340,7 +340,7 @@ class ScoringTrainer(CreditTrainer):
                 in_step=rows_in_step if everyone else None,
                 values=self.needs_values and model is not self.ref_model,
                 of=self.score_of,
-                choices=self.choices(rows, views),
+                choices=self.view_choices(rows, views),
             )
 
     def _reduced(self, found: ViewScores, views: Views, width: int, kept: Tensor | None = None) -> PolicyScores:
@@ -418,6 +418,8 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         given=batch.get("hinted"),
         commit_step=batch.get("commit_step"),
         facts=facts,
+        told_ids=batch.get("told_ids"),
+        told_mask=batch.get("told_mask"),
     )
 
 

@@ -121,7 +121,7 @@ class UnmaskingTrainer(TrajectoryTrainer):
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    def choices(self, rows: Rows, views: Views) -> Choices:
+    def view_choices(self, rows: Rows, views: Views) -> Choices:
         """Which slots each view's step chose."""
         steps = self.decoding.steps_per_block * self.decoding.num_blocks
         return choices_of(rows, views, block_length=self.decoding.block_length, steps=steps)

@@ -8,4 +8,4 @@ learns from a trainer's.
 
 from __future__ import annotations
 
-from rl4dlm.rollout.policies import hidden_states as hidden_states
+from rl4dlm.rollout.policies import bernoulli as bernoulli, block_sizes as block_sizes, hidden_states as hidden_states

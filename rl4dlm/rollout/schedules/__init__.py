@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rl4dlm.rollout.schedules import (
     adablock,
+    bernoulli,
     ctrldiff,
     d2f,
     daedal,
@@ -36,6 +37,7 @@ from rl4dlm.rollout.schedules.registry import register
 
 __all__ = [
     "adablock",
+    "bernoulli",
     "ctrldiff",
     "d2f",
     "daedal",

@@ -51,6 +51,7 @@ class Step:
         extra_forwards: long `[R]`, for parts that run another model to count its forwards in.
         order: long `[R, W]`, for parts that choose slots one after another to put their places in: from 0 in each row,
             -1 elsewhere. None: there is no such order.
+        noted: what a policy saw and chose, for the record; parts put it there (`rl4dlm.rollout.requests`).
     """
 
     tokens: Tensor
@@ -77,6 +78,7 @@ class Step:
     selection_log_prob: Tensor
     extra_forwards: Tensor
     order: Tensor | None = None
+    noted: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def offsets(self) -> Tensor:
@@ -287,6 +289,7 @@ class Schedule:
         reads_states: `read["states"]` has the last hidden state of each slot of the canvas, `[R, W, D]`, that which its
             token is predicted from.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
+        policy: the network that decides, where one does; what it sees and chooses is then in `step.noted`.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
 
@@ -312,6 +315,7 @@ class Schedule:
     start_length: int | None = None
     reopens: bool = False
     draws_positions: bool = False
+    policy: Any = None
     memoryless: bool = False
     reads_entropy: bool = False
     reads_states: bool = False

@@ -17,6 +17,7 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.policies.bernoulli import BernoulliPolicy
 from rl4dlm.rollout.policies.hidden_states import UnmaskingPolicyModule
 from rl4dlm.rollout.policies.policy import fresh
 from rl4dlm.rollout.policies.saving import save_policy
@@ -61,6 +62,17 @@ def order_policy(layers: int) -> str:
     return str(save_policy(policy, folder))
 
 
+@functools.cache
+def unmasking_policy() -> BernoulliPolicy:
+    """A random network for `bernoulli`."""
+    policy = fresh(BernoulliPolicy(hidden_size=8), seed=0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.normal_(std=0.5, generator=generator)
+    return policy
+
+
 def judge() -> Any:
     """A causal model with the vocabulary of the denoisers."""
     return random_causal(VOCAB)
@@ -80,6 +92,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         },
     ),
     "ass": ({**WHOLE}, {**WHOLE, "schedule_args": {"num_blocks": 3}, "temperature": 1.0}),
+    "bernoulli": (
+        {"schedule_args": {"policy": lambda: unmasking_policy()}},
+        {**WHOLE, "schedule_args": {"policy": lambda: unmasking_policy(), "policy_temperature": 0.5}},
+        {**WHOLE, "schedule_args": {"policy": lambda: unmasking_policy(), "policy_temperature": 0}, "temperature": 0.7},
+    ),
     "credit": (
         {"schedule_args": {"threshold": 0.5}},
         {**WHOLE, "schedule_args": {"threshold": 0.4, "weight": 2.0, "power": 0.5, "decay": 0.5}, "temperature": 0.8},

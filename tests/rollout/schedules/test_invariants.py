@@ -75,7 +75,7 @@ def test_the_examples_show_what_can_happen():
     assert where("DELETE") == {"levenshtein"}
     assert where("waits") >= {"dream_origin", "latent_refinement"}
     dream = {"dream_entropy", "dream_maskgit_plus", "dream_origin", "dream_topk_margin"}
-    assert where("draws positions") == dream | {"ctrldiff", "edlm", "learned_order"}
+    assert where("draws positions") == dream | {"bernoulli", "ctrldiff", "edlm", "learned_order"}
 
 
 # --- the invariants ---------------------------------------------------------------------------------------------------
