@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.proving_ground.settings import SPEEDS, THRESHOLD, TRAINED, Run
+from benchmarks.proving_ground.unmasking import decides, policy_decoding
 from rl4dlm import DecodingConfig, RolloutEngine, attach_scoring, load_denoiser, load_task
 from rl4dlm.evaluation import area, encode_prompt, evaluate
 from rl4dlm.evaluation.measure import completion_texts
@@ -83,9 +84,11 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def validate(run: Run, model: Any, tokenizer: Any) -> float:
-    """Share of validation rows solved at the speed of training."""
+    """Share of validation rows solved at the speed of training, or as a policy that is trained decides, greedily."""
     task = load_task(run.task, **run.ground.arguments)
     decodings = {"": decoding(run, TRAINED)}
+    if decides(run):
+        decodings = {"": policy_decoding(run, model.unmasking_policy)}
     limit = run.scale.validation
     found = evaluate(model, tokenizer, task, decodings=decodings, split="validation", limit=limit)
     return found.solve_rates[""]
