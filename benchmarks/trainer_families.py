@@ -117,6 +117,10 @@ def build(trainer: str, family: str, folder: str) -> Any:
         rows = Dataset.from_list([{"prompt": "1+1=", "chosen": "2", "rejected": "35"}] * 8)
         args = rl4dlm.VRPOConfig(**settings, num_views=2)
         return rl4dlm.VRPOTrainer(model, None, args, rows, None, tiny.tiny_tokenizer())
+    if trainer == "ELBOKTO":
+        rows = Dataset.from_list([{"prompt": "1+1=", "completion": c, "label": c == "2"} for c in ("2", "35")] * 4)
+        args = rl4dlm.ELBOKTOConfig(**settings, num_views=2, reward_baseline="zero")
+        return rl4dlm.ELBOKTOTrainer(model, None, args, rows, None, tiny.tiny_tokenizer())
     uniform = {"denoising_steps": None, **CANVAS, **UNIFORM.get(trainer, {})} if family == "diffusion_gemma" else {}
     settings |= {**ROLLOUT, **MASKS, **SETTINGS.get(trainer, {}), **uniform}
     if trainer == "JustGRPO":  # its one schedule

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from rl4dlm.algorithms.ebpo import EBPOConfig as EBPOConfig, EBPOTrainer as EBPOTrainer
     from rl4dlm.algorithms.egspo import EGSPOConfig as EGSPOConfig, EGSPOTrainer as EGSPOTrainer
+    from rl4dlm.algorithms.elbo_kto import ELBOKTOConfig as ELBOKTOConfig, ELBOKTOTrainer as ELBOKTOTrainer
     from rl4dlm.algorithms.espo import ESPOConfig as ESPOConfig, ESPOTrainer as ESPOTrainer
     from rl4dlm.algorithms.gdsd import GDSDConfig as GDSDConfig, GDSDTrainer as GDSDTrainer
     from rl4dlm.algorithms.igpo import IGPOConfig as IGPOConfig, IGPOTrainer as IGPOTrainer
@@ -143,6 +144,8 @@ _MODULE_OF = {
     "DiffusionSpec": "rl4dlm.models.spec",
     "EBPOConfig": "rl4dlm.algorithms.ebpo",
     "EBPOTrainer": "rl4dlm.algorithms.ebpo",
+    "ELBOKTOConfig": "rl4dlm.algorithms.elbo_kto",
+    "ELBOKTOTrainer": "rl4dlm.algorithms.elbo_kto",
     "ESPOConfig": "rl4dlm.algorithms.espo",
     "ESPOTrainer": "rl4dlm.algorithms.espo",
     "JustGRPOConfig": "rl4dlm.algorithms.justgrpo",

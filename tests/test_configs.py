@@ -125,7 +125,7 @@ SMALL_RL = {
 
 
 def overrides(name: str, settings: dict, folder: Path) -> dict:
-    pairs = name.startswith("vrpo/")
+    pairs = name.startswith(("elbo_kto/", "vrpo/"))
     model = folder / family(settings)
     small = {"model_name_or_path": model, "output_dir": folder / "outputs", **SMALL}
     if "adapt_attention" in settings:

@@ -68,9 +68,11 @@ SIGNATURES = {
     "MDPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "StableDRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Trace": "commit_step raw_log_prob log_prob steps refinement events selection_log_prob start_length length "
-    "confidence entropy block_stop predictions fillings filling_log_probs flagged",
+    "confidence entropy block_stop predictions fillings filling_log_probs flagged commit_rank policy_features "
+    "policy_allowed policy_chosen blocks",
     "TreeRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "UniGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "ELBOKTOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
     "VRPOTrainer": "model ref_model args train_dataset eval_dataset processing_class kwargs",
     "Views": "hidden weight ids targets absent",
     "WD1Trainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -168,13 +170,16 @@ SETTINGS = {
         "states share_range block_states positions num_positions complement num_views teacher teacher_view "
         "teacher_share teacher_steps teacher_written teacher_order teacher_temperature divergence distill_top_k "
         "renormalize distill_temperature divergence_limit limit_entries divergence_weight hard_weight entropy_weight "
-        "entropy_temperature ddo_scale ddo_negative_weight rewarded_from rollouts_by student_attention"
+        "entropy_temperature ddo_scale ddo_negative_weight rewarded_from rollouts_by student_attention share_range_end "
+        "shares shares_exponent every_block state_block_length state_block_length_end teacher_context_column "
+        "teacher_prompt_template teacher_step teacher_step_doubles"
     ),
     "SPGConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored",
     "MDPOConfig": "num_trained_steps confidence_weights",
     "StableDRLConfig": "num_views masking negatives eubo_beta mix_weight p_mask_prompt block_choice scored ratio_norm",
     "TreeRPOConfig": "branches cuts distillation distillation_steps",
     "UniGRPOConfig": "levels level_range",
+    "ELBOKTOConfig": "num_views complement one_view reward_baseline length_normalize",
     "VRPOConfig": "num_views complement steps block_length tokens_per_step step_weight one_view",
     "WD1Config": "psi negative_weight weights_over p_mask_prompt num_predicted_steps",
 }
@@ -258,7 +263,8 @@ def test_parameters_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_settings_stay(name: str) -> None:
-    shared = [] if name in ("DiffusionSFTConfig", "VRPOConfig") else SETTINGS["DiffusionPolicyConfig"].split()
+    of_others = "DiffusionSFTConfig", "ELBOKTOConfig", "VRPOConfig"
+    shared = [] if name in of_others else SETTINGS["DiffusionPolicyConfig"].split()
     missing = {*shared, *SETTINGS[name].split()} - {field.name for field in fields(getattr(rl4dlm, name)) if field.init}
     assert not missing
 

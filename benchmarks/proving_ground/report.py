@@ -39,6 +39,8 @@ CHEAPEST = "diffu_grpo"
 """What costs are compared with."""
 UNPAID = "lightningrl+no_speed"
 """What a reward of speed is compared with, seed by seed."""
+PRICED = ("inexact", "views")
+"""Questions whose tables say what runs have fed and taken: it is what they are about."""
 SEEDS = 3
 """Fewest that a line of a table is complete with."""
 MISSING = "–"
@@ -108,7 +110,7 @@ def filled(text: str, results: Results) -> str:
 
 
 def table(name: str, results: Results) -> str:
-    """One table: `overview`, `cost`, `speed`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
+    """One table: `overview`, `cost`, `speed`, `rates`, `question/NAME`, or `TASK/MODEL/BUDGET`; or the `figure`.
 
     Raises:
         ValueError: there is no such table.
@@ -119,6 +121,8 @@ def table(name: str, results: Results) -> str:
         return cost(results)
     if name == "speed":
         return accuracy_over_speed(results)
+    if name == "rates":
+        return rates(results)
     if name == "figure":
         return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
     kind, _, rest = name.partition("/")
@@ -159,8 +163,8 @@ def of_group(group: Group, results: Results) -> str:
         nature.append([LINES[name].title, *_nature(found), *_price(found)])
     first = ["", "points gained at 4, by seed from lowest to highest"]
     first += [s if s != "threshold" else "0.9 sure" for s in speeds] + ["tokens per forward where 0.9 sure", "area"]
-    second = ["", "pass@1", "pass@8", "length", "ended", "empty", "drift, nats", "completions", "positions fed, M"]
-    parts = [markdown(first, accuracy), markdown([*second, "CPU s"], nature), *_notes(results, [group])]
+    second = ["", "pass@1", "pass@8", "length", "ended", "empty", "drift, nats", *PRICE]
+    parts = [markdown(first, accuracy), markdown(second, nature), *_notes(results, [group])]
     return "\n\n".join(parts)
 
 
@@ -182,8 +186,11 @@ def answers(question: str, results: Results) -> str:
         for group in groups:
             at_most = results.gains(group, name, "1")
             cells += [interval(results.gains(group, name)), interval(at_most)]
+            if question in PRICED:
+                cells += _price(results.runs[group].get(name, ()))
         rows.append(cells)
-    heads = [f"{', '.join(group)}: at {speed}" for group in groups for speed in (TRAINED, 1)]
+    measured = (f"at {TRAINED}", "at 1", *(PRICE if question in PRICED else ()))
+    heads = [f"{', '.join(group)}: {what}" for group in groups for what in measured]
     text = markdown(["points gained, by tokens per step", "settings", *heads], rows)
     return f"{text}\n\nNot run: {', '.join(open_ones)}." if open_ones else text
 
@@ -238,6 +245,21 @@ def accuracy_over_speed(results: Results, group: Group = ("few_clue_sudoku", "fu
         rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", pays, quick, faster, so, worse, four])
     heads = ["", "paid for speed", "tokens per forward", "more than unpaid", "solved so", "points more than unpaid"]
     return markdown([*heads, "solved at 4 per step"], rows)
+
+
+def rates(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
+    """What every algorithm gains with a third of its learning rate, with its own and with three times that."""
+    names = [name for name in ALGORITHMS if any(results.runs[group].get(f"{name}+{w}") for w in ("slow", "fast"))]
+    if not names:
+        return NOTHING
+    rows = []
+    for name in names:
+        three = (f"{name}+slow", name, f"{name}+fast")
+        cells = [interval(results.gains(group, each)) for each in three]
+        cells += [interval(results.gains(group, each, "1")) for each in three]
+        rows.append([ALGORITHMS[name].title, f"{Run(*group[:2], name).settings()['learning_rate']:g}", *cells])
+    heads = [f"{times}, at {speed}" for speed in (TRAINED, 1) for times in ("a third", "its own", "three times")]
+    return markdown(["points gained, by learning rate and tokens per step", "its own rate", *heads], rows)
 
 
 def _quick(found: Result) -> Mapping[str, Any]:
@@ -301,6 +323,9 @@ def _pass(of: Callable[[Sequence[int], int], float], k: int, result: Result) -> 
     """pass@k, or its interval; of all completions where there are fewer."""
     right = result["measured"]["drawn"]["right"]
     return of(right, min(k, len(right) - 1))
+
+
+PRICE = ("completions", "positions fed, M", "CPU s")
 
 
 def _price(found: Sequence[Result]) -> list[str]:

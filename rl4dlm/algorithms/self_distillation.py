@@ -1,34 +1,43 @@
 """Self-distillation: a denoiser learns to say at once what it, or its reference, says with more steps or more context.
 
-A state x of one of the policy's (or the reference's) own completions y is shown to the student; the teacher sees a view
-x' of the same sequence. With p_i the student's and q_i the teacher's distribution at position i, T a temperature, and
-H_i the entropy of p_i, the loss of a completion is the mean over the positions that count of
+A state x of a completion y, the policy's own, the reference's or one of a corpus, is shown to the student; the teacher
+sees a view x' of the same sequence, perhaps behind a prompt that says more (`teacher_context_column`: hints, a worked
+solution). With p_i the student's and q_i the teacher's distribution at position i, T a temperature, and H_i the entropy
+of p_i, the loss of a completion is the mean over the positions that count of
 
     w T^2 D(p_i, q_i)  +  h (-log p_i(y_i))  +  e 1[argmax p_i = y_i] H_i
 
 and that of a batch the mean over completions, in which those that are not learnt from (`rewarded_from`) are zeros. What
 published methods choose:
 
-    SDTT         random states; the teacher writes in m steps, and q_i is its distribution at the step that wrote i, or
-                 at the last one; reverse KL; rounds in which the teacher becomes the student and steps double
+    SDTT         random states of a corpus; the teacher writes in m = 2 steps of a length dt, and q_i is its
+                 distribution at the step that wrote i, or at the last one; reverse KL; every N updates the teacher
+                 becomes the student, and dt doubles
     d-OPSD       recorded states; the teacher also sees a quarter of the answer behind the next block; reverse KL over
                  the teacher's 20 most probable tokens, at the two positions that it is surest of; right answers only
-    T3D          recorded states; `ddo`: -log sigmoid(b (l(y) - l'(y))) - a log(1 - sigmoid(b (l(z) - l'(z)))), l' the
-                 teacher's log-probabilities and z its most probable token
+    T3D          recorded states of every block, mostly with all hidden; `ddo`: -log sigmoid(b (l(y) - l'(y)))
+                 - a log(1 - sigmoid(b (l(z) - l'(z)))), l' the teacher's log-probabilities and z its most probable
+                 token; rounds
     dParallel    one block half hidden, and its complement; no teacher; cross-entropy, and entropy where it is right
-    d3LLM        the same with recorded states, of completions that the reference wrote one token at a time
-    D2F          shares that rise from block to block; the student sees its own and earlier, noisy blocks, the teacher
-                 everything; forward KL
+    d3LLM        the same with recorded states, of completions that the reference wrote one token at a time; the least
+                 share that is hidden, and blocks, grow over training
+    D2F          states of a corpus, with shares that rise from block to block; the student sees its own and earlier,
+                 noisy blocks, the teacher everything; forward KL
     CD4LM        random states; the teacher sees some of what is hidden; KL and cross-entropy
 
 One file for all: what differs are settings (`rl4dlm.training.self_distillation`), and `configs/self_distillation/`.
 
 Decided differently from the released code of these:
-- States are of the model's own completions in a loop of rollouts; SDTT, D2F and CD4LM take a corpus there.
+- Everything happens in the loop of rollouts. A row of a corpus (`rollouts_by: corpus`) is there `num_generations`
+  times, two at least, each time with states of its own.
 - A divergence is limited as a whole: limiting entries of its sum, as d-OPSD's code does, can turn the gradient away
   from the teacher (`limit_entries` does that). Its positions are chosen by probability, there by logit.
-- The second term of `ddo` leaves out positions where z is y: it would make what was written unlikely. T3D's preference
-  for states with all hidden is not offered, nor its weights of early tokens.
+- The second term of `ddo` leaves out positions where z is y: it would make what was written unlikely. Both are of
+  single positions, where T3D's are of means over them, and T3D hides what was written first in the place of what was
+  written last. Its path loss, a cross-entropy with weights for early tokens, and its random tokens in a tenth of the
+  masks are not offered.
+- What grows does so from step to step, over all of training (d3LLM: from epoch to epoch). SDTT's dt is a share of a
+  completion's tokens here.
 - D2F's weights 1 / share are not taken.
 - Several steps of a teacher are compared through its `distill_top_k` most probable tokens, the others as one class,
   which bounds the divergence from below; one step (m = 1) is the state itself. SDTT's times have a slip there that
@@ -38,29 +47,24 @@ Decided differently from the released code of these:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import trl.trainer.grpo_trainer as grpo
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rl4dlm.likelihood.estimator import Estimator
-from rl4dlm.likelihood.masks import RowNoise
-from rl4dlm.likelihood.scoring import ViewScores, reduce_views
-from rl4dlm.likelihood.student_states import teacher_views
+from rl4dlm.likelihood.scoring import ViewScores
 from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.distributions import (
     DIVERGENCES,
     Classes,
     Divergence,
-    Draws,
-    HiddenStates,
     PositionReduction,
     Targets,
     Together,
@@ -68,25 +72,17 @@ from rl4dlm.models.distributions import (
     divergence,
     renormalised,
 )
-from rl4dlm.models.scoring import logits_of
-from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.backends.backend import RolloutBackend
 from rl4dlm.rollout.rollout import Rollout
+from rl4dlm.training.checks import check_columns, check_prompt
+from rl4dlm.training.corpus import COMPLETION, check_corpus, completion_ids, corpus_rollout, told_prompt, told_prompts
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.self_distillation import SelfDistillationConfig
 from rl4dlm.training.setup import base_model, of_noise, swapped
-from rl4dlm.training.trainer import DiffusionPolicyConfig, DiffusionPolicyTrainer
+from rl4dlm.training.teaching import TeachingTrainer, Told
+from rl4dlm.training.trainer import DiffusionPolicyConfig
 
 __all__ = ["SelfDistillationConfig", "SelfDistillationTrainer"]
-
-
-class Told(NamedTuple):
-    """What a teacher says at the n positions that count; None what it was not asked for."""
-
-    classes: Tensor | None = None  # [n, k + 1], log-probabilities of its k most probable tokens, and of the others
-    ids: Tensor | None = None  # long [n, k], these tokens
-    states: Tensor | None = None  # [n, D], what its head is applied to
-    targets: Tensor | None = None  # [n], log-probabilities of the completion's tokens
 
 
 def no_reward(completions: list[str], **columns: Any) -> list[float]:
@@ -94,7 +90,7 @@ def no_reward(completions: list[str], **columns: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-class SelfDistillationTrainer(DiffusionPolicyTrainer):
+class SelfDistillationTrainer(TeachingTrainer):
     """Self-distillation in TRL's GRPO loop; `SelfDistillationConfig` has its settings, the module's docstring the rest.
 
     Args:
@@ -109,7 +105,7 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
     uses_old_policy = False
     advantages_read_scores = False
     per_iteration = ()
-    _iteration = 0
+    _given: list[Any] | None = None
     _tag_names = ["trl", "rl4dlm", "self-distillation"]  # noqa: RUF012  (TRL's own form)
     _name = "self-distillation"
     _paper = {  # noqa: RUF012  (TRL's own form)
@@ -126,6 +122,7 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.teacher_spec = self.spec
         self._check_teacher()
+        self._check_data()
         if args.student_attention is not None:
             block = {"attention": args.student_attention, "block_length": args.block_length}
             self.spec = replace(self.spec, **block)
@@ -209,13 +206,17 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
 
     def _draw(self, rows: Rows, iteration: int) -> Views:
         self._iteration = iteration
+        args, state = self.args, self.state
+        if args.states_change:
+            progress = min(1.0, state.global_step / max(state.max_steps - 1, 1))
+            self.estimator = of_noise(self.model, args.student_states(self.spec, progress))
         views = super()._draw(rows, iteration)
         return views if self.args.positions != "surest" else self._surest(rows, views)
 
     @torch.no_grad()
     def _surest(self, rows: Rows, views: Views) -> Views:
         """Only the positions of each view that the teacher is surest of count."""
-        (_, classes) = self._ask(rows, self._shown(rows, views), TopClasses(1), None, None)
+        (_, classes) = self._ask(*self._of_teacher(rows, views), TopClasses(1), None, None)
         sure = classes.new_full(views.weight.shape, -torch.inf).masked_scatter(views.scored, classes[:, 0])
         rank = sure.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
         return replace(views, weight=views.weight * (rank < self.args.num_positions))
@@ -273,136 +274,69 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
             own, teacher = renormalised(own), renormalised(teacher)
         return divergence(own, teacher, args.divergence, args.divergence_limit, args.limit_entries)
 
-    def _shown(self, rows: Rows, views: Views) -> Views:
+    # --- completions --------------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        """Raises ValueError for a data set without what is learnt from, or what the teacher is told."""
         args = self.args
-        noise = RowNoise(rows, args.seed, self._iteration)
-        shares = (args.teacher_share[0], args.teacher_share[1])
-        return teacher_views(views, rows, noise, args.teacher_view, shares, self.decoding.block_length)
+        if args.rollouts_by == "corpus":
+            check_columns(self.train_dataset, "train_dataset", COMPLETION)
+            check_corpus(self.train_dataset, "train_dataset", self._completion_of, self.decoding.canvas_length)
+        column = args.teacher_context_column
+        if column is None:
+            return
+        if self.spec.attention in BLOCK_KINDS and self.spec.grid_origin != "response":
+            raise ValueError(
+                f"teacher_context_column={column!r} is not supported for a model whose blocks start where the prompt "
+                f"does (grid_origin={self.spec.grid_origin!r}): those of a longer prompt are others"
+            )
+        for name in ("train_dataset", "eval_dataset"):
+            check_columns(getattr(self, name), name, column)
+            for prompt in told_prompts(getattr(self, name), name, column, args.teacher_prompt_template):
+                self._check_told(self._tokenize_prompts([prompt])[0][0], f"what the teacher is told of {name}")
 
-    @torch.no_grad()
-    def _told(
-        self, rows: Rows, views: Views, targets: Tensor, rows_per_forward: int | None, rows_in_step: int | None
-    ) -> Told:
-        """What the teacher says where `views` score."""
-        args = self.args
-        if args.divergence == "none":
-            return Told()
-        size = rows_per_forward, rows_in_step
-        shown = self._shown(rows, views)
-        if args.divergence == "ddo":
-            both = Together([Targets(targets), TopClasses(1)])
-            own, _, _, ids, classes = self._ask(rows, shown, both, *size)
-            return Told(classes, ids, targets=own)
-        if args.distill_top_k is None:
-            return Told(states=self._ask(rows, shown, HiddenStates(), *size)[0])
-        top = TopClasses(args.distill_top_k, args.distill_temperature)
-        if args.teacher_view == "later":
-            return self._told_later(rows, shown, top, *size)
-        ids, classes = self._ask(rows, shown, top, *size)
-        return Told(classes, ids)
+    def _completion_of(self, row: Mapping[str, Any]) -> list[int]:
+        """Token ids of a row of the corpus."""
+        template = {"chat_template": self.chat_template, **self.chat_template_kwargs}
+        return completion_ids(self._tokenizer, row["prompt"], row[COMPLETION], spec=self.spec, **template)
 
-    def _told_later(
-        self, rows: Rows, views: Views, top: TopClasses, rows_per_forward: int | None, rows_in_step: int | None
-    ) -> Told:
-        """What the teacher says at the step at which it writes a token itself; at the last step of what stays open."""
-        args, length = self.args, views.weight.shape[2]
-        steps, mask = args.teacher_steps, self.spec.mask_token_id
-        noise = RowNoise(rows, args.seed, self._iteration)
-        written = torch.full((*views.hidden.shape,), mask, device=views.hidden.device)
-        open_slots, total = views.scored, views.scored.sum(-1)
-        told: Told | None = None
-        for step in range(steps):
-            now = replace(views, weight=views.weight * open_slots, ids=written)
-            uniform = noise.per_token(f"teacher token {step}", views.weight.shape[1])[now.scored]
-            asked = Together([top, Draws(uniform, args.teacher_temperature, mask)])
-            ids, classes, tokens, sure = self._ask(rows, now, asked, rows_per_forward, rows_in_step)
-            if told is None:
-                told = Told(classes, ids)
-            else:
-                place = open_slots[views.scored]
-                assert told.classes is not None and told.ids is not None
-                told.classes[place], told.ids[place] = classes, ids
-            if step + 1 == steps:
-                break
-            count = (total * args.teacher_written * (step + 1) / steps).ceil().long()
-            count = count - (total - open_slots.sum(-1))  # of this step
-            key = noise.per_token(f"teacher order {step}", views.weight.shape[1])
-            if args.teacher_order == "confidence":
-                key = -sure.new_zeros(open_slots.shape).masked_scatter(open_slots, sure).double()
-            rank = key.masked_fill(~open_slots, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
-            chosen = open_slots & (rank < count[..., None])
-            canvas = torch.zeros_like(written[..., -length:]).masked_scatter(open_slots, tokens)
-            written[..., -length:] = torch.where(chosen, canvas, written[..., -length:])
-            open_slots = open_slots & ~chosen
-        assert told is not None
-        return told
-
-    def _ask(
-        self,
-        rows: Rows,
-        views: Views,
-        reduction: PositionReduction,
-        rows_per_forward: int | None,
-        rows_in_step: int | None,
-    ) -> tuple[Tensor, ...]:
-        """The teacher, without gradients."""
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with (
-            torch.no_grad(),
-            grpo.disable_gradient_checkpointing(self.model, kwargs),
-            self._teacher() as (model, spec),
-            swapped(self, "spec", spec),
-        ):
-            return self._reduced_views(model, rows, views, reduction, rows_per_forward, rows_in_step)
-
-    def _reduced_views(
-        self,
-        model: Any,
-        rows: Rows,
-        views: Views,
-        reduction: PositionReduction,
-        rows_per_forward: int | None,
-        rows_in_step: int | None,
-        **more: Any,
-    ) -> tuple[Tensor, ...]:
-        everyone = self.accelerator.num_processes > 1
-        with self.accelerator.autocast():
-            return reduce_views(
-                model,
-                self.spec,
-                rows.ids,
-                rows.attention_mask,
-                views,
-                reduction,
-                rows_per_forward=rows_per_forward,
-                one_view=self.args.one_view,
-                in_step=rows_in_step if everyone else None,
-                **more,
+    def _check_told(self, ids: list[int], name: str) -> None:
+        check_prompt(ids, name, self.spec.mask_token_id)
+        positions = getattr(base_model(self.model).config.get_text_config(), "max_position_embeddings", None)
+        limit = None if positions is None else positions - self.decoding.canvas_length
+        if limit is not None and len(ids) > limit:
+            raise ValueError(
+                f"{name}: a prompt has {len(ids)} tokens; beside the canvas the model's positions are {limit}"
             )
 
-    @contextmanager
-    def _teacher(self) -> Iterator[tuple[Any, DiffusionSpec]]:
-        """Who is asked, and how it denoises."""
-        with ExitStack() as stack:
-            policy = self.args.teacher == "policy"
-            model = self.model if policy else stack.enter_context(self._reference())
-            stack.enter_context(self._as_taught())
-            yield model, self.teacher_spec
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with swapped(self, "_given", inputs):
+            return super()._generate_and_score_completions(inputs)
 
-    @contextmanager
-    def _as_taught(self) -> Iterator[None]:
-        """The attention that the model had before a student got another one."""
-        with swapped(base_model(self.model).config, "diffusion", self.teacher_spec.to_dict()):
-            yield
+    def extend_batch(self, batch: dict[str, Any], rollout: Rollout, rewards_per_func: Tensor) -> None:
+        """Adds what the teacher is told in the place of the prompt, if anything."""
+        column, template = self.args.teacher_context_column, self.args.teacher_prompt_template
+        if column is None:
+            return
+        assert self._given is not None
+        told = [told_prompt(row["prompt"], row[column], template) for row in self._given]
+        prompts = self._tokenize_prompts(told)[0]
+        for ids in prompts:
+            self._check_told(ids, "what the teacher is told")
+        width = max(map(len, prompts))
+        device, pad = self.accelerator.device, self._tokenizer.pad_token_id
+        batch["told_ids"] = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+        batch["told_mask"] = torch.tensor(
+            [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts], device=device
+        )
 
-    def _head(self) -> Any:
-        """The teacher's head: of states `[c, D]` to logits `[c, V]`."""
-        separate = self.args.teacher == "reference" and self.ref_model is not None
-        owner = self.accelerator.unwrap_model(self.ref_model if separate else self.model)
-        return functools.partial(logits_of, base_model(owner))
+    def _watch_draws(self, identical: float, groups: int) -> None:
+        """Of drawn completions: those of a corpus are the same in a group."""
+        if self.args.rollouts_by != "corpus":
+            super()._watch_draws(identical, groups)
 
     def _audit(self, rollout: Rollout) -> None:
-        """Of the policy's own rollouts: the reference's were not drawn by it."""
+        """Of the policy's own rollouts: others were not drawn by it."""
         if self.args.rollouts_by == "policy":
             super()._audit(rollout)
 
@@ -415,10 +349,15 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
                 f"{self.args.rollout_backend!r}, whose rollouts are the policy's; allowed: 'policy', or in_process"
             )
 
-    def _decode(self, *args: Any, **kwargs: Any) -> Rollout:
-        """By the reference, where its completions are learnt from; it is the policy that is evaluated."""
+    def _decode(self, ids: list[list[int]], row_ids: list[int], *args: Any, **kwargs: Any) -> Rollout:
+        """By whom completions are that are learnt from; it is the policy that is evaluated."""
         if self.args.rollouts_by == "policy" or not self.model.training:
-            return super()._decode(*args, **kwargs)
+            return super()._decode(ids, row_ids, *args, **kwargs)
+        if self.args.rollouts_by == "corpus":
+            assert self._given is not None
+            found = [self._completion_of(row) for row in self._given]
+            given = {"seed": self.args.seed, "device": self.accelerator.device}
+            return corpus_rollout(ids, found, row_ids, self.decoding, self.spec, **given)
         with ExitStack() as stack:
             stack.enter_context(self._as_taught())
             stack.enter_context(swapped(self, "spec", self.teacher_spec))
@@ -426,4 +365,4 @@ class SelfDistillationTrainer(DiffusionPolicyTrainer):
                 stack.enter_context(swapped(self, "model_wrapped", self.ref_model))
             else:
                 stack.enter_context(self._reference())
-            return super()._decode(*args, **kwargs)
+            return super()._decode(ids, row_ids, *args, **kwargs)

@@ -178,6 +178,22 @@ class RewardArguments(CheckArguments):
 
 
 @dataclass
+class TeachingArguments(RewardArguments):
+    """`RewardArguments` of a script that can do without rewards, and with completions of a data set.
+
+    Args:
+        completion_column: column that becomes `completion`, beside the others. None: it has that name, or none is used.
+    """
+
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column with completions to learn from. Default: completion, if any."}
+    )
+
+    def __post_init__(self) -> None:
+        CheckArguments.__post_init__(self)
+
+
+@dataclass
 class ExampleArguments(CheckArguments):
     """`CheckArguments`, and where a script that learns from examples finds the answers.
 
@@ -310,10 +326,11 @@ def load_splits(arguments: DataArguments, *, evaluating: bool) -> tuple[Dataset 
     return read(arguments.dataset_train_split, streaming=arguments.dataset_streaming), held_out
 
 
-def with_completions(dataset: Any, column: str | None) -> Any:
+def with_completions(dataset: Any, column: str | None, *, keep: bool = False) -> Any:
     """Examples as TRL's SFT reads them, `prompt` and `completion`, from a dataset whose answers are in `column`.
 
-    Answers to chat messages become the assistant's message. Raises ValueError if a column is missing.
+    Answers to chat messages become the assistant's message. Other columns stay if `keep`. Raises ValueError if a column
+    is missing.
     """
     if column is None:
         return dataset
@@ -326,10 +343,10 @@ def with_completions(dataset: Any, column: str | None) -> Any:
         prompt, answer = row["prompt"], row[column]
         if not isinstance(prompt, str) and isinstance(answer, str):
             answer = [{"role": "assistant", "content": answer}]
-        return {"prompt": prompt, "completion": answer}
+        return {**(row if keep else {}), "prompt": prompt, "completion": answer}
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(example, remove_columns=[name for name in columns if name != "prompt"])
+        return dataset.map(example, remove_columns=[] if keep else [name for name in columns if name != "prompt"])
     return Dataset.from_list([example(row) for row in dataset])
 
 

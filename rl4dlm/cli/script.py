@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rl4dlm.cli.arguments import RewardArguments, check_settings, load_splits, model_options, parse
+from rl4dlm.cli.arguments import (
+    RewardArguments,
+    TeachingArguments,
+    check_settings,
+    load_splits,
+    model_options,
+    parse,
+    with_completions,
+)
 from rl4dlm.grading import load_rewards
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
@@ -52,13 +60,18 @@ class GuidanceArguments(InpaintingSettings):
         return Inpainting(**{f.name: getattr(self, f.name) for f in fields(InpaintingSettings)})
 
 
-def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> TrainerT:
+def run(
+    trainer_class: type[TrainerT],
+    argv: Sequence[str] | None = None,
+    data: type[RewardArguments] = RewardArguments,
+) -> TrainerT:
     """Trains with a trainer of this library, by settings of the command line and the YAML file that it names.
 
     Args:
         trainer_class: the algorithm; its `config_class` has the settings.
         argv: arguments; None: the process's own. They are those of `RewardArguments`, the config and `trl.ModelConfig`,
             and of `GuidanceArguments` where the config has no such settings itself.
+        data: in the place of `RewardArguments`, such as `TeachingArguments`.
 
     Returns:
         The trainer, after training and saving.
@@ -68,18 +81,20 @@ def run(trainer_class: type[TrainerT], argv: Sequence[str] | None = None) -> Tra
     """
     guided = issubclass(trainer_class.config_class, InpaintingSettings)
     guidance = () if guided else (GuidanceArguments,)
-    script, training, model, *given = parse(argv, RewardArguments, trainer_class.config_class, ModelConfig, *guidance)
+    script, training, model, *given = parse(argv, data, trainer_class.config_class, ModelConfig, *guidance)
     check_settings(training, model)
     checked = script.checked_task(training)
     rewards: list[Any] = [*load_rewards(script.reward_funcs)]
     if script.reward_model_name_or_path is not None:
         rewards.append(script.reward_model_name_or_path)
     train_dataset, eval_dataset = load_splits(script, evaluating=training.eval_strategy != "no")
+    if isinstance(script, TeachingArguments):
+        train_dataset = with_completions(train_dataset, script.completion_column, keep=True)
     training.model_init_kwargs = model_options(training, model)
     tokenizer = tokenizer_for(model.model_name_or_path, training.model_init_kwargs)
     trainer = trainer_class(
         model.model_name_or_path,
-        rewards,
+        rewards or None,
         training,
         train_dataset,
         eval_dataset,

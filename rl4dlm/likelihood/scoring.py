@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
+from rl4dlm.likelihood.choices import Choices
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.distributions import PositionReduction
@@ -40,6 +41,7 @@ class ViewScores(NamedTuple):
     entropies: Tensor  # [B, K, L], in nats
     next_log_probs: Tensor | None = None  # [B, T], of tokens that were asked for as next tokens, zero elsewhere
     values: Tensor | None = None  # [B, K, L], of the states that tokens are predicted from, where asked for
+    choices: Tensor | None = None  # [B, K, L], log-probabilities of the choice of tokens' slots, where asked for
 
 
 def score_views(
@@ -60,6 +62,7 @@ def score_views(
     in_step: int | None = None,
     values: bool = False,
     of: str = "log_prob",
+    choices: Choices | None = None,
 ) -> ViewScores:
     """Log-probabilities (and entropies) of the true tokens, or the views' own, at the positions that the views score.
 
@@ -89,6 +92,8 @@ def score_views(
         values: ask the model's value head, too; not together with `next_tokens`.
         of: what the score of a token is, one of `rl4dlm.models.reductions.SCORES`: log-probabilities, or centred logits
             in the place of `log_probs`.
+        choices: ask the model's unmasking policy about the choices of the views' steps, too; not together with
+            `next_tokens`, `values` or guidance.
 
     Returns:
         `[B, K, L]` tensors in float32 or the model's dtype, whichever is wider. They are computed only where the weight
@@ -114,7 +119,9 @@ def score_views(
     targets = ids.repeat_interleave(num_views, dim=0)
     if views.targets is not None:
         targets = torch.cat([targets[:, : length - canvas], views.targets.flatten(0, 1)], dim=1)
-    ask = {"score_targets": targets}
+    if choices is not None and (next_tokens is not None or values or cfg_scale > 0):
+        raise ValueError(f"choices are not supported with next_tokens, values or cfg_scale={cfg_scale}")
+    ask = {"score_targets": targets, **({} if choices is None else choices.asked)}
     if next_tokens is not None:  # the views of a row share its clean tokens: the first one's are enough
         following = next_tokens.new_zeros(batch, num_views, length)
         following[:, 0] = next_tokens
@@ -137,6 +144,8 @@ def score_views(
     log_probs, entropies = (each.view(batch, num_views, canvas) for each in found[:2])
     if values:
         return ViewScores(log_probs, entropies, values=found[2].view(batch, num_views, canvas))
+    if choices is not None:
+        return ViewScores(log_probs, entropies, choices=found[2].view(batch, num_views, canvas))
     return ViewScores(log_probs, entropies, found[2].view(batch, num_views, length)[:, 0] if len(found) > 2 else None)
 
 
@@ -393,8 +402,7 @@ def _forward(
     positions, following = ask["score_positions"], ask.get("score_next_tokens")
     count = len(scores.log_probs) - (0 if following is None else int(following.sum()))
     placed = [
-        values.new_zeros(positions.shape).masked_scatter(positions, values[:count])[:, -canvas:]
-        for values in (scores.log_probs, scores.entropies, *([scores.values] if settings.get("score_values") else []))
+        values.new_zeros(positions.shape).masked_scatter(positions, values[:count])[:, -canvas:] for values in scores
     ]
     if following is not None:
         values = scores.log_probs[count:]

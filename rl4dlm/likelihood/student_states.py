@@ -3,10 +3,10 @@
 A state hides some tokens of a finished completion. Which ones, and which of them count, is what few-step distillation
 methods differ in (SDTT arXiv 2410.21035, d3LLM arXiv 2601.07568, dParallel, T3D, D2F arXiv 2508.09192, d-OPSD):
 
-- `random`: a random subset; of the whole completion, or of one block, behind which all is hidden and before which all
-  is shown, as in block-wise decoding (dParallel).
+- `random`: a random subset; of the whole completion, of every block, or of one block, behind which all is hidden and
+  before which all is shown, as in block-wise decoding (dParallel).
 - `recorded`: a state that the completion went through while it was decoded: what was written from some step on is
-  hidden (d-OPSD, T3D; of one block: d3LLM).
+  hidden (d-OPSD; of one block: d3LLM; of every block of a model that denoises block by block: T3D).
 - `rising`: independent tokens with a share for each block that never falls from block to block, as in a pipeline of
   several open blocks (D2F).
 
@@ -15,6 +15,7 @@ Owns the draws. A teacher's distributions at these positions are the trainer's b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +31,9 @@ from rl4dlm.likelihood.masks import (
     check_range,
     check_scope,
     in_scope,
+    of_blocks,
     subset,
+    subset_of_blocks,
 )
 from rl4dlm.likelihood.steps import dense
 from rl4dlm.likelihood.views import Rows, Views
@@ -50,8 +53,11 @@ class StudentStates(Estimator):
         states: one of `STATES`.
         share_range: of the tokens in question (the completion's, or a block's), the share that is hidden; one token at
             least. With `rising` the share of the first block.
+        shares: these shares alone, in the place of a range; the n-th power of a share is its weight.
+        exponent: n; 0: all of them are as likely.
         block_length: of one random block instead of the whole completion; of the blocks of `rising`. None: there are
             none.
+        every_block: hide the same share of every block, and not of one.
         positions: what counts: all that is `"hidden"`, or with recorded states what the `"next"` step wrote. `"surest"`
             is as hidden here: which of them a teacher is surest of is not known yet.
         complement: states come in pairs that hide complementary tokens; a second one that would hide nothing hides what
@@ -67,7 +73,10 @@ class StudentStates(Estimator):
     num_views: int = 1
     states: str = "random"
     share_range: tuple[float, float] = (0.0, 1.0)
+    shares: tuple[float, ...] | None = None
+    exponent: float = 0.0
     block_length: int | None = None
+    every_block: bool = False
     positions: str = "hidden"
     complement: bool = False
     scope: str = "valid"
@@ -79,8 +88,17 @@ class StudentStates(Estimator):
         check_count("num_views", self.num_views)
         check_choice("states", self.states, STATES)
         check_range("share_range", self.share_range)
+        if self.shares is not None and not (self.shares and all(0 < share <= 1 for share in self.shares)):
+            raise ValueError(f"shares={list(self.shares)} is not allowed; needed: numbers larger than 0 and at most 1")
+        if not 0 <= self.exponent < math.inf:
+            raise ValueError(f"shares_exponent={self.exponent} is not allowed; it must be 0 or larger, and finite")
         check_choice("positions", self.positions, POSITIONS)
         check_scope(self.scope)
+        if self.every_block and (self.block_length is None or self.states == "rising"):
+            raise ValueError(
+                f"every_block=True is not allowed with block_length={self.block_length} and states={self.states!r}: "
+                "it hides the same share of every block; give their length, and choose random or recorded"
+            )
         if self.block_length is not None:
             check_count("block_length", self.block_length)
         if self.complement and self.num_views % 2:
@@ -104,8 +122,7 @@ class StudentStates(Estimator):
         noise = RowNoise(rows, seed, iteration)
         draws = self.num_views // 2 if self.complement else self.num_views
         uniform = noise.per_token("student mask", draws)  # [B, J, L]
-        low, high = self.share_range
-        share = low + (high - low) * noise.spread("student share", draws, "views")  # [B, J]
+        share = self._share(noise.spread("student share", draws, "views"))  # [B, J]
         within = in_scope(rows, self.scope)
         if rows.given is not None:
             within = within & ~rows.given
@@ -113,17 +130,22 @@ class StudentStates(Estimator):
         count = (share * own.sum(-1)).ceil().long().clamp(min=1)[..., None]  # [B, J, 1]
         if self.states == "rising":
             assert self.block_length is not None
-            shares = self.shares(share, noise.per_token("student rise", draws))
+            shares = self.rising_shares(share, noise.per_token("student rise", draws))
             block = blocks_of(rows, self.block_length, self.block_origin)[:, None].expand_as(uniform)
             hidden = (uniform < shares.gather(-1, block)) & own
         elif self.states == "random":
-            hidden = subset(uniform, own, count)
+            hidden = (
+                self._of_every_block(rows, within, uniform, share) if self.every_block else subset(uniform, own, count)
+            )
         else:
             if rows.commit_step is None:
                 raise ValueError("recorded states are needed: commit_step of the rows is None")
             step = dense(rows.commit_step, rows.commit_step >= 0)[:, None].expand_as(uniform)
-            last = step.masked_fill(~own, -1).sort(dim=-1, descending=True).values
-            first = last.gather(-1, (count - 1).minimum(own.sum(-1, keepdim=True).clamp(min=1) - 1))
+            if self.every_block:
+                first = self._first_of_every_block(rows, within, step, share)
+            else:
+                last = step.masked_fill(~own, -1).sort(dim=-1, descending=True).values
+                first = last.gather(-1, (count - 1).minimum(own.sum(-1, keepdim=True).clamp(min=1) - 1))
             hidden = own & (step >= first) & (step >= 0)
         scored = hidden
         if self.positions == "next":
@@ -138,13 +160,44 @@ class StudentStates(Estimator):
     def _tokens(self, rows: Rows, within: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens that may be hidden and scored, and those behind them that are hidden in any case, bool `[B, J, L]`."""
         everything = within[:, None].expand(-1, uniform.shape[1], -1)
-        if self.block_length is None or self.states == "rising":
+        if self.block_length is None or self.every_block or self.states == "rising":
             return everything, torch.zeros_like(everything)
         block = dense(blocks_of(rows, self.block_length, self.block_origin), within)  # -1 where not within
         chosen = (uniform * (1 + block.amax(-1, keepdim=True))).long()[..., None]  # [B, J, 1]
         return block[:, None] == chosen, block[:, None] > chosen
 
-    def shares(self, first: Tensor, uniform: Tensor) -> Tensor:
+    def _share(self, level: Tensor) -> Tensor:
+        """The share that a uniform number in (0, 1) stands for."""
+        if self.shares is None:
+            low, high = self.share_range
+            return low + (high - low) * level
+        allowed = level.new_tensor(self.shares)
+        up_to = (allowed**self.exponent).cumsum(0)
+        return allowed[torch.searchsorted(up_to[:-1] / up_to[-1], level)]
+
+    def _counts(self, rows: Rows, within: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each token's block `[B, L]`, how many tokens a block has `[B, N]`, and how many a share is `[B, J, N]`."""
+        assert self.block_length is not None
+        most = (rows.canvas_ids.shape[1] + 2 * self.block_length - 2) // self.block_length
+        block = blocks_of(rows, self.block_length, self.block_origin)
+        size = of_blocks(within, block, most)
+        return block, size, (share[..., None] * size[:, None]).ceil().long().clamp(min=1)
+
+    def _of_every_block(self, rows: Rows, within: Tensor, uniform: Tensor, share: Tensor) -> Tensor:
+        block, _, count = self._counts(rows, within, share)
+        return subset_of_blocks(uniform, within, block, count)
+
+    def _first_of_every_block(self, rows: Rows, within: Tensor, step: Tensor, share: Tensor) -> Tensor:
+        """For each token, the first step of its block whose tokens are hidden, long `[B, J, L]`."""
+        block, size, count = self._counts(rows, within, share)
+        steps = int(step.max()) + 2
+        order = (block * steps + (steps - 2 - step[:, 0])).masked_fill(~within, torch.iinfo(torch.long).max)
+        last = order.sort(dim=-1).values[:, None].expand_as(step)  # of each block the latest first
+        place = (size.cumsum(-1) - size)[:, None] + count.minimum(size[:, None]).clamp(min=1) - 1
+        found = last.gather(-1, place.clamp(max=step.shape[-1] - 1)).gather(-1, block[:, None].expand_as(step))
+        return steps - 2 - (found - block[:, None] * steps)
+
+    def rising_shares(self, first: Tensor, uniform: Tensor) -> Tensor:
         """Shares `[B, J, N]` of blocks that never fall, from that of the first, `[B, J]`, and uniform numbers."""
         found = [first]
         for block in range(1, uniform.shape[-1]):

@@ -23,6 +23,7 @@ class StepFacts:
         threshold: float `[B]`, the entropy that a step must reach to be scored; the same for all rows of a batch.
         shown: long `[B, K, L]`, the canvas before each of K steps, the mask token where it was open.
         predicted: long `[B, K, L]`, what the step would have made of it at once.
+        rank: long `[B, L]`, the place of each token among those that its step chose, -1 where none was drawn.
     """
 
     entropy: Tensor | None = None
@@ -30,6 +31,7 @@ class StepFacts:
     threshold: Tensor | None = None
     shown: Tensor | None = None
     predicted: Tensor | None = None
+    rank: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> StepFacts:
         return StepFacts(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
@@ -52,6 +54,8 @@ class Rows:
         commit_step: long `[B, L]`, the row's own step at which a token was written, -1 where none was; None: it is not
             known. See `rl4dlm.likelihood.steps`.
         facts: what else was recorded of tokens when they were written.
+        told_ids, told_mask: long and bool `[B, Q]`, padded on the left, the prompt that a teacher is given instead;
+            None: the same one.
     """
 
     prompt_ids: Tensor
@@ -63,6 +67,8 @@ class Rows:
     given: Tensor | None = None
     commit_step: Tensor | None = None
     facts: StepFacts | None = None
+    told_ids: Tensor | None = None
+    told_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.prompt_mask, self.valid = self.prompt_mask.bool(), self.valid.bool()
@@ -91,7 +97,28 @@ class Rows:
             None if self.given is None else self.given[rows],
             None if self.commit_step is None else self.commit_step[rows],
             None if self.facts is None else self.facts[rows],
+            None if self.told_ids is None else self.told_ids[rows],
+            None if self.told_mask is None else self.told_mask[rows],
         )
+
+    def as_told(self, views: Views) -> tuple[Rows, Views]:
+        """Rows and their views as a teacher has them, whose prompts nothing is hidden of; these, where there are none.
+
+        Raises ValueError for views that hide something of the prompt.
+        """
+        if self.told_ids is None or self.told_mask is None:
+            return self, views
+        length = self.canvas_ids.shape[1]
+        if views.hidden[..., :-length].any():
+            raise ValueError("views that hide parts of the prompt mean nothing for another prompt")
+        before = self.told_ids.new_zeros(*views.hidden.shape[:2], self.told_ids.shape[1])
+
+        def moved(values: Tensor) -> Tensor:
+            return torch.cat([before.to(values.dtype), values[..., -length:]], dim=-1)
+
+        told = replace(self, prompt_ids=self.told_ids, prompt_mask=self.told_mask, told_ids=None, told_mask=None)
+        ids = None if views.ids is None else moved(views.ids)
+        return told, replace(views, hidden=moved(views.hidden), ids=ids)
 
     @property
     def ids(self) -> Tensor:

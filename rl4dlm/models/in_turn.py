@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rl4dlm.models.distributions import PositionReduction
-from rl4dlm.models.reductions import TokenScores, ValuedScores
+from rl4dlm.models.reductions import ChosenScores, TokenScores, ValuedScores
 from rl4dlm.models.spec import DiffusionSpec
 
 
@@ -57,7 +57,7 @@ def score_in_turn(
             chosen: dict[str, Any] = {name: value[turn::turns] for name, value in rows.items()}
         else:
             fed = slice(ends[turn], ends[turn + 1])
-            asked = ("score_targets",)
+            asked = ("score_targets", "score_order", "score_flags", "score_time")
             chosen = {name: value[turn::turns] if name in asked else value[fed] for name, value in rows.items()}
             chosen["score_rows"] = shared[:, turn] - ends[turn]
         positions = score_positions[turn::turns]
@@ -75,4 +75,6 @@ def score_in_turn(
     columns = [torch.cat(column)[order] for column in zip(*parts, strict=True)]
     if score_reduce is not None:
         return tuple(columns)
+    if "score_order" in rows:
+        return ChosenScores(*columns)
     return ValuedScores(*columns) if rest.get("score_values") else TokenScores(*columns)

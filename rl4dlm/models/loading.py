@@ -101,6 +101,7 @@ def load_denoiser(
     # The name a trainer, a reference model and an adapter ask for again; the cache folder of a download is not it.
     # A folder keeps its name wherever it is asked for from, since an adapter's files name its base by it.
     model.config._name_or_path = model.name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
+    model.loaded_from = os.path.abspath(folder)  # where what is saved beside a model lies
     model.__dict__.pop("_weight_conversions", None)  # else saving would undo how this folder happened to be read
     check_finite(model, path)
     if getattr(model, "generation_config", None) is None:
@@ -337,9 +338,10 @@ def _load_adapter(folder: Path, adapter: Path, device: Any, options: dict[str, A
     from peft import PeftModel
 
     base = load_denoiser(_base_folder(adapter, named=True), device=device, **options)
-    model = PeftModel.from_pretrained(base, os.fspath(folder), is_trainable=True)
+    model: Any = PeftModel.from_pretrained(base, os.fspath(folder), is_trainable=True)
     for settings in model.peft_config.values():  # what it is saved with again
         settings.base_model_name_or_path = base.name_or_path
+    model.loaded_from = os.path.abspath(folder)
     check_finite(model, os.fspath(folder))
     return model
 

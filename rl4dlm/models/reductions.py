@@ -32,6 +32,14 @@ class ValuedScores(NamedTuple):
     values: Tensor  # [n]
 
 
+class ChosenScores(NamedTuple):
+    """The same, with what an unmasking policy makes of the choice of each token's slot."""
+
+    log_probs: Tensor  # [n]
+    entropies: Tensor  # [n], in nats
+    choices: Tensor  # [n], log-probabilities
+
+
 SCORES = ("log_prob", "centred_logit")
 """What a target's score may be: its log-probability, or its logit minus the mean of all logits there (GDSD-TLC)."""
 

@@ -30,8 +30,9 @@ from rl4dlm.models.canvas import canvas_states, denoises_canvases
 from rl4dlm.models.checkpoint import listed, unfinite
 from rl4dlm.models.distributions import HiddenStates
 from rl4dlm.models.in_turn import score_in_turn
-from rl4dlm.models.reductions import Reduction, TokenScores, ValuedScores, log_prob_reduction
+from rl4dlm.models.reductions import ChosenScores, Reduction, TokenScores, ValuedScores, log_prob_reduction
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.models.unmasking import choice_scores, slot_states
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, in elements: 256 MiB in float32."""
@@ -73,6 +74,11 @@ def attach_scoring(model: Any) -> Any:
       does not see them; the clean copy has them;
     - `score_values`: True adds what the model's value head (`value_head.py`) makes of the state that each token is
       predicted from, without guidance, to a `ValuedScores`; not together with `score_reduce`;
+    - `score_states`: int W, with `score_reduce`: behind what the reduction finds comes the last hidden state that each
+      token of the last W columns is predicted from, `[R, W, D]`;
+    - `score_order`, `score_flags`, `score_time`: what the model's unmasking policy (`unmasking.py`) is asked about the
+      last L columns, `[R, L]`, `[R, L, 3]` and `[R]`; its log-probability of each scored token's place is then part of
+      a `ChosenScores`. For full attention, and not together with `score_reduce`, `score_values` or guidance;
     - `score_rows`: long `[N]`, or `[2 N]` with guidance: rows that ask for the same input share a forward. Positions,
       targets and `score_next_tokens` are then `[N, T]`, row i of them is about the fed row `score_rows[i]`, and with
       guidance u comes from the fed row `score_rows[N + i]`. Positions that several rows ask for go through the head
@@ -139,6 +145,10 @@ def _score(
     score_rows: Tensor | None = None,
     score_values: bool = False,
     score_of: str = "log_prob",
+    score_states: int | None = None,
+    score_order: Tensor | None = None,
+    score_flags: Tensor | None = None,
+    score_time: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     if isinstance(score_positions, tuple):
@@ -202,6 +212,17 @@ def _score(
     hidden = model.base_model(
         attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
     ).last_hidden_state  # [R, T, D]
+    chosen: Tensor | None = None  # [n], of the unmasking policy
+    if score_order is not None:
+        unfit = score_reduce is not None or score_values or score_cfg_scale > 0 or spec.attention in BLOCK_KINDS
+        if unfit or score_flags is None or score_time is None:
+            raise ValueError(
+                "score_order needs score_flags, score_time and a model without blocks in its attention, and neither "
+                "score_reduce, score_values nor guidance"
+            )
+        states = slot_states(hidden, score_order.shape[1], spec.logit_shift, score_rows)
+        slots = columns - (input_ids.shape[1] - score_order.shape[1])
+        chosen = choice_scores(model, states, score_order, score_flags, score_time)[rows, slots]
     if score_reduce is None and score_targets is None:
         raise ValueError("score_targets is missing: the tokens to score, long [R, T]")
     guides = None
@@ -212,7 +233,8 @@ def _score(
         assert score_targets is not None
         wanted = score_targets[rows, columns]
         settings = score_temperature, score_cfg_scale, score_values, score_of
-        return _score_shared(model, hidden, fed, sources, guides, wanted, *settings)
+        shared = _score_shared(model, hidden, fed, sources, guides, wanted, *settings)
+        return shared if chosen is None else ChosenScores(shared[0], shared[1], chosen)
     picked = hidden[fed, sources]  # [n, D]
     guide = None if guides is None else hidden[guides, sources]
     if score_reduce is None:
@@ -225,6 +247,10 @@ def _score(
     found = reduce_hidden(
         model, picked, guide, score_reduce, score_temperature, score_cfg_scale, sees_own=score_reduce_sees_own
     )
+    if score_states is not None:
+        return (*found, slot_states(hidden, score_states, spec.logit_shift, score_rows))
+    if chosen is not None:
+        return ChosenScores(found[0], found[1], chosen)
     return _with_values(model, found, picked) if score_values else found
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy, build_cache, exact_cache
-from rl4dlm.rollout.requests import check_fillings, checked_names, checked_steps, completes
+from rl4dlm.rollout.requests import check_fillings, check_policy, checked_names, checked_steps, completes
 from rl4dlm.rollout.schedules import registry
 from rl4dlm.rollout.schedules.parts import CanvasSchedule, Schedule
 
@@ -59,8 +59,9 @@ class DecodingConfig:
             the model was of each token, in `Trace.entropy` (leaving it out saves a quarter of a draw, and half of one
             at temperature 0, where the vocabulary is large); `"predictions"`, what the most probable tokens would make
             of the canvas at once; `"fillings"`, what draws would, and `"filling_log_probs"` of those; `"flagged"`,
-            steps at which the schedule would have written nothing. Predictions and fillings need every open slot's
-            logits, so that nothing is cached.
+            steps at which the schedule would have written nothing; `"policy"`, what a learned policy saw and chose;
+            `"blocks"`, which block was active. Predictions and fillings need every open slot's logits, so that nothing
+            is cached.
         record_steps: a row's own steps at which predictions and fillings are kept, from 0 on; None: every step.
         num_fillings: Z, fillings drawn at each of these; the first has the candidates of the step itself.
 
@@ -146,6 +147,7 @@ class DecodingConfig:
             )
         self._check_steps()
         schedule = self.build_schedule()
+        check_policy(self.record, self.schedule, schedule)
         if isinstance(schedule, Schedule) and schedule.whole and policy.uses_store:
             raise ValueError(
                 f"cache={self.cache!r} cannot be used with schedule={self.schedule!r}, which needs a forward of the "
@@ -259,6 +261,13 @@ class DecodingConfig:
         """These settings with other `known_tokens`; those of a model stay those of that model."""
         settings = copy.copy(self)
         object.__setattr__(settings, "known_tokens", tokens)
+        return settings
+
+    def with_arguments(self, **arguments: Any) -> DecodingConfig:
+        """These settings with other arguments of the schedule; those of a model stay those of that model."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "schedule_args", {**self.schedule_args, **arguments})
+        check_policy(self.record, self.schedule, settings.build_schedule())
         return settings
 
     def exactly(self) -> DecodingConfig:

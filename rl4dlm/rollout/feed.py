@@ -20,6 +20,7 @@ from rl4dlm.rollout.part import Part, Scores, Shadow, chosen_columns
 from rl4dlm.rollout.schedules.parts import Ahead, CanvasInput, Step
 
 SHADOW = "shadow"
+STATES = "states"
 DRAWN = "drawn"
 NUMBERS = ("raw_log_prob", "confidence", "log_prob", "entropy")
 """What is drawn besides the token; the first two are looked at for whether they are numbers."""
@@ -29,6 +30,7 @@ class Feed(ResizedRows):
     """Rows, and one forward of them."""
 
     upcoming: Tensor | None = None  # long [R, W], for policies that foresee what a step writes
+    states: Tensor | None = None  # [R, W, D], of the last forward, for schedules that read them
 
     def _look(self) -> Step:
         """One forward of every row: the step as the schedule sees it."""
@@ -50,6 +52,8 @@ class Feed(ResizedRows):
                     chosen = places.shadow if name == SHADOW else ~places.shadow
                     values[name][index[chosen]] = value[chosen]
         values = {name: value.view(*self.masked.shape, *value.shape[1:]) for name, value in values.items()}
+        if self.states is not None:
+            values[STATES], self.states = self.states, None
         drawn = Drawn(values.pop("token"), **dict(zip(NUMBERS, values.pop(DRAWN).unbind(-1), strict=True)))
         return Step(
             tokens=self.tokens[:, self.width :].clone(),
@@ -240,6 +244,8 @@ class Feed(ResizedRows):
         if sight is not None or self.padded:
             implementation = self.model.config._attn_implementation
             mask = attention_mask(keys, tokens.shape[1], implementation, self.model.dtype, sight)
+        if self.schedule.reads_states:
+            extra["score_states"] = self.masked.shape[1]
         if self.in_step is not None:
             self.in_step(True)
         flat = self.model(
@@ -252,6 +258,8 @@ class Feed(ResizedRows):
             score_reduce_sees_own=True,
             **extra,
         )
+        if self.schedule.reads_states:
+            *flat, self.states = flat
         each = 1 + self.guided
         if part.rows is None:
             self.nfe = self.nfe + each

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rl4dlm.rollout.requests import FILLING_LOG_PROBS, FILLINGS, PREDICTIONS, Answers, Requests
+from rl4dlm.rollout.requests import BLOCKS, FILLING_LOG_PROBS, FILLINGS, NOTED, PREDICTIONS, Answers, Requests
 from rl4dlm.rollout.rollout import EventKind, Events, StopReason, Trace
 from rl4dlm.rollout.state import State
 
@@ -23,10 +23,11 @@ COMPLETE, EOS, STEP_CAP, DEAD_END, STOP = range(len(STOP_REASONS))
 
 @dataclass
 class Log:
-    """Parts of the lists that become `Events` and the selection log-probabilities; rows are those of the whole call."""
+    """Parts of `Events`, selection log-probabilities and the order of picks; rows are those of the whole call."""
 
     events: list[dict[str, Tensor]] = field(default_factory=list)
     selections: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # rows, steps, values
+    orders: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # rows, places [r, W]
 
     def add(
         self,
@@ -61,6 +62,16 @@ class Log:
         for row, step, values in self.selections:
             dense[row, step] = values.to(dense)
         return dense
+
+    def commit_rank(self, commit_step: Tensor) -> Tensor | None:
+        """long `[N, L]`, of the tokens that were committed; None where steps write their tokens in no order."""
+        if not self.orders:
+            return None
+        dense = torch.full_like(commit_step, -1)
+        for row, places in self.orders:
+            width = places.shape[1]
+            dense[row, :width] = torch.where(places >= 0, places, dense[row, :width])
+        return dense.masked_fill(commit_step < 0, -1)
 
 
 @dataclass
@@ -135,6 +146,7 @@ class Record:
         `resizes`: the canvas can change its length, `draws_positions`: steps draw which slots they write."""
         steps = int(self.steps.max()) if len(self.steps) else 0
         dtype = self.raw_log_prob.dtype
+        seen, allowed, chosen = (self.answers.per_step(name, self.raw_log_prob, steps) for name in NOTED)
         return Trace(
             self.commit_step,
             self.raw_log_prob,
@@ -147,10 +159,15 @@ class Record:
             confidence=self.confidence,
             entropy=self.entropy if "entropy" in requests.names else None,
             block_stop=self.block_stop,
+            commit_rank=self.log.commit_rank(self.commit_step),
             predictions=self.answers.completions(requests, PREDICTIONS, self.raw_log_prob, steps),
             fillings=self.answers.completions(requests, FILLINGS, self.raw_log_prob, steps),
             filling_log_probs=self.answers.completions(requests, FILLING_LOG_PROBS, self.raw_log_prob, steps),
             flagged=self.answers.flags(requests, self.raw_log_prob, steps),
+            blocks=self.answers.per_step(BLOCKS, self.raw_log_prob, steps, -1),
+            policy_features=seen,
+            policy_allowed=allowed,
+            policy_chosen=chosen,
         )
 
     def stop_reasons(self) -> list[StopReason]:

@@ -1,4 +1,5 @@
-"""What is recorded only on request: what a step would make of the whole canvas at once, and which steps fell back.
+"""What is recorded only on request: what a step would make of the whole canvas at once, what a policy saw and chose,
+where blocks were, and which steps fell back.
 
 Owns the names (`DecodingConfig.record`), what is read off a step's logits for them, and how it is put together. Every
 completion comes from the forward that the step decodes from, and only token ids and log-probabilities are kept, never
@@ -17,10 +18,14 @@ from torch import Tensor
 from rl4dlm.rollout.drawing import Reading, Scored, lowest_argmax
 from rl4dlm.rollout.noise import inverse_cdf
 
-RECORDS = ("entropy", "predictions", "fillings", "filling_log_probs", "flagged")
+RECORDS = ("entropy", "predictions", "fillings", "filling_log_probs", "flagged", "policy", "blocks")
 """Names that `DecodingConfig.record` allows."""
 
-PREDICTIONS, FILLINGS, FILLING_LOG_PROBS, FLAGGED = RECORDS[1:]
+PREDICTIONS, FILLINGS, FILLING_LOG_PROBS, FLAGGED, POLICY, BLOCKS = RECORDS[1:]
+
+NOTED = ("policy_features", "policy_allowed", "policy_chosen")
+"""What `"policy"` keeps of each step, names of `Step.noted` and of `Trace`: what the policy saw, what it could choose
+from, and what it chose."""
 
 
 def completes(record: Collection[str]) -> bool:
@@ -137,6 +142,30 @@ class Answers:
         for rows, steps, values in self.parts.get(FLAGGED, ()):
             found[rows, steps] = values
         return found
+
+    def per_step(self, name: str, like: Tensor, made: int, blank: float = 0) -> Tensor | None:
+        """`[N, made, ...]` of what was added under a name, `blank` where a row made no such step; None if nothing was.
+
+        Args:
+            like: `[N, L]`.
+        """
+        parts = self.parts.get(name)
+        if not parts:
+            return None
+        first = parts[0][2]
+        found = first.new_full((len(like), made, *first.shape[1:]), blank)
+        for rows, steps, values in parts:
+            found[rows, steps] = values
+        return found
+
+
+def check_policy(record: tuple[str, ...], schedule: str, parts: Any) -> None:
+    """Raises ValueError where the record of a policy is asked for, and the schedule of this name has none."""
+    if POLICY in record and getattr(parts, "policy", None) is None:
+        raise ValueError(
+            f"record={record!r} asks for {POLICY!r}, but schedule={schedule!r} has no policy that decides; "
+            "schedules that have one are 'bernoulli' and 'ctrldiff'"
+        )
 
 
 def completed(tokens: Tensor, masked: Tensor, length: Tensor, read: Tensor, name: str) -> Tensor:

@@ -123,6 +123,8 @@ class Trace:
         entropy: float `[N, L]`, of that softmax, in nats. None likewise, and unless it was asked for.
         block_stop: long `[N, L]`, end of the block that was active when each token was committed, a canvas offset, so
             that blocks that are not on a grid can be told; -1 at -1. None likewise.
+        commit_rank: long `[N, L]`, the place of each token in the order in which its step chose slots, from 0; -1 at -1
+            and in steps that were made before a row was taken up from a state. None where steps choose in no order.
         predictions: int32 `[N, K, L]`, the canvas before each step with every open slot filled by its most probable
             token. K: steps of the longest row, or `record_steps` if the settings name them; -1 where a row made no such
             step (or made it before it was taken up from a state), and at slots that did not exist. This and what
@@ -132,6 +134,10 @@ class Trace:
         filling_log_probs: float `[N, K, Z, L]`, of these draws; 0 at written slots and at temperature 0.
         flagged: bool `[N, S]`, steps at which the schedule's rule would have written nothing, so that the engine wrote
             the best candidate. Rules that always write the best one themselves have none.
+        policy_features: float `[N, S, ...]`, what a learned policy saw at each step, 0 where it was not asked.
+        policy_allowed, policy_chosen: bool `[N, S, A]`, which of A actions it could and did choose; none where it was
+            not asked. The log-probability of the choice is in `selection_log_prob`.
+        blocks: long `[N, S, 2]`, first slot of the block active at each step, and the one behind its last; -1 behind.
     """
 
     commit_step: Tensor
@@ -150,6 +156,11 @@ class Trace:
     fillings: Tensor | None = None
     filling_log_probs: Tensor | None = None
     flagged: Tensor | None = None
+    commit_rank: Tensor | None = None
+    policy_features: Tensor | None = None
+    policy_allowed: Tensor | None = None
+    policy_chosen: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @dataclass
@@ -238,16 +249,9 @@ class Rollout:
         }
         mine, others = self.trace, other.trace
         per_row = (
-            "commit_step",
-            "raw_log_prob",
-            "log_prob",
-            "steps",
-            "start_length",
-            "length",
-            "confidence",
-            "entropy",
-            "block_stop",
-        )
+            "commit_step", "raw_log_prob", "log_prob", "steps", "start_length", "length", "confidence", "entropy",
+            "block_stop", "commit_rank",
+        )  # fmt: skip
         trace: dict[str, Any] = {name: picked(getattr(mine, name), getattr(others, name)) for name in per_row}
         for name, blank in _PER_STEP.items():
             ours, theirs = getattr(mine, name), getattr(others, name)
@@ -420,6 +424,10 @@ _PER_STEP: dict[str, float] = {
     "fillings": -1,
     "filling_log_probs": 0.0,
     "flagged": False,
+    "policy_features": 0.0,
+    "policy_allowed": False,
+    "policy_chosen": False,
+    "blocks": -1,
 }
 """What a trace has per step, and what stands behind a row's last one."""
 

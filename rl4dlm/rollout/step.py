@@ -15,7 +15,7 @@ from torch import Tensor
 from rl4dlm.rollout.constraints.automata import constrain
 from rl4dlm.rollout.feed import Feed
 from rl4dlm.rollout.record import DEAD_END, KEPT, STEP_CAP
-from rl4dlm.rollout.requests import FLAGGED, completed
+from rl4dlm.rollout.requests import BLOCKS, FLAGGED, POLICY, completed
 from rl4dlm.rollout.rollout import EventKind
 from rl4dlm.rollout.schedules.parts import BlockState, Step, best
 
@@ -128,13 +128,22 @@ class Batch(Feed):
             forced = ~gained
         fallback = self._admissible(step, scores, best(scores, eligible) & forced[:, None])
         commit = commit | fallback
-        if FLAGGED in self.requests.names:
-            slots = self.slot + self.record.first
-            self.record.answers.add(FLAGGED, slots, self.total_step, fallback.any(-1))
+        self._keep(step, fallback.any(-1))
         self._write(step, commit, replace, remask)
         if schedule.edit is not None:
             self._edit(schedule.edit(step), step, capped)
         self._after(step, capped)
+
+    def _keep(self, step: Step, fell_back: Tensor) -> None:
+        """Records what is asked for of a step itself; `fell_back`: bool `[R]`."""
+        names, slots = self.requests.names, self.slot + self.record.first
+        found = {FLAGGED: fell_back} if FLAGGED in names else {}
+        if BLOCKS in names:
+            found[BLOCKS] = torch.stack([self.start, self.stop], dim=-1)
+        if POLICY in names:
+            found |= step.noted
+        for name, values in found.items():
+            self.record.answers.add(name, slots, self.total_step, values)
 
     def _complete(self, step: Step) -> None:
         """Records what the step would make of the whole canvas at once."""
@@ -174,6 +183,9 @@ class Batch(Feed):
         if self.schedule.draws_positions:
             slots = self.slot + self.record.first
             self.record.log.selections.append((slots, self.total_step, step.selection_log_prob))
+        if step.order is not None:
+            slots = self.slot + self.record.first
+            self.record.log.orders.append((slots, torch.where(commit, step.order, -1)))
         self.extra_forwards = self.extra_forwards + step.extra_forwards
         self.block_step = self.block_step + 1
         self.total_step = self.total_step + 1

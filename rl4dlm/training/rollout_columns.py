@@ -55,6 +55,7 @@ def recorded_columns(trace: Trace) -> dict[str, Tensor]:
     - `sampled_log_probs`: float `[N, L]`, under the distribution that it was drawn from; at a temperature above 0.
     - `commit_confidence`, `commit_entropy`: float `[N, L]`, of the untempered softmax after guidance and options.
     - `block_stop`: long `[N, L]`, end of the block that was active.
+    - `commit_rank`: long `[N, L]`, its place among those that the step chose, where steps choose in an order.
     - `events`: long `[N, E, 4]`, step, kind, position and token of everything that happened to a row, in order, where
       schedules can take tokens back; rows of fewer events end in -1. `event_log_probs`: float `[N, E, 2]`, raw and as
       drawn; 0 there.
@@ -66,6 +67,7 @@ def recorded_columns(trace: Trace) -> dict[str, Tensor]:
         "commit_confidence": trace.confidence,
         "commit_entropy": trace.entropy,
         "block_stop": trace.block_stop,
+        "commit_rank": trace.commit_rank,
     }
     columns = {name: values for name, values in found.items() if values is not None}
     return columns if trace.events is None else columns | _events(trace.events, len(trace.commit_step))

@@ -399,6 +399,7 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         threshold=batch.get("entropy_threshold"),
         shown=batch.get("step_states"),
         predicted=batch.get("step_predictions"),
+        rank=batch.get("commit_rank"),
     )
     return Rows(
         prompt_ids=batch["prompt_ids"],
@@ -410,6 +411,8 @@ def rows_of(batch: dict[str, Any]) -> Rows:
         given=batch.get("hinted"),
         commit_step=batch.get("commit_step"),
         facts=facts,
+        told_ids=batch.get("told_ids"),
+        told_mask=batch.get("told_mask"),
     )
 
 

@@ -81,7 +81,7 @@ def test_shares_of_blocks_never_fall() -> None:
     states = StudentStates(3, "rising", share_range=(0.2, 0.7), block_length=2)
     batch = rows(64, ends=False)
     noise = RowNoise(batch, 0, 0)
-    shares = states.shares(0.2 + 0.5 * noise.per_view("a", 3), noise.per_token("b", 3))
+    shares = states.rising_shares(0.2 + 0.5 * noise.per_view("a", 3), noise.per_token("b", 3))
     assert bool((shares[..., 1:] >= shares[..., :-1]).all()) and float(shares.max()) <= 1
     assert float((shares[..., 1:] - shares[..., :-1]).max()) <= 0.7
     hidden = hidden_of(states.draw(batch, seed=0, iteration=0)).double().view(64, 3, 4, 2).mean((0, 1, 3))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rl4dlm.models.tiny import tiny_llada
-from tests.algorithms.zoo_worker import ALGORITHMS, ONE_VIEW, SPLIT_GROUPS, run
+from tests.algorithms.zoo_worker import ONE_VIEW, REST, RUNS, SPLIT_GROUPS, run
 from tests.training.test_distributed import needs_deepspeed, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -23,9 +23,23 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return train(tmp_path_factory.mktemp("zoo"), worker=WORKER)
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_two_processes_equal_one(two: dict[str, Any], tmp_path: Path, name: str, adapter: bool) -> None:
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(tmp_path_factory.mktemp("zoo"), "rest", worker=WORKER)
+
+
+@pytest.mark.parametrize(("name", "adapter"), RUNS)
+def test_two_processes_equal_one(two: dict[Any, Any], tmp_path: Path, name: str, adapter: bool) -> None:
+    check_run(two, tmp_path, name, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "adapter"), REST)
+def test_the_other_of_whole_models_and_adapters(rest: dict[Any, Any], tmp_path: Path, name: str, adapter: bool) -> None:
+    check_run(rest, tmp_path, name, adapter)
+
+
+def check_run(two: dict[Any, Any], tmp_path: Path, name: str, adapter: bool) -> None:
     found, alone = two[name, adapter], run(name, tmp_path, 1, adapter)
     assert found["rows"] == alone["rows"], "row ids, tokens and advantages"
     assert len({row for row, _, _ in found["rows"]}) == 16

@@ -1,6 +1,6 @@
 """What each process of `test_zoo_distributed.py` runs: two passes over a batch with every algorithm.
 
-torchrun --nproc_per_node 2 zoo_worker.py RESULTS.pt [deepspeed.json]
+torchrun --nproc_per_node 2 zoo_worker.py RESULTS.pt [deepspeed.json, or rest]
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 """Settings besides the small ones, by trainer, and by what is behind a plus where one is run twice."""
 SPLIT_GROUPS = {"StableDRLTrainer": {}, "CoupledGRPOTrainer": {"clip": "unconditional", "self_normalize": "group"}}
 """Algorithms whose weights are normalised over groups; also run with one that is split over processes and steps."""
+RUNS = [(name, number % 2 == 1) for number, name in enumerate(ALGORITHMS)]
+"""Each algorithm once, on whole models and on adapters in turn; the other of the two is left to the slow tests."""
+REST = [(name, not adapter) for name, adapter in RUNS]
 ONE_VIEW = {
     "ESPOTrainer": {"num_views": 2},
     "SPGTrainer": {"num_views": 3},
@@ -119,12 +122,12 @@ def run_one_view(name: str, folder: Path, world_size: int, adapter: bool = False
 
 def main(results: Path, deepspeed: str | None) -> None:
     folder, world_size = results.parent, int(os.environ["WORLD_SIZE"])
-    if deepspeed is None:
+    if deepspeed in (None, "rest"):
         found: dict[Any, Any] = {
             (name, adapter): run(name, folder / f"{name}-{adapter}", world_size, adapter)
-            for name in ALGORITHMS
-            for adapter in (False, True)
+            for name, adapter in (REST if deepspeed else RUNS)
         }
+    if deepspeed is None:
         found |= {
             ("groups", name): run(
                 name, folder / f"{name}-groups", world_size, False, num_generations=16,
@@ -133,7 +136,7 @@ def main(results: Path, deepspeed: str | None) -> None:
             for name, changes in SPLIT_GROUPS.items()
         }  # fmt: skip
         found |= {("one view", name): run_one_view(name, folder / name, world_size, adapter=True) for name in ONE_VIEW}
-    else:
+    elif deepspeed != "rest":
         # ZeRO-3 shards models while they load, so that they come from a path, where they are before it is switched on.
         model = str(folder / f"model-{os.environ['RANK']}")
         save_denoiser(tiny_llada(), model, tiny_tokenizer())

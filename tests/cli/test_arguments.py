@@ -14,7 +14,15 @@ import pytest
 from datasets import IterableDataset
 
 from rl4dlm import DiffuGRPOTrainer, resources, tiny_llada
-from rl4dlm.cli.arguments import DataArguments, ExampleArguments, RewardArguments, load_splits, parse, with_completions
+from rl4dlm.cli.arguments import (
+    DataArguments,
+    ExampleArguments,
+    RewardArguments,
+    TeachingArguments,
+    load_splits,
+    parse,
+    with_completions,
+)
 from rl4dlm.cli.errors import is_bad_input
 from rl4dlm.models.tiny import tiny_tokenizer
 from rl4dlm.training.checks import checked_rewards
@@ -83,6 +91,13 @@ def test_p5_a_reward_model_may_stand_alone(files: dict[str, str]) -> None:
     assert arguments.reward_funcs == []
     with pytest.raises(ValueError, match="reward_funcs is empty.*reward_model_name_or_path"):
         RewardArguments(dataset_name=files["train"])
+
+
+def test_a_script_that_needs_no_rewards_keeps_the_columns_of_a_corpus(files: dict[str, str]) -> None:
+    arguments = TeachingArguments(dataset_name=files["train"], completion_column="answer")
+    train, _ = load_splits(arguments, evaluating=False)
+    row = next(iter(with_completions(train, arguments.completion_column, keep=True)))
+    assert row["completion"] == row["answer"] == "0" and row["prompt"] == "train 0"
 
 
 def test_p6_names_of_rewards_are_looked_up_in_python(tmp_path: Path) -> None:

@@ -39,7 +39,12 @@ def test_every_line_and_variation_has_settings_that_are_allowed(task: str, tmp_p
 
 
 def test_every_algorithm_has_a_line() -> None:
-    bases = {"DiffusionPolicyTrainer", "TrajectoryTrainer", "VRPOTrainer"}  # the last one learns from pairs
+    bases = {
+        "DiffusionPolicyTrainer",
+        "TrajectoryTrainer",
+        "ELBOKTOTrainer",
+        "VRPOTrainer",
+    }  # the last two: preferences
     trainers = {name for name in rl4dlm.__all__ if name.endswith("Trainer")} - bases
     assert trainers == {line.trainer for line in EVERY_LINE.values()} - {"PositivesTrainer"}
 

@@ -268,7 +268,7 @@ def test_bad_settings_are_named():
         audit(denoiser(), dataclasses.replace(rollout, decoding=None))
 
 
-NEED_MORE = ("edlm", "guided", "learn2pd", "levenshtein")
+NEED_MORE = ("edlm", "guided", "learn2pd", "learned_order", "levenshtein")
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -84,6 +84,7 @@ def assert_lossless(drafted: Rollout, plain: Rollout) -> None:
 def test_every_schedule_that_allows_guesses_is_here():
     named = {settings.get("schedule", "low_confidence") for settings in SCHEDULES.values()}
     needing = {
+        "bernoulli",
         "ctrldiff",
         "edlm",
         "entropy_bound_canvas",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -166,6 +167,23 @@ CONFIG = DecodingConfig(canvas_length=8, steps=4, temperature=1.0)
 def request(weights: str = "run-0-0", prompts: Any = ((3, 4),), **changes: Any) -> bytes:
     values = {"config": CONFIG, "row_ids": list(range(len(prompts))), "seed": 1, "hints": None, "start": None}
     return pack_request(weights, prompts, **{**values, **changes})
+
+
+def test_a_server_that_is_not_reached_is_told_from_one_that_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        with pytest.raises(BackendError, match=r"nothing came for 0.1 s"):  # whom the system lets in
+            http.Http(f"http://127.0.0.1:{port}", 0.1).ask(ABOUT)
+        others = [socket.socket() for _ in range(4)]
+        try:
+            for other in others:  # until it lets nobody in any more
+                other.setblocking(False)
+                other.connect_ex(("127.0.0.1", port))
+            with pytest.raises(BackendError, match=r"no connection within 0.1 s"):
+                http.Http(f"http://127.0.0.1:{port}", 0.1).ask(ABOUT)
+        finally:
+            for other in others:
+                other.close()
 
 
 def test_these_paths_are_off_and_need_a_token(served: Any) -> None:

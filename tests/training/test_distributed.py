@@ -27,11 +27,13 @@ GATHER = {"stage3_gather_16bit_weights_on_model_save": True}  # or ZeRO-3 does n
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 
 
-def train(folder: Path, stage: int | None = None, worker: Path = WORKER) -> dict[str, Any]:
-    """What two processes of a worker find."""
+def train(folder: Path, stage: int | str | None = None, worker: Path = WORKER) -> dict[str, Any]:
+    """What two processes of a worker find, at a stage of ZeRO, or in the part of its runs that has the name."""
     results = folder / "results.pt"
-    arguments = [results]
-    if stage is not None:
+    arguments: list[Any] = [results]
+    if isinstance(stage, str):
+        arguments.append(stage)
+    elif stage is not None:
         arguments.append(folder / "deepspeed.json")
         arguments[-1].write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage, **GATHER}}))
     launch(worker, folder, *arguments)

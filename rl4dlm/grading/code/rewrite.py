@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rl4dlm.grading.code.evaluate import METHODS, CannotEvaluateError, called, evaluate, is_within
 from rl4dlm.grading.code.known import refuse_work, with_results, worked_out
+from rl4dlm.grading.code.objects import shown_by_use
 from rl4dlm.grading.code.parse import parse, parse_expression
 from rl4dlm.grading.code.scorable import SOLUTION_MODULES, can_fail
 from rl4dlm.grading.code.source import (
@@ -88,7 +89,7 @@ def rewritten(source: str, entry_point: str | None = None, trusted: frozenset[st
         return None
     try:
         body = straight_line(tree, entry_point)
-        test = _Test(trusted)
+        test = _Test(trusted, shown_by_use(tree))
         test.modules.update({name: f"__import__({name!r})" for name in implied_modules(tree)})
         test.run(body)
         return test.finished()
@@ -99,8 +100,9 @@ def rewritten(source: str, entry_point: str | None = None, trusted: frozenset[st
 class _Test:
     """Goes through the statements of one test, and keeps what each of its variables is."""
 
-    def __init__(self, trusted: frozenset[str]) -> None:
+    def __init__(self, trusted: frozenset[str], used_as_objects: frozenset[str]) -> None:
         self.trusted = trusted
+        self.used_as_objects = used_as_objects  # variables; of these, what a call of the program has made is an object
         self.known: dict[str, Any] = {}  # worked out here, and not by the program
         self.literals: dict[str, ast.expr] = {}  # of `known`: what the program's process is told, if it has to be
         self.inside: set[str] = set()  # variables that the program's process has
@@ -212,7 +214,8 @@ class _Test:
         self.known.pop(name, None)
         self.inside.add(name)
         self.objects.discard(name)
-        if self._makes_object(value):
+        called_program = isinstance(value, ast.Call) and isinstance(value.func, ast.Name)
+        if self._makes_object(value) or (called_program and name in self.used_as_objects):
             self.objects.add(name)
 
     def _do(self, value: ast.expr) -> None:

@@ -102,8 +102,8 @@ class Http:
                 raise self._failed(path, f"nothing came for {self.timeout:g} s (rollout_timeout)") from None
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
-                if isinstance(reason, TimeoutError):
-                    raise self._failed(path, f"nothing came for {self.timeout:g} s (rollout_timeout)") from None
+                if isinstance(reason, TimeoutError):  # of the connection; what is sent waits for an answer above
+                    raise self._failed(path, f"no connection within {self.timeout:g} s (rollout_timeout)") from None
                 if wait is None:
                     raise self._failed(path, str(reason) or type(reason).__name__) from None
             time.sleep(wait)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rl4dlm.rollout.schedules import (
     adablock,
+    bernoulli,
     ctrldiff,
     d2f,
     daedal,
@@ -18,6 +19,7 @@ from rl4dlm.rollout.schedules import (
     klass,
     latent_refinement,
     learn2pd,
+    learned_order,
     levenshtein,
     llada,
     multi_block,
@@ -35,6 +37,7 @@ from rl4dlm.rollout.schedules.registry import register
 
 __all__ = [
     "adablock",
+    "bernoulli",
     "ctrldiff",
     "d2f",
     "daedal",
@@ -49,6 +52,7 @@ __all__ = [
     "klass",
     "latent_refinement",
     "learn2pd",
+    "learned_order",
     "levenshtein",
     "llada",
     "multi_block",

@@ -19,6 +19,7 @@ from torch import Tensor
 from rl4dlm.rollout.drawing import Drawn, Reading, Transform
 from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
+from rl4dlm.rollout.ranking import best as best, ranks as ranks, top as top
 
 Scope = Literal["eligible", "masked", "block", "canvas"]
 """Which slots a step draws candidates for and reads: the masked ones that may be written (up to the end of the active
@@ -48,6 +49,9 @@ class Step:
         mask_token_id, eos_token_ids: of the model.
         selection_log_prob: `[R]`, for parts that draw positions to add the log-probability of their draw to.
         extra_forwards: long `[R]`, for parts that run another model to count its forwards in.
+        order: long `[R, W]`, for parts that choose slots one after another to put their places in: from 0 in each row,
+            -1 elsewhere. None: there is no such order.
+        noted: what a policy saw and chose, for the record; parts put it there (`rl4dlm.rollout.requests`).
     """
 
     tokens: Tensor
@@ -73,6 +77,8 @@ class Step:
     eos_token_ids: tuple[int, ...]
     selection_log_prob: Tensor
     extra_forwards: Tensor
+    order: Tensor | None = None
+    noted: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def offsets(self) -> Tensor:
@@ -280,7 +286,10 @@ class Schedule:
         memoryless: no part remembers anything between steps or adds to what a step records, so that what a step does
             follows from the row as it is before it; steps can then be guessed ahead (`draft_steps`).
         reads_entropy: some part looks at `step.drawn.entropy`, which is NaN else if the record does not keep it either.
+        reads_states: `read["states"]` has the last hidden state of each slot of the canvas, `[R, W, D]`, that which its
+            token is predicted from.
         draws_positions: some part adds to `step.selection_log_prob`; else that is not recorded.
+        policy: the network that decides, where one does; what it sees and chooses is then in `step.noted`.
         check: raises ValueError for a denoiser that the parts cannot work with; called before decoding.
     """
 
@@ -306,8 +315,10 @@ class Schedule:
     start_length: int | None = None
     reopens: bool = False
     draws_positions: bool = False
+    policy: Any = None
     memoryless: bool = False
     reads_entropy: bool = False
+    reads_states: bool = False
     check: Callable[[Any], None] | None = None
 
     @property
@@ -327,6 +338,7 @@ class Schedule:
             self.reopens
             or self.shadow
             or self.inputs is not None
+            or self.reads_states
             or self.resize is not None
             or self.scope in ("masked", "canvas")
         )
@@ -415,32 +427,3 @@ def foreseen(scores: Callable[[Ahead], Tensor], steps: int) -> Foresight:
 def above(threshold: float) -> CommitRule:
     """Commits every position whose score reaches the threshold."""
     return lambda step, scores: scores >= threshold
-
-
-def top(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """The best `counts` `[R]` eligible positions of each row, the lower position among equals: bool `[R, W]`."""
-    return (ranks(scores, eligible) < counts[:, None]) & eligible
-
-
-def best(scores: Tensor, eligible: Tensor) -> Tensor:
-    """The best eligible position of each row, the lower one among equals: bool `[R, W]`, none where none is."""
-    allowed = scores.masked_fill(~eligible, -torch.inf)
-    highest = (allowed == allowed.amax(-1, keepdim=True)) & eligible
-    return highest & (highest.cumsum(-1) == 1)
-
-
-def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
-    """The rank of each eligible position in its row, 0 for the highest score, the lower position first among equals.
-
-    Args:
-        scores: `[R, W]`. eligible: bool `[R, W]`.
-
-    Returns:
-        long `[R, W]`; the others come behind.
-    """
-    scores = scores if scores.is_floating_point() else scores.double()
-    above = scores.clamp(min=torch.finfo(scores.dtype).min)  # so that eligible ones are never with the others
-    sorted_by = above.masked_fill(~eligible, -torch.inf)
-    order = sorted_by.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)

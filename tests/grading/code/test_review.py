@@ -224,15 +224,6 @@ UNPAID = {
 }  # fmt: skip
 
 
-OPEN = {"class_in_lower_case", "object_from_a_function"}
-
-
-def open_still(name: str) -> None:
-    verdict = found()[name]
-    if name in OPEN:
-        pytest.xfail(f"not dealt with yet: {verdict and verdict.passed}")
-
-
 @functools.cache
 def found() -> dict[str, Verdict | None]:
     """All verdicts, from one batch."""
@@ -252,14 +243,12 @@ def test_forgery_earns_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEALT_WITH)
 def test_forgery_that_once_earned_something_earns_nothing(name: str) -> None:
-    open_still(name)
     verdict = found()[name]
     assert verdict is not None and verdict.passed in (0, None)
 
 
 @pytest.mark.parametrize("name", SUCCEEDED)
 def test_forgery_that_earned_something(name: str) -> None:
-    open_still(name)
     verdict = found()[name]
     assert verdict is not None and verdict.passed in (0, None)
 
@@ -272,7 +261,6 @@ def test_honest_program_is_paid(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNPAID)
 def test_honest_program_that_was_not_paid(name: str) -> None:
-    open_still(name)
     verdict = found()[name]
     assert verdict is not None and verdict.passed in (1, None)
 

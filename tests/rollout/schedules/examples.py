@@ -17,6 +17,10 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.policies.bernoulli import BernoulliPolicy
+from rl4dlm.rollout.policies.hidden_states import UnmaskingPolicyModule
+from rl4dlm.rollout.policies.policy import fresh
+from rl4dlm.rollout.policies.saving import save_policy
 from rl4dlm.rollout.rollout import EventKind, Rollout
 from rl4dlm.rollout.rows import Progress
 from rl4dlm.rollout.schedules.learn2pd import TokenFilter, save_filter
@@ -44,6 +48,31 @@ def token_filter(block_length: int) -> str:
     return str(path)
 
 
+@functools.cache
+def order_policy(layers: int) -> str:
+    """The path of a random policy for `learned_order`; the file is there as long as the tests run."""
+    size = denoiser().config.hidden_size
+    policy = fresh(UnmaskingPolicyModule(size, frequencies=8, layers=layers, heads=2), seed=0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    folder = Path(SCRATCH.name) / f"policy-{layers}"
+    folder.mkdir()
+    return str(save_policy(policy, folder))
+
+
+@functools.cache
+def unmasking_policy() -> BernoulliPolicy:
+    """A random network for `bernoulli`."""
+    policy = fresh(BernoulliPolicy(hidden_size=8), seed=0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.normal_(std=0.5, generator=generator)
+    return policy
+
+
 def judge() -> Any:
     """A causal model with the vocabulary of the denoisers."""
     return random_causal(VOCAB)
@@ -63,6 +92,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         },
     ),
     "ass": ({**WHOLE}, {**WHOLE, "schedule_args": {"num_blocks": 3}, "temperature": 1.0}),
+    "bernoulli": (
+        {"schedule_args": {"policy": lambda: unmasking_policy()}},
+        {**WHOLE, "schedule_args": {"policy": lambda: unmasking_policy(), "policy_temperature": 0.5}},
+        {**WHOLE, "schedule_args": {"policy": lambda: unmasking_policy(), "policy_temperature": 0}, "temperature": 0.7},
+    ),
     "credit": (
         {"schedule_args": {"threshold": 0.5}},
         {**WHOLE, "schedule_args": {"threshold": 0.4, "weight": 2.0, "power": 0.5, "decay": 0.5}, "temperature": 0.8},
@@ -181,6 +215,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
                 "eos_threshold": 0.1,
             },
         },
+    ),
+    "learned_order": (
+        {"steps": 4, "schedule_args": {"policy": lambda: order_policy(1)}},
+        {**WHOLE, "steps": 4, "schedule_args": {"policy": lambda: order_policy(0)}, "temperature": 0.8},
     ),
     "left_to_right": ({"steps": 6}, {**WHOLE, "steps": 3, "temperature": 1.0}),
     "low_confidence": ({"steps": 4}, {**WHOLE, "steps": 3, "temperature": 0.8, "top_p": 0.9}),

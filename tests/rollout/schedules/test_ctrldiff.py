@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.policies.block_sizes import FEATURES, LearnedSizes, UniformSizes, offered
+from rl4dlm.rollout.policies.policy import fresh
+from rl4dlm.rollout.policies.saving import load_policy, save_policy
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.rollout.rows import Progress
-from rl4dlm.rollout.schedules.ctrldiff import FEATURES, LearnedSizes, UniformSizes
 from tests.rollout.chi_square import chi_square
 from tests.rollout.denoisers import EOS, MASK, PROMPTS, assert_same_rows, denoiser, row_logits
 from tests.rollout.table_model import TableModel, constant_table
@@ -194,9 +196,13 @@ def features(rows: int, slots: int = 4) -> Tensor:
     return torch.rand(rows, slots, len(FEATURES), generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
 
 
+def learned(sizes: tuple[int, ...], *, hidden: int = 32, seed: int = 0) -> LearnedSizes:
+    return fresh(LearnedSizes(sizes, hidden=hidden), seed=seed, dtype=torch.float64)
+
+
 def trained(sizes: tuple[int, ...] = (1, 2, 4)) -> LearnedSizes:
     """A policy with weights of some training, so that rows get different answers."""
-    policy = LearnedSizes(sizes, hidden=6, seed=1)
+    policy = learned(sizes, hidden=6, seed=1)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -205,7 +211,7 @@ def trained(sizes: tuple[int, ...] = (1, 2, 4)) -> LearnedSizes:
 
 
 def test_before_any_training_all_sizes_are_equally_likely():
-    policy = LearnedSizes((1, 2, 4))
+    policy = learned((1, 2, 4))
     uniform = UniformSizes((1, 2, 4)).log_probs(features(3))
     torch.testing.assert_close(policy.log_probs(features(3)), uniform, rtol=0, atol=1e-15)
     assert uniform.exp().tolist() == [[pytest.approx(1 / 3)] * 3] * 3
@@ -213,7 +219,7 @@ def test_before_any_training_all_sizes_are_equally_likely():
 
 def test_weights_come_from_the_seed_alone():
     state = torch.get_rng_state()
-    a, b, c = (LearnedSizes((1, 2), seed=seed).hidden.weight for seed in (0, 0, 1))
+    a, b, c = (learned((1, 2), seed=seed).hidden.weight for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -238,10 +244,10 @@ def test_the_gradient_of_a_choice_is_that_of_a_softmax():
 
 
 def test_a_saved_policy_is_the_same(tmp_path: Path):
-    policy, path = trained((1, 2, 5)), tmp_path / "policy.safetensors"
-    policy.save(path)
-    again = LearnedSizes.load(path)
-    assert again.sizes == (1, 2, 5)
+    policy = trained((1, 2, 5))
+    path = save_policy(policy, tmp_path)
+    again = load_policy(tmp_path)
+    assert isinstance(again, LearnedSizes) and again.sizes == (1, 2, 5)
     assert torch.equal(again.log_probs(features(3, 5)), policy.log_probs(features(3, 5)))
     by_path, blocks = decode(denoiser(), config(policy=str(path), threshold=0.5), PROMPTS)
     by_object, same = decode(denoiser(), config(policy=policy, threshold=0.5), PROMPTS)
@@ -253,21 +259,27 @@ def test_a_saved_policy_is_the_same(tmp_path: Path):
 
 def wrong_files(folder: Path) -> dict[str, Path]:
     weights = trained((1, 2)).state_dict()
-    files = {name: folder / name for name in ("missing", "text", "pickle", "no_sizes", "other_sizes", "lacking", "nan")}
+    about = {"format": "rl4dlm.unmasking_policy", "kind": "block_sizes", "settings": '{"sizes": [1, 2], "hidden": 6}'}
+    files = {name: folder / name for name in WRONG}
     files["text"].write_text("policy")
     files["pickle"].write_bytes(pickle.dumps(weights))
     save_file(weights, files["no_sizes"])
-    save_file(weights, files["other_sizes"], metadata={"sizes": "[1, 1000000000000]"})
-    save_file({"choice.bias": weights["choice.bias"]}, files["lacking"], metadata={"sizes": "[1, 2]"})
+    save_file(weights, files["other_sizes"], metadata={**about, "settings": '{"sizes": [1, 1000000000000]}'})
+    save_file({"choice.bias": weights["choice.bias"]}, files["lacking"], metadata=about)
     bad = {name: value * torch.nan if name == "choice.bias" else value for name, value in weights.items()}
-    save_file(bad, files["nan"], metadata={"sizes": "[1, 2]"})
+    save_file(bad, files["nan"], metadata=about)
+    save_file({"weight": torch.zeros(3)}, files["other_kind"], metadata={**about, "kind": "linear", "settings": LINEAR})
     return files
 
 
-@pytest.mark.parametrize("name", ["missing", "text", "pickle", "no_sizes", "other_sizes", "lacking", "nan"])
+WRONG = ("missing", "text", "pickle", "no_sizes", "other_sizes", "lacking", "nan", "other_kind")
+LINEAR = '{"hidden_size": 3}'
+
+
+@pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_saved_policy(name: str, tmp_path: Path):
     path = wrong_files(tmp_path)[name]
-    with pytest.raises(ValueError, match=f"policy='{path}' is not a saved block size policy"):
+    with pytest.raises(ValueError, match=f"{path}.*(is missing|read|does not|not finite|of kind 'linear')"):
         config(policy=str(path))
 
 
@@ -293,3 +305,53 @@ def test_other_bad_settings():
         config(chosen=UniformSizes((1, 2)))
     with pytest.raises(ValueError, match=r"block_length=4 has no meaning.*sizes in schedule_args"):
         DecodingConfig(canvas_length=16, schedule="ctrldiff", block_length=4)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", [None, 2])
+def test_what_the_policy_saw_and_chose_is_recorded(places: int | None):
+    """What it is shown again gives the recorded log-probabilities, and the blocks add up to the canvas."""
+    policy = trained((1, 2, 5))
+    settings = replace(config(13, policy=policy, threshold=0.5), record=("policy", "blocks"))
+    engine = RolloutEngine(denoiser(), max_batch_rows=places)
+    rollout = engine.generate(PROMPTS, settings, seed=2)
+    assert_same_rows(rollout, engine.generate(PROMPTS, replace(settings, record=()), seed=2))
+    trace = rollout.trace
+    allowed, chosen, blocks = trace.policy_allowed, trace.policy_chosen, trace.blocks
+    assert trace.policy_features is not None and allowed is not None and chosen is not None and blocks is not None
+    steps = int(trace.steps.max())
+    assert trace.policy_features.shape == (len(PROMPTS), steps, 5, 3) and allowed.shape[2] == 3
+    assert not bool((chosen & ~allowed).any()) and torch.equal(chosen.sum(-1), allowed.any(-1).long())
+    rows, at = allowed.any(-1).nonzero(as_tuple=True)
+    log_probs = offered(policy.log_probs(trace.policy_features[rows, at]), allowed[rows, at])
+    found = log_probs[chosen[rows, at]]
+    torch.testing.assert_close(trace.selection_log_prob[rows, at], found, rtol=0, atol=1e-12)
+    assert not bool(trace.selection_log_prob[~allowed.any(-1)].any())
+    sizes = torch.tensor(policy.sizes)
+    for row in range(len(PROMPTS)):
+        made = int(trace.steps[row])
+        assert bool((blocks[row, made:] == -1).all())
+        spans = blocks[row, :made]
+        new = torch.cat([torch.ones(1, dtype=torch.bool), (spans[1:] != spans[:-1]).any(-1)])
+        assert torch.equal(new, allowed[row, :made].any(-1)), "a size is drawn where a block begins"
+        lengths = (spans[:, 1] - spans[:, 0])[new]
+        assert int(lengths.sum()) == 13 and int(spans.max()) == 13
+        drawn = (sizes * chosen[row, :made][new]).sum(-1)
+        assert torch.equal(lengths[:-1], drawn[:-1]) and int(lengths[-1]) <= int(drawn[-1])
+        written = trace.commit_step[row]
+        assert torch.equal(trace.block_stop[row], spans[written][:, 1])
+
+
+def test_the_most_probable_size_at_temperature_zero():
+    policy = Fixed((1, 2, 4), (0.3, 0.5, 0.2))
+    rollout, blocks = decode(denoiser(), config(9, policy=policy, threshold=0.5, policy_temperature=0), PROMPTS)
+    spans = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
+    assert all(list(row.values()) == spans for row in blocks)
+    assert not bool(rollout.trace.selection_log_prob.any())
+
+
+def test_a_record_of_a_policy_needs_one():
+    with pytest.raises(ValueError, match="schedule='threshold' has no policy that decides"):
+        DecodingConfig(schedule="threshold", record=("policy",))

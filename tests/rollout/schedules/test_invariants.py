@@ -19,6 +19,8 @@ from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.rollout.constraints.automata import one_of, repeat, sequence
 from rl4dlm.rollout.decoding import available_schedules
 from rl4dlm.rollout.engine import RolloutEngine
+from rl4dlm.rollout.policies.hidden_states import HiddenStatePolicy
+from rl4dlm.rollout.policies.policy import Seen
 from rl4dlm.rollout.rollout import EventKind, Events, Rollout
 from rl4dlm.rollout.schedules import registry
 from tests.rollout.denoisers import assert_same_rows, row_logits
@@ -73,7 +75,7 @@ def test_the_examples_show_what_can_happen():
     assert where("DELETE") == {"levenshtein"}
     assert where("waits") >= {"dream_origin", "latent_refinement"}
     dream = {"dream_entropy", "dream_maskgit_plus", "dream_origin", "dream_topk_margin"}
-    assert where("draws positions") == dream | {"ctrldiff", "edlm"}
+    assert where("draws positions") == dream | {"bernoulli", "ctrldiff", "edlm", "learned_order"}
 
 
 # --- the invariants ---------------------------------------------------------------------------------------------------
@@ -490,6 +492,7 @@ class Stub(TableModel):
         zeros = [0.0] * VOCAB
         super().__init__(constant_table(zeros), VOCAB, mask_token_id=MASK, eos_token_ids=(EOS,))
         self.base_model = _SameEverywhere(torch.tensor(zeros, dtype=torch.float64))
+        self.config.hidden_size = VOCAB
         self.embedding = nn.Embedding(VOCAB, 4, dtype=torch.float64)
         attach_scoring(self)  # which looks at some logits; from here on they need not be numbers
         self.base_model.logits = torch.tensor(logits, dtype=torch.float64)
@@ -509,6 +512,22 @@ class _SameEverywhere(nn.Module):
         return type("Output", (), {"last_hidden_state": hidden})()
 
 
+class Indifferent(HiddenStatePolicy):
+    """All slots are alike, whatever the states are."""
+
+    kind, hidden_size = "indifferent", VOCAB
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def initialise(self, generator: torch.Generator) -> None: ...
+
+    def forward(self, seen: Seen) -> Tensor:
+        return torch.zeros(seen.masked.shape, dtype=torch.float64)
+
+
+FOR_STUBS: dict[str, dict[str, Any]] = {"learned_order": {"schedule_args": {"policy": Indifferent()}}}
+"""Settings for models whose states are no model's."""
+
+
 def peaked(token: int, height: float) -> list[float]:
     return [height if t == token else 0.1 * t for t in range(VOCAB)]
 
@@ -526,7 +545,7 @@ MISBEHAVING: dict[str, list[float]] = {
 @pytest.mark.parametrize("model", MISBEHAVING)
 @every_schedule
 def test_every_model_comes_to_an_end(name: str, model: str, temperature: float):
-    config = decoding(name, temperature=temperature)
+    config = decoding(name, temperature=temperature, **FOR_STUBS.get(name, {}))
     engine = RolloutEngine(Stub(MISBEHAVING[model]))
     rollout = engine.generate([[3], [4, 5, 6]], config, seed=1)
     check_tokens(rollout)
@@ -539,7 +558,7 @@ def test_every_model_comes_to_an_end(name: str, model: str, temperature: float):
 
 @every_schedule
 def test_a_model_that_only_ends_is_stopped_after_a_block(name: str):
-    config = decoding(name, stop_at_eos=True)
+    config = decoding(name, stop_at_eos=True, **FOR_STUBS.get(name, {}))
     schedule = parts(config)
     rollout = RolloutEngine(Stub(peaked(EOS, 50.0))).generate([[3], [4, 5, 6]], config)
     check_tokens(rollout)
@@ -553,7 +572,7 @@ def test_a_model_that_only_ends_is_stopped_after_a_block(name: str):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @every_schedule
 def test_logits_that_are_not_numbers_are_refused(name: str, temperature: float):
-    config = decoding(name, temperature=temperature)
+    config = decoding(name, temperature=temperature, **FOR_STUBS.get(name, {}))
     with pytest.raises(ValueError, match="not numbers"):
         RolloutEngine(Stub(peaked(4, torch.nan))).generate([[3]], config)
 
