@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rl4dlm.algorithms.agrpo import AGRPOConfig as AGRPOConfig, AGRPOTrainer as AGRPOTrainer
+    from rl4dlm.algorithms.bernoulli_unmasking import (
+        BernoulliUnmaskingConfig as BernoulliUnmaskingConfig,
+        BernoulliUnmaskingTrainer as BernoulliUnmaskingTrainer,
+    )
     from rl4dlm.algorithms.bgpo import BGPOConfig as BGPOConfig, BGPOTrainer as BGPOTrainer
     from rl4dlm.algorithms.cj_grpo import CJGRPOConfig as CJGRPOConfig, CJGRPOTrainer as CJGRPOTrainer
     from rl4dlm.algorithms.coupled_grpo import (
         CoupledGRPOConfig as CoupledGRPOConfig,
         CoupledGRPOTrainer as CoupledGRPOTrainer,
     )
+    from rl4dlm.algorithms.ctrldiff import CtrlDiffConfig as CtrlDiffConfig, CtrlDiffTrainer as CtrlDiffTrainer
     from rl4dlm.algorithms.d2 import D2Config as D2Config, D2Trainer as D2Trainer
     from rl4dlm.algorithms.diffu_grpo import DiffuGRPOConfig as DiffuGRPOConfig, DiffuGRPOTrainer as DiffuGRPOTrainer
     from rl4dlm.algorithms.diffusion_gdpo import (
@@ -126,10 +131,14 @@ _MODULE_OF = {
     "TraceRLTrainer": "rl4dlm.algorithms.tracerl",
     "TrajectoryConfig": "rl4dlm.training.trajectory_settings",
     "TrajectoryTrainer": "rl4dlm.training.trajectory",
+    "BernoulliUnmaskingConfig": "rl4dlm.algorithms.bernoulli_unmasking",
+    "BernoulliUnmaskingTrainer": "rl4dlm.algorithms.bernoulli_unmasking",
     "BGPOConfig": "rl4dlm.algorithms.bgpo",
     "BGPOTrainer": "rl4dlm.algorithms.bgpo",
     "CoupledGRPOConfig": "rl4dlm.algorithms.coupled_grpo",
     "CoupledGRPOTrainer": "rl4dlm.algorithms.coupled_grpo",
+    "CtrlDiffConfig": "rl4dlm.algorithms.ctrldiff",
+    "CtrlDiffTrainer": "rl4dlm.algorithms.ctrldiff",
     "DMPOConfig": "rl4dlm.algorithms.dmpo",
     "DMPOTrainer": "rl4dlm.algorithms.dmpo",
     "DecodingConfig": "rl4dlm.rollout.decoding",

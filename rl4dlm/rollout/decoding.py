@@ -264,9 +264,11 @@ class DecodingConfig:
         return settings
 
     def with_arguments(self, **arguments: Any) -> DecodingConfig:
-        """These settings with other arguments of the schedule; those of a model stay those of that model."""
-        settings = copy.copy(self)
-        object.__setattr__(settings, "schedule_args", {**self.schedule_args, **arguments})
+        """These settings with other arguments of the schedule, where None takes one out; those of a model stay those of
+        that model."""
+        settings, changed = copy.copy(self), {**self.schedule_args, **arguments}
+        left = {name: value for name, value in changed.items() if name not in arguments or value is not None}
+        object.__setattr__(settings, "schedule_args", left)
         check_policy(self.record, self.schedule, settings.build_schedule())
         return settings
 

@@ -56,6 +56,9 @@ def recorded_columns(trace: Trace) -> dict[str, Tensor]:
     - `commit_confidence`, `commit_entropy`: float `[N, L]`, of the untempered softmax after guidance and options.
     - `block_stop`: long `[N, L]`, end of the block that was active.
     - `commit_rank`: long `[N, L]`, its place among those that the step chose, where steps choose in an order.
+    - `selection_log_probs`: float `[N, S]`, of the choice of slots, or of blocks, at each step; where one was drawn.
+    - `policy_features`: float `[N, S, ...]`, `policy_allowed`, `policy_chosen`: bool `[N, S, A]`, what a learned policy
+      saw, could choose from and chose at each step; if it was recorded.
     - `events`: long `[N, E, 4]`, step, kind, position and token of everything that happened to a row, in order, where
       schedules can take tokens back; rows of fewer events end in -1. `event_log_probs`: float `[N, E, 2]`, raw and as
       drawn; 0 there.
@@ -68,6 +71,10 @@ def recorded_columns(trace: Trace) -> dict[str, Tensor]:
         "commit_entropy": trace.entropy,
         "block_stop": trace.block_stop,
         "commit_rank": trace.commit_rank,
+        "selection_log_probs": trace.selection_log_prob,
+        "policy_features": trace.policy_features,
+        "policy_allowed": trace.policy_allowed,
+        "policy_chosen": trace.policy_chosen,
     }
     columns = {name: values for name, values in found.items() if values is not None}
     return columns if trace.events is None else columns | _events(trace.events, len(trace.commit_step))

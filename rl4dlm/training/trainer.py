@@ -23,6 +23,7 @@ from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import warn_of_canvas
+from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tasks.prompts import encode_prompt
 from rl4dlm.tracking.training import TrainingReplays
@@ -355,6 +356,11 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
         with swapped(self.args, "seed", seed):
             return super()._get_train_sampler(dataset)
 
+    @property
+    def shown_decoding(self) -> DecodingConfig:
+        """How the model's card says that its completions were decoded."""
+        return self.decoding
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
@@ -368,7 +374,7 @@ class DiffusionPolicyTrainer(LoggingTrainer, ExactCheckTrainer, AuditingTrainer,
             algorithm=self._name,
             paper=self._paper,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())],
-            decoding=self.decoding,
+            decoding=self.shown_decoding,
             rewards=list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
             facts={"completions per prompt": self.num_generations, "learning rate": self.args.learning_rate},
             dataset=dataset_name,

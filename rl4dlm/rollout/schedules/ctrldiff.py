@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rl4dlm.rollout.noise import inverse_cdf
 from rl4dlm.rollout.policies.block_sizes import BlockSizePolicy, LearnedSizes, UniformSizes, checked_sizes, offered
-from rl4dlm.rollout.policies.saving import load_policy
+from rl4dlm.rollout.policies.saving import load_policy, policy_of
 from rl4dlm.rollout.schedules.adablock import first_open, refuse_block_length
 from rl4dlm.rollout.schedules.checks import check_number
 from rl4dlm.rollout.schedules.parts import BlockStart, Schedule, Step, above, probability
@@ -40,8 +40,8 @@ class CtrlDiffArguments:
     """Settings of `ctrldiff`.
 
     Args:
-        policy: a `BlockSizePolicy`, the path of a saved `LearnedSizes` or of the folder it is in, or None: all of
-            `sizes` are equally likely.
+        policy: a `BlockSizePolicy`, the path of a saved `LearnedSizes` or of the folder it is in, or None: that of the
+            model, if it has one and `sizes` is None, else all of `sizes` are equally likely.
         sizes: block sizes to choose from where there is no policy, which brings its own; None: 4, 8, 16 and 32.
         threshold: a candidate is committed when its probability reaches it.
         policy_temperature: of the draw of a size; 0: the most probable size, the smaller among equals.
@@ -83,6 +83,12 @@ def ctrldiff(arguments: CtrlDiffArguments, config: Any) -> Schedule:
     """Draws each block's size from a policy, then commits candidates whose probability reaches the threshold."""
     refuse_block_length(config, "sizes")
     blocks = ChosenBlocks(arguments.chosen, arguments.policy_temperature)
+
+    def find(model: Any) -> None:
+        found = policy_of(model) if arguments.policy is None and arguments.sizes is None else None
+        if isinstance(found, LearnedSizes):
+            blocks.policy = found
+
     return Schedule(
         blocks,
         probability,
@@ -90,10 +96,11 @@ def ctrldiff(arguments: CtrlDiffArguments, config: Any) -> Schedule:
         draws_positions=True,
         reads_entropy=True,
         policy=arguments.chosen,
+        check=find,
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChosenBlocks:
     """Blocks whose size is drawn from a policy. They are counted from their first open slot on.
 
