@@ -220,6 +220,14 @@ def test_the_mask_token_of_illada_is_what_its_files_say(folder, tmp_path):
     script = load_script(resources.find("trainers") / "espo.py")
     with pytest.raises(ValueError, match="mask_token_id"):
         script.main(["--config", str(CONFIGS["espo/gsm8k_illada-8b"]), *flags])
+    given = ["--model_init_kwargs", json.dumps({"mask_token_id": stated["mask_token_id"]})]
+    trainer = script.main(["--config", str(CONFIGS["espo/gsm8k_illada-8b"]), *flags, *given])
+    assert trainer.processing_class.mask_token_id == trainer.spec.mask_token_id == stated["mask_token_id"]
+    sft = load_script(resources.find("trainers") / "sft.py")
+    small = {"dataset_name": folder / "edges.jsonl", "output_dir": tmp_path / "sft", **SMALL}
+    flags = [word for key, value in small.items() if key != "lora_r" for word in (f"--{key}", str(value))]
+    trainer = sft.main(["--model_name_or_path", str(silent), *flags, *given])
+    assert trainer.processing_class.mask_token_id == stated["mask_token_id"]
 
 
 def test_configurations_of_code_name_tasks_and_rewards_that_fit(folder):

@@ -27,6 +27,8 @@ SIGNATURES = {
     "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "BernoulliUnmaskingTrainer": "args kwargs",
+    "CtrlDiffTrainer": "args kwargs",
     "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -129,11 +131,14 @@ _TRAJECTORY = (
     "value_model value_learning_rate value_clip value_loss_weight value_trains_trunk value_target value_rewards "
     "gae_lambda gae_gamma"
 )
+_FROZEN = "unmasking_policy policy_temperature speed speed_alpha step_average policy_entropy"
 SETTINGS = {
     "BGPOConfig": "num_views stratify complement",
     **dict.fromkeys(
         ["AGRPOConfig", "CJGRPOConfig", "D2Config", "DiPOConfig", "TraceRLConfig", "TrajectoryConfig"], _TRAJECTORY
     ),
+    "BernoulliUnmaskingConfig": f"{_FROZEN} policy_hidden_size policy_heads",
+    "CtrlDiffConfig": f"{_FROZEN} policy_hidden_size block_sizes",
     "CoupledGRPOConfig": "pairs level_range baseline",
     "DMPOConfig": (
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "

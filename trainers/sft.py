@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer, load_tokenizer
+from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer
 from rl4dlm.cli.arguments import (
     AdaptationArguments,
     ExampleArguments,
@@ -25,6 +25,7 @@ from rl4dlm.cli.arguments import (
 from rl4dlm.cli.errors import start
 from rl4dlm.cli.script import finish
 from rl4dlm.sft.adapt import adapt_causal_lm
+from rl4dlm.training.setup import tokenizer_for
 
 
 def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> DiffusionSFTTrainer:
     if adapting:
         denoiser, tokenizer = adapt_causal_lm(denoiser, **adaptation.options(), **options)
     else:
-        tokenizer = load_tokenizer(denoiser, model.model_revision)
+        tokenizer = tokenizer_for(denoiser, options)
     training.model_init_kwargs = None if adapting else options
 
     trainer = DiffusionSFTTrainer(

@@ -4,7 +4,7 @@ Owns the definitions. Greedy decoding and judging are `rl4dlm.evaluation`'s.
 
 - `solved` at 1, 2, 4 and 8 tokens per step: share of test rows, greedy, the most confident slots of a block first. A
   speed that does not fit into a block is left out. `threshold`: everything at least 0.9 sure is written at once.
-- `learned`: where the model has an unmasking policy, the same with the order that it says, greedy.
+- `learned`: where a model learns the order of writing, the same with the order that it says, greedy.
 - `area`: accuracy over speed. The integral of `solved` over the binary logarithm of tokens per step, by trapezoids
   between the fixed speeds, over the length of that interval: the mean accuracy over octaves of speed, between 0 and 1.
 - `pass@k`: share of prompts that one of k completions at temperature 1 solves, in 4 tokens per step; of n drawn
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.proving_ground.settings import SPEEDS, THRESHOLD, TRAINED, Run
+from benchmarks.proving_ground.settings import ORDER, SPEEDS, THRESHOLD, TRAINED, Run
+from benchmarks.proving_ground.unmasking import decides, policy_decoding
 from rl4dlm import DecodingConfig, RolloutEngine, attach_scoring, load_denoiser, load_task
 from rl4dlm.evaluation import area, encode_prompt, evaluate
 from rl4dlm.evaluation.measure import completion_texts
@@ -34,7 +35,6 @@ from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.policies.policy import attached_policy
 from rl4dlm.rollout.rollout import Rollout
 
 
@@ -51,7 +51,7 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
         schedule_args={"threshold": THRESHOLD},
     )
     learned = {}
-    if attached_policy(model) is not None:
+    if run.algorithm in ORDER:
         learned = {f"learned {speed}": in_learned_order(d) for speed, d in decodings.items() if speed != "threshold"}
     task = load_task(run.task, **ground.arguments)
     decodings |= learned
@@ -92,11 +92,14 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def validate(run: Run, model: Any, tokenizer: Any) -> float:
-    """Share of validation rows solved at the speed of training, in the order that is learnt, if one is."""
+    """Share of validation rows solved at the speed of training, in the order that is learnt, if one is, or as a policy
+    that is trained decides, greedily."""
     task = load_task(run.task, **run.ground.arguments)
     decodings = {"": decoding(run, TRAINED)}
-    if attached_policy(model) is not None:
+    if run.algorithm in ORDER:
         decodings = {"": in_learned_order(decodings[""])}
+    if decides(run):
+        decodings = {"": policy_decoding(run, model.unmasking_policy)}
     limit = run.scale.validation
     found = evaluate(model, tokenizer, task, decodings=decodings, split="validation", limit=limit)
     return found.solve_rates[""]

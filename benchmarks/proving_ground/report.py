@@ -28,9 +28,11 @@ from benchmarks.proving_ground.settings import (
     ROOT,
     TASKS,
     TRAINED,
+    UNMASKING,
     Run,
 )
 from benchmarks.proving_ground.statistics import pass_at, pass_half, student_half
+from benchmarks.proving_ground.unmasking import POLICIES, above_front, front
 from rl4dlm.evaluation.intervals import wilson_interval
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -126,6 +128,8 @@ def table(name: str, results: Results) -> str:
     if name == "figure":
         return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
     kind, _, rest = name.partition("/")
+    if name == "question/unmasking":
+        return beside_fixed(results)
     if kind == "question" and rest in QUESTIONS:
         return answers(rest, results)
     if kind in TASKS and len(name.split("/")) == 3:
@@ -213,6 +217,33 @@ def learned_orders(names: Sequence[str], groups: Sequence[Group], results: Resul
                 rows.append([Run(*group[:2], name).title, order, *cells])
         tables.append(markdown([f"{', '.join(group)}: solved at", "order", *speeds], rows))
     return tables
+
+
+def beside_fixed(results: Results) -> str:
+    """Where policies decide: forwards, solved, and points above the best fixed schedule at as many forwards."""
+    varied = QUESTIONS["unmasking"]
+    parts = []
+    for group in results.groups():
+        runs = {name: results.runs[group][name] for name in (*UNMASKING, *varied) if results.runs[group].get(name)}
+        if not runs:
+            continue
+        first = next(iter(runs.values()))[0]["points"]["fixed"]
+        rows = []
+        for name, found in sorted(runs.items(), key=lambda each: list(EVERY_LINE).index(each[0].partition("+")[0])):
+            settings = ", ".join(f"`{k}: {v}`" for k, v in varied[name][1].items()) if name in varied else ""
+            for label in POLICIES:
+                measured = [mean(f["points"]["policy"][label][place] for f in found) for place in (0, 1)]
+                above = [above_front(f["points"], label) for f in found]
+                known = [value for value in above if value is not None]
+                cell = interval(known) if len(known) == len(above) else "faster than any"
+                title = f"{Run(*group[:2], name).title}, {label} ({len(found)} seeds)"
+                rows.append([title, settings, f"{measured[0]:.2f}", f"{measured[1]:.3f}", cell])
+        heads = [", ".join(group[:2]), "settings", "forwards", "solved", "points above fixed schedules"]
+        hull = front([(forwards, solved) for forwards, solved in first.values()])
+        labels = {tuple(point): label for label, point in first.items()}
+        best = ", ".join(f"{labels[point]} {point[1]:.3f} at {point[0]:.2f}" for point in hull)
+        parts += [markdown(heads, rows), f"Best fixed schedules: {best} forwards."]
+    return "\n\n".join(parts) or NOTHING
 
 
 def cost(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:

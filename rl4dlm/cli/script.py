@@ -18,10 +18,10 @@ from rl4dlm.cli.arguments import (
     with_completions,
 )
 from rl4dlm.grading import load_rewards
-from rl4dlm.models.loading import load_tokenizer
 from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.interventions.inpainting import Inpainting, InpaintingSettings
 from rl4dlm.training.preemption import PREEMPTED
+from rl4dlm.training.setup import tokenizer_for
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 
 GUIDANCE = ("inpainting",)
@@ -90,8 +90,8 @@ def run(
     train_dataset, eval_dataset = load_splits(script, evaluating=training.eval_strategy != "no")
     if isinstance(script, TeachingArguments):
         train_dataset = with_completions(train_dataset, script.completion_column, keep=True)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     training.model_init_kwargs = model_options(training, model)
+    tokenizer = tokenizer_for(model.model_name_or_path, training.model_init_kwargs)
     trainer = trainer_class(
         model.model_name_or_path,
         rewards or None,

@@ -262,7 +262,7 @@ def cause_ratios(
         for part in places.split(size):
             # Summed as numbers: a token may be in several effects.
             causes = (effect[row][:, part].T.to(dtype) @ cause[row].to(dtype)) > 0  # [c, T]
-            given = query[:, part].to(dtype), key.to(dtype), norms, recorded.scaling, causes, real[row]
+            given = query[:, part], key, norms, recorded.scaling, causes, real[row]
             if torch.is_grad_enabled():
                 found.append(checkpoint(_ratios, *given, use_reentrant=False))
             else:
@@ -272,8 +272,9 @@ def cause_ratios(
 
 def _ratios(query: Tensor, key: Tensor, norms: Tensor, scaling: float, causes: Tensor, real: Tensor) -> Tensor:
     """Of c tokens: `[c]` from query `[H, c, D]`, key `[G, T, D]`, norms `[T]`, causes bool `[c, T]`, real `[T]`."""
-    grouped = query.unflatten(0, (len(key), -1))  # [G, H / G, c, D]
-    products = torch.einsum("ghcd,gtd->ghct", grouped, key) * scaling
+    grouped = query.to(norms.dtype).unflatten(0, (len(key), -1))  # [G, H / G, c, D]
+    with torch.autocast(query.device.type, enabled=False):
+        products = torch.einsum("ghcd,gtd->ghct", grouped, key.to(norms.dtype)) * scaling
     attention = products.masked_fill(~real, -torch.inf).softmax(-1).mean((0, 1))  # [c, T]
     mass = attention * norms
     mass = mass / mass.sum(-1, keepdim=True).clamp(min=_LEAST)

@@ -31,6 +31,10 @@ _NOT_SUPPORTED = {
 }
 
 
+class _Unset(int):
+    """A default that can be told from the same number given."""
+
+
 @dataclass
 class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSettings, SFTConfig):
     """Settings of masked SFT: those of `trl.SFTConfig`, `AdaptationSettings` and `CausalAttentionSettings`, with these.
@@ -42,7 +46,8 @@ class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSet
             learns to fill a canvas after its answer. `"canvas"`: every completion is padded so, to
             `max_completion_length`, and what makes a batch rectangular is hidden.
         max_completion_length: examples with longer completions, in tokens, are left out, not cut: what is learnt fits
-            the canvas that RL then decodes (length-aligned SFT; IGPO, arXiv 2509.10396). It needs `max_length=None`.
+            the canvas that RL then decodes (length-aligned SFT; IGPO, arXiv 2509.10396). Without `max_length`.
+        max_length: TRL's, which cuts rows; by default TRL's number, or None where `max_completion_length` is set.
         random_truncation: cut and pad the completions of each micro-batch to the length of a random one of them; the
             padding is end-of-sequence tokens, targets like any other. So lengths vary, and padding is a small part of
             what is learnt (Dream-Coder, arXiv 2509.01142). Training alone is affected.
@@ -57,6 +62,10 @@ class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSet
         ValueError: names the setting, the value and what is allowed.
     """
 
+    max_length: int | None = field(
+        default=_Unset(SFTConfig.__dataclass_fields__["max_length"].default),
+        metadata={"help": "Tokens of a row; longer ones are cut. Default: 1024, or none with max_completion_length."},
+    )
     noise_floor: float = field(default=1e-3, metadata={"help": "Smallest share of tokens that a level hides."})
     eos_padding: str = field(
         default="none",
@@ -87,6 +96,8 @@ class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSet
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_length, _Unset):
+            self.max_length = int(self.max_length) if self.max_completion_length is None else None
         refused = set_but_not_supported(self, _NOT_SUPPORTED)
         settle(self)
         super().__post_init__()
@@ -113,7 +124,7 @@ class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSet
             if self.max_length is not None:
                 raise ValueError(
                     f"max_length={self.max_length} with max_completion_length={self.max_completion_length} is not "
-                    "allowed: it cuts examples before they are measured; set max_length to None"
+                    "allowed: it cuts examples before they are measured; leave max_length out"
                 )
         elif self.eos_padding == "canvas":
             raise ValueError("eos_padding='canvas' needs max_completion_length, which is None")
@@ -140,6 +151,11 @@ class DiffusionSFTConfig(AdaptationSettings, CausalAttentionSettings, TrackerSet
 
     def check_model(self, spec: DiffusionSpec) -> None:
         """Raises ValueError for settings that have no meaning for a model."""
+        if spec.noise != "mask":
+            raise ValueError(
+                "masked supervised training hides targets behind a mask token, so it is not offered for models with "
+                f"noise={spec.noise!r}"
+            )
         super().check_model(spec)
         self.check_causal_model(spec)
         if self.turns != TURNS[0] and spec.attention not in BLOCK_KINDS:

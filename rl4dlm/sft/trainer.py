@@ -127,6 +127,7 @@ class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer
         if not isinstance(model, str):
             model = prepared(model, adapter)
             self.spec = DiffusionSpec.of(base_model(model))
+            args.check_model(self.spec)
         if processing_class is None:
             processing_class = tokenizer_for(model, args.model_init_kwargs)
         if not isinstance(model, str):
@@ -134,7 +135,8 @@ class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer
 
         def load(path: str, architecture: Any = None, **options: Any) -> Any:
             loaded = prepared(load_denoiser(path, **options), adapter)
-            self.spec = DiffusionSpec.of(base_model(loaded))  # TRL prepares the datasets next
+            self.spec = DiffusionSpec.of(base_model(loaded))
+            args.check_model(self.spec)  # TRL prepares the datasets next
             return loaded
 
         with swapped(sft, "create_model_from_path", load):
@@ -147,7 +149,6 @@ class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer
                 **kwargs,
             )
         self.spec = DiffusionSpec.of(base_model(self.model))
-        args.check_model(self.spec)
         self.check_causal_run()
         record_taught(base_model(self.model).config, args.eos_padding, args.max_completion_length, args.max_length)
         check_tokenizer(self._tokenizer, self.spec)
@@ -172,8 +173,9 @@ class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer
             if args.turns != "together" and not args.assistant_only_loss:
                 prepared_dataset = prepared_dataset.map(check_answers)
             prepared_dataset = prepared_dataset.map(until_end, fn_kwargs=given)
-        if COLUMN in columns and not args.causal_weight:
-            logger.warning("the column `%s` has no effect with causal_weight=0", COLUMN)
+        unused = {COLUMN, TOKENS} & {*columns} if not args.causal_weight else ()
+        if unused:
+            logger.warning("the column `%s` has no effect with causal_weight=0", min(unused))
         elif COLUMN in columns and not tokenized:
             given = {
                 "tokenizer": processing_class,

@@ -14,6 +14,7 @@ from torch import Tensor
 from rl4dlm import DiffusionSFTConfig, DiffusionSFTTrainer, tiny_llada
 from rl4dlm.models.recorded import Recorded, recorded_attention
 from rl4dlm.models.tiny import tiny_tokenizer
+from rl4dlm.sft import causal_attention
 from rl4dlm.sft.causal_attention import TOKENS, cause_ratios, count_effects, edges_to_tokens
 from tests.training.steps import SMALL_RUN
 
@@ -117,7 +118,7 @@ def test_uniform_attention_and_values_have_ratio_one() -> None:
     torch.testing.assert_close(cause_ratios(uniform, real, TOKEN_EDGES), torch.ones(4, dtype=torch.float64))
 
 
-def test_chunks_padding_and_batch_mates_change_nothing() -> None:
+def test_chunks_padding_and_batch_mates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one, real = record(), torch.ones(2, 7, dtype=torch.bool)
     real[1, 5:] = False
     found = cause_ratios(one, real, TOKEN_EDGES)
@@ -127,6 +128,17 @@ def test_chunks_padding_and_batch_mates_change_nothing() -> None:
     twice = Recorded(*(x.repeat_interleave(2, 0) for x in one[:3]), one.scaling)
     views = cause_ratios(twice, real, TOKEN_EDGES)
     torch.testing.assert_close(views, torch.cat([found[:3], found[:3], found[3:], found[3:]]), rtol=1e-12, atol=0)
+    sizes: list[int] = []
+    ratios = causal_attention._ratios
+    monkeypatch.setattr(
+        causal_attention, "_ratios", lambda q, *rest: sizes.append(q[..., 0].numel()) or ratios(q, *rest)
+    )
+    cause_ratios(one, real, TOKEN_EDGES, chunk=2 * 4 * 7)
+    assert sizes == [8, 4, 4], "two tokens of four heads at a time"
+    low = Recorded(*(x.bfloat16() for x in one[:3]), one.scaling)
+    plain = cause_ratios(low, real, TOKEN_EDGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cause_ratios(low, real, TOKEN_EDGES), plain) and plain.dtype == torch.float32
     without = cause_ratios(one, real, torch.full((2, 1, 4), -1))
     assert without.shape == (0,)
 

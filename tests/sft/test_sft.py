@@ -19,7 +19,7 @@ from rl4dlm import DecodingConfig, evaluate, load_task
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Views
 from rl4dlm.models.loading import load_denoiser, save_denoiser
-from rl4dlm.models.tiny import tiny_llada, tiny_llada_moe, tiny_tokenizer
+from rl4dlm.models.tiny import tiny_diffusion_gemma, tiny_llada, tiny_llada_moe, tiny_tokenizer
 from rl4dlm.sft.trainer import DiffusionSFTConfig, DiffusionSFTTrainer
 from tests.training.steps import SMALL_RUN
 
@@ -233,6 +233,17 @@ def test_what_needs_logits_is_refused(make_sft: Any) -> None:
         trainer.compute_loss(trainer.model, batch_of(trainer), return_outputs=True)
     with pytest.raises(TypeError, match="compute_metrics is not supported"):
         DiffusionSFTTrainer(tiny_llada(), trainer.args, trainer.train_dataset, compute_metrics=print)
+
+
+def test_a_model_without_masks_is_refused_before_data_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not offered for models with noise='uniform'"):
+        DiffusionSFTTrainer(
+            tiny_diffusion_gemma(),
+            DiffusionSFTConfig(output_dir=str(tmp_path), **SMALL_RUN),
+            None,
+            None,
+            tiny_tokenizer(),
+        )
 
 
 # --- what it must not depend on ---------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
+from trl import SFTConfig
 
+from rl4dlm.cli.arguments import parse
 from rl4dlm.likelihood.complementary import context_weights
 from rl4dlm.models.tiny import tiny_llada, tiny_tokenizer
 from rl4dlm.rollout.decoding import DecodingConfig
@@ -132,6 +134,17 @@ def test_examples_fit_the_canvas_and_fill_it(make: Any) -> None:
         assert (batch["input_ids"][row][targets[row]][length:] == eos).all()
         assert batch["attention_mask"][row].sum() == len(rows[row]["input_ids"]) + 5 - length
     trainer.train()
+
+
+def test_max_length_is_off_beside_max_completion_length_unless_it_is_given(tmp_path: Path) -> None:
+    plain = {"output_dir": str(tmp_path), **SMALL_RUN}
+    assert DiffusionSFTConfig(**plain).max_length == SFTConfig(**plain).max_length == 1024
+    assert type(DiffusionSFTConfig(**plain).max_length) is int
+    flags = ["--output_dir", str(tmp_path), "--bf16", "False", "--max_completion_length", "8"]
+    for found in (DiffusionSFTConfig(**plain, max_completion_length=8), *parse(flags, DiffusionSFTConfig)):
+        assert found.max_length is None
+    with pytest.raises(ValueError, match="max_length=1024 with max_completion_length=8"):
+        parse([*flags, "--max_length", "1024"], DiffusionSFTConfig)
 
 
 @pytest.mark.parametrize(

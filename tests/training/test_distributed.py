@@ -103,6 +103,9 @@ def test_two_processes_link_the_first_one_s_rows_to_replays(two: Any) -> None:
 
 def test_two_processes_of_sft_equal_one(two: Any, tmp_path: Path) -> None:
     assert_same(two[1]["sft"], load_worker().run_sft(tmp_path, 1), tolerance=1e-5)
+    with_edges = load_worker().run_sft(tmp_path, 1, edges=True)
+    assert_same({**two[1]["sft_with_edges"], "rows": []}, {**with_edges, "rows": []}, tolerance=1e-5)
+    assert with_edges["losses"] != two[1]["sft"]["losses"] and with_edges["rows"][0][1] > 0
 
 
 def test_a_model_sharded_by_fsdp_scores_like_a_whole_one(two: Any) -> None:

@@ -117,8 +117,9 @@ def run(folder: Path, resume: str | None = None, **options: Any) -> dict[str, An
     }
 
 
-def run_sft(folder: Path, world_size: int) -> dict[str, Any]:
-    """Masked SFT on texts of different lengths, so that processes hold different numbers of target tokens."""
+def run_sft(folder: Path, world_size: int, edges: bool = False) -> dict[str, Any]:
+    """Masked SFT on texts of different lengths, so that processes hold different numbers of target tokens; with `edges`
+    also of effects, which some rows have none of."""
     toy = toys()
     config = DiffusionSFTConfig(
         output_dir=str(folder),
@@ -134,14 +135,21 @@ def run_sft(folder: Path, world_size: int) -> dict[str, Any]:
         bf16=False,
         use_cpu=True,
         disable_tqdm=True,
+        **({"causal_weight": 0.5, "causal_layers": [0, 1], "causal_ratio": 3.0} if edges else {}),
     )
     data = Dataset.from_dict({"prompt": list("abcdefgh"), "completion": ["x" * (1 + i * i % 7) for i in range(8)]})
+    if edges:
+        data = data.add_column("causal_edges", [[[[1, 2], [0, 1]]] if i % 3 else [] for i in range(8)])
     trainer = DiffusionSFTTrainer(toy.tiny_llada(), config, data, None, toy.tiny_tokenizer())
     trainer.train()
     return {
         "world_size": trainer.accelerator.num_processes,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "rows": [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry],
+        "rows": [
+            (entry["num_tokens"], round(entry.get("diffusion/causal_ratio", 0), 4))
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
         "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
     }
 
@@ -183,6 +191,7 @@ def main(results: Path, deepspeed: str | None) -> None:
     found["resumed"] = run(folder / "again", resume=str(folder / "cycle" / "checkpoint-2"), **cycle)
     if deepspeed is None:
         found["sft"] = run_sft(folder / "sft", world_size)
+        found["sft_with_edges"] = run_sft(folder / "sft_with_edges", world_size, edges=True)
         found["scores"] = sharded_scores()
     assert torch.distributed.get_world_size() == world_size
     if torch.distributed.get_rank() == 0:
