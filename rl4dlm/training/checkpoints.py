@@ -214,8 +214,13 @@ class CheckpointingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         policy = attached_policy(self.accelerator.unwrap_model(self.model))
-        if policy is not None and self.args.should_save:
-            save_policy(policy, self.args.output_dir if output_dir is None else output_dir)
+        if policy is None or not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if self.is_fsdp_enabled or is_sharded(policy):
+            logger.warning("%s does not hold the model's unmasking policy, which is sharded (FSDP, ZeRO-3)", folder)
+        else:
+            save_policy(policy, folder)
 
     def _is_complete(self, folder: Path) -> bool:
         try:
