@@ -18,7 +18,7 @@ from rl4dlm.rollout.policies.hidden_states import LinearPolicy, UnmaskingPolicyM
 from rl4dlm.rollout.policies.policy import Seen, attach_policy, attached_policy, fresh
 from rl4dlm.rollout.policies.saving import POLICY_FILE, load_policy, save_policy
 from rl4dlm.training.trainer import rows_of
-from tests.training.steps import recording
+from tests.training.steps import recording, tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -220,6 +220,16 @@ def test_splits_and_several_passes(trained: Any, losses: Any) -> None:
 def test_the_rollout_gap_is_that_of_tokens(trained: Any) -> None:
     made = trained(max_steps=1, temperature=0.8)
     assert made.state.log_history[0]["diffusion/rollout_gap"] < 0.02  # the mask token's share
+
+
+def test_rows_may_stop_at_their_end_and_steps_be_sampled(trained: Any) -> None:
+    """What was chosen behind the end is a part of the order that its step drew, though it is not scored."""
+    made = trained(model=tiny_llada_that_ends(), scope="valid", stop_at_eos=True, block_length=4, max_steps=1)
+    log = made.state.log_history[0]
+    assert log["diffusion/nfe"] < 4 and log["diffusion/scored_token_share"] == 1
+    assert log["diffusion/rollout_gap"] == pytest.approx(0, abs=1e-5) and log["diffusion/place_log_prob"] < 0
+    made = trained(steps="sampled", num_scored_steps=2, max_steps=1)
+    assert made.state.log_history[0]["diffusion/scored_steps"] == 2
 
 
 # --- files and resuming -----------------------------------------------------------------------------------------------
