@@ -64,6 +64,8 @@ CANVAS = {"schedule": "entropy_bound_canvas", "schedule_args": {"max_steps": 2, 
 SETTINGS: dict[str, dict[str, Any]] = {
     "AGRPO": {"num_scored_steps": 2},
     "BGPO": {"num_views": 2},
+    "BernoulliUnmasking": {"denoising_steps": None, "temperature": 0.8, "policy_hidden_size": 8, "warmup_steps": 0},
+    "CtrlDiff": {"denoising_steps": None, "block_sizes": [1, 2, 4], "schedule_args": {"threshold": 0.0}},
     "D2": {"num_scored_steps": 2},
     "DMPO": {"alpha": 0.5},
     "DiPO": {"schedule": "low_confidence"},
@@ -78,6 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "TraceRL": {"schedule": "low_confidence", "per_device_train_batch_size": 4},
     "TreeRPO": {"branches": [2, 2]},
 }
+POLICIES = ("BernoulliUnmasking", "CtrlDiff")
 # What the page says to set for models whose noise is random tokens.
 UNIFORM: dict[str, dict[str, Any]] = {
     "DMPO": {"form": "count"},
@@ -122,6 +125,8 @@ def build(trainer: str, family: str, folder: str) -> Any:
         args = rl4dlm.ELBOKTOConfig(**settings, num_views=2, reward_baseline="zero")
         return rl4dlm.ELBOKTOTrainer(model, None, args, rows, None, tiny.tiny_tokenizer())
     uniform = {"denoising_steps": None, **CANVAS, **UNIFORM.get(trainer, {})} if family == "diffusion_gemma" else {}
+    if trainer in POLICIES:  # which have a schedule of their own
+        uniform = {}
     settings |= {**ROLLOUT, **MASKS, **SETTINGS.get(trainer, {}), **uniform}
     if trainer == "JustGRPO":  # its one schedule
         settings |= {"schedule": "left_to_right", "schedule_args": None}

@@ -27,6 +27,8 @@ SIGNATURES = {
     "DiPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TraceRLTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "TrajectoryTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
+    "BernoulliUnmaskingTrainer": "args kwargs",
+    "CtrlDiffTrainer": "args kwargs",
     "BGPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "CoupledGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "DMPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
@@ -56,6 +58,7 @@ SIGNATURES = {
     ),
     "Intervention": "",
     "LightningRLTrainer": "args kwargs",
+    "LLaDOUTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
@@ -128,11 +131,14 @@ _TRAJECTORY = (
     "value_model value_learning_rate value_clip value_loss_weight value_trains_trunk value_target value_rewards "
     "gae_lambda gae_gamma"
 )
+_FROZEN = "unmasking_policy policy_temperature speed speed_alpha step_average policy_entropy"
 SETTINGS = {
     "BGPOConfig": "num_views stratify complement",
     **dict.fromkeys(
         ["AGRPOConfig", "CJGRPOConfig", "D2Config", "DiPOConfig", "TraceRLConfig", "TrajectoryConfig"], _TRAJECTORY
     ),
+    "BernoulliUnmaskingConfig": f"{_FROZEN} policy_hidden_size policy_heads",
+    "CtrlDiffConfig": f"{_FROZEN} policy_hidden_size block_sizes",
     "CoupledGRPOConfig": "pairs level_range baseline",
     "DMPOConfig": (
         "alpha kappa weight_baseline weight_baseline_strength num_views level_range objective ddo_scale "
@@ -165,6 +171,10 @@ SETTINGS = {
     "LightningRLConfig": (
         "accuracy_reward accuracy_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
         "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
+    ),
+    "LLaDOUConfig": (
+        f"{_TRAJECTORY} policy_path policy_kind policy_layers policy_heads policy_frequencies policy_learning_rate "
+        "train_denoiser"
     ),
     "SelfDistillationConfig": (
         "states share_range block_states positions num_positions complement num_views teacher teacher_view "
@@ -238,6 +248,7 @@ METRICS = {
     "diffusion/masked_nll",
     "diffusion/next_token_nll",
     "diffusion/nfe",
+    "diffusion/place_log_prob",
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
     "diffusion/rows_scored_share",

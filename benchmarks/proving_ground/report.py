@@ -28,9 +28,11 @@ from benchmarks.proving_ground.settings import (
     ROOT,
     TASKS,
     TRAINED,
+    UNMASKING,
     Run,
 )
 from benchmarks.proving_ground.statistics import pass_at, pass_half, student_half
+from benchmarks.proving_ground.unmasking import POLICIES, above_front, front
 from rl4dlm.evaluation.intervals import wilson_interval
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -126,6 +128,8 @@ def table(name: str, results: Results) -> str:
     if name == "figure":
         return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
     kind, _, rest = name.partition("/")
+    if name == "question/unmasking":
+        return beside_fixed(results)
     if kind == "question" and rest in QUESTIONS:
         return answers(rest, results)
     if kind in TASKS and len(name.split("/")) == 3:
@@ -190,9 +194,58 @@ def answers(question: str, results: Results) -> str:
                 cells += _price(results.runs[group].get(name, ()))
         rows.append(cells)
     measured = (f"at {TRAINED}", "at 1", *(PRICE if question in PRICED else ()))
-    heads = [f"{', '.join(group)}: {what}" for group in groups for what in measured]
-    text = markdown(["points gained, by tokens per step", "settings", *heads], rows)
+    alone = len(groups) == 1
+    heads = [what if alone else f"{', '.join(group)}: {what}" for group in groups for what in measured]
+    where = f" ({', '.join(groups[0])})" if alone else ""
+    text = markdown([f"points gained, by tokens per step{where}", "settings", *heads], rows)
+    text = "\n\n".join([text, *learned_orders(names, groups, results)])
     return f"{text}\n\nNot run: {', '.join(open_ones)}." if open_ones else text
+
+
+def learned_orders(names: Sequence[str], groups: Sequence[Group], results: Results) -> list[str]:
+    """What models with an unmasking policy solve in its order, beside the confident order and the start, by speed."""
+    tables = []
+    for group in groups:
+        found = {name: results.runs[group][name] for name in names if results.runs[group].get(name)}
+        found = {name: runs for name, runs in found.items() if all("learned" in run["measured"] for run in runs)}
+        if not found:
+            continue
+        start = results.before[group[:2]]
+        speeds = list(next(iter(found.values()))[0]["measured"]["learned"])
+        rows = [["start", "confident", *(_rate(start, speed) for speed in speeds)]]
+        for name, runs in found.items():
+            for order, where in (("learned", "learned"), ("confident", "solved")):
+                cells = [_mean(runs, at("measured", where, speed, "solved"), spread=True) for speed in speeds]
+                rows.append([Run(*group[:2], name).title, order, *cells])
+        tables.append(markdown([f"{', '.join(group)}: solved at", "order", *speeds], rows))
+    return tables
+
+
+def beside_fixed(results: Results) -> str:
+    """Where policies decide: forwards, solved, and points above the best fixed schedule at as many forwards."""
+    varied = QUESTIONS["unmasking"]
+    parts = []
+    for group in results.groups():
+        runs = {name: results.runs[group][name] for name in (*UNMASKING, *varied) if results.runs[group].get(name)}
+        if not runs:
+            continue
+        first = next(iter(runs.values()))[0]["points"]["fixed"]
+        rows = []
+        for name, found in sorted(runs.items(), key=lambda each: list(EVERY_LINE).index(each[0].partition("+")[0])):
+            settings = ", ".join(f"`{k}: {v}`" for k, v in varied[name][1].items()) if name in varied else ""
+            for label in POLICIES:
+                measured = [mean(f["points"]["policy"][label][place] for f in found) for place in (0, 1)]
+                above = [above_front(f["points"], label) for f in found]
+                known = [value for value in above if value is not None]
+                cell = interval(known) if len(known) == len(above) else "faster than any"
+                title = f"{Run(*group[:2], name).title}, {label} ({len(found)} seeds)"
+                rows.append([title, settings, f"{measured[0]:.2f}", f"{measured[1]:.3f}", cell])
+        heads = [", ".join(group[:2]), "settings", "forwards", "solved", "points above fixed schedules"]
+        hull = front([(forwards, solved) for forwards, solved in first.values()])
+        labels = {tuple(point): label for label, point in first.items()}
+        best = ", ".join(f"{labels[point]} {point[1]:.3f} at {point[0]:.2f}" for point in hull)
+        parts += [markdown(heads, rows), f"Best fixed schedules: {best} forwards."]
+    return "\n\n".join(parts) or NOTHING
 
 
 def cost(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:

@@ -60,6 +60,7 @@ def _result(run: Run) -> dict[str, Any]:
 
     from benchmarks.proving_ground.measuring import measure, validate
     from benchmarks.proving_ground.training import train
+    from benchmarks.proving_ground.unmasking import decides, points
     from rl4dlm import load_denoiser
     from rl4dlm.evaluation import machine, versions
     from rl4dlm.training.guard import NonFiniteError
@@ -84,6 +85,8 @@ def _result(run: Run) -> dict[str, Any]:
             return {**found, "given_up": str(error)}
     with torch.no_grad():
         found["measured"] = measure(run, model, tokenizer)
+        if decides(run) and run.name != "before":
+            found["points"] = points(run, model, tokenizer)
     return {**found, "machine": machine(), "versions": versions()}
 
 

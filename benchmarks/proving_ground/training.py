@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import rl4dlm
-from benchmarks.proving_ground.settings import EVERY_LINE, RANDOM, TRAINED, Run
+from benchmarks.proving_ground.settings import EVERY_LINE, ORDER, RANDOM, TRAINED, Run
+from benchmarks.proving_ground.unmasking import decides
 from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_reward, load_task
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.tasks import Task
@@ -182,11 +183,11 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         }
         given: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [budget]}
         build = sft_trainer if run.algorithm == "sft" else policy_trainer
-        if run.settings().get("value_model", "none") == "none":
+        if run.settings().get("value_model", "none") == "none" and run.algorithm not in ORDER and not decides(run):
             optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
             given["optimizers"] = (optimizer, falling(optimizer))
             trainer = build(run, model, tokenizer, common, given)
-        else:  # the trainer's own optimizer, the same but for the head that only it knows
+        else:  # the trainer's own optimizer, the same but for the head, or policy, that only it knows
             common |= {"optim": "adamw_torch", "adam_beta2": 0.99, "weight_decay": 0.0}
             trainer = build(run, model, tokenizer, common, given)
             trainer.lr_scheduler = falling(trainer.create_optimizer())

@@ -25,6 +25,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl4dlm.evaluation.machine import commit, machine, versions
 from rl4dlm.files import writing
+from rl4dlm.rollout.policies.policy import attached_policy
+from rl4dlm.rollout.policies.saving import save_policy
 from rl4dlm.tracking.trackers import Trackers
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.manifest import (
@@ -48,6 +50,7 @@ check_contract(
         "_init_training_state": ["max_steps"],
         "_push_from_checkpoint": ["checkpoint_folder"],
         "_run_epoch": [],
+        "_save": ["output_dir", "state_dict"],
         "_save_checkpoint": ["model", "trial"],
     },
 )
@@ -207,6 +210,17 @@ class CheckpointingTrainer(Trainer):
         others = sorted((f for f in checkpoints(run_dir) if f.name not in kept), key=worth)
         for folder in others[: max(0, len(others) + len(kept) - limit)]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        policy = attached_policy(self.accelerator.unwrap_model(self.model))
+        if policy is None or not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if self.is_fsdp_enabled or is_sharded(policy):
+            logger.warning("%s does not hold the model's unmasking policy, which is sharded (FSDP, ZeRO-3)", folder)
+        else:
+            save_policy(policy, folder)
 
     def _is_complete(self, folder: Path) -> bool:
         try:

@@ -12,7 +12,9 @@ import pytest
 
 import rl4dlm
 from benchmarks.proving_ground import run as runs, settings
+from benchmarks.proving_ground.report import Results, table
 from benchmarks.proving_ground.settings import EVERY_LINE, LINES, TASKS, VARIANTS, Run, Scale
+from benchmarks.proving_ground.unmasking import above_front, best_fixed, front
 from rl4dlm import save_denoiser, tiny_llada, tiny_tokenizer
 
 SMALL = Scale(
@@ -82,6 +84,21 @@ def test_a_run_leaves_a_file_that_is_made_once(ground: Path) -> None:
     other = replace(run, scale=replace(SMALL, batches=3))
     assert runs.make(other, ground, ground / "logs") == "changed"
     assert json.loads(run.path(ground).read_text()) == found
+
+
+def test_a_learned_order_is_measured_beside_the_confident_one(ground: Path) -> None:
+    from benchmarks.proving_ground.report import Results, answers
+
+    run = Run("arithmetic_steps", "full", "lladou+policy_alone", scale=SMALL)
+    assert runs.make(run, ground, ground / "logs") == "made"
+    measured = json.loads(run.path(ground).read_text())["measured"]
+    assert set(measured["learned"]) == {"1", "2", "4", "8"}
+    assert set(measured["solved"]) == {*measured["learned"], "threshold"}
+    for speed, found in measured["learned"].items():
+        assert found["tokens_per_forward"] == pytest.approx(float(speed), rel=0.5)
+    before = json.loads((ground / "arithmetic_steps" / "full" / "before.json").read_text())["measured"]
+    assert before["solved"] == measured["solved"] and "learned" not in before  # the model itself has not changed
+    assert "| LLaDOU, policy alone | learned |" in answers("order", Results(ground))
 
 
 def test_sft_goes_on_for_as_many_positions_as_are_allowed(ground: Path) -> None:
@@ -231,3 +248,30 @@ def test_what_the_page_says_of_speed_and_of_values() -> None:
         apart = [a - b for a, b in zip(results.gains(group, name), without, strict=True)]
         assert interval(apart) in page and len(apart) >= 3
         assert abs(sum(apart)) / len(apart) < student_half(apart), "the interval holds 0"
+
+
+def test_the_front_of_fixed_schedules_is_concave_and_between_them_lie_mixtures() -> None:
+    fixed = [(16.0, 0.9), (4.0, 0.5), (8.0, 0.6), (8.0, 0.8), (2.0, 0.1), (12.0, 0.7), (20.0, 0.9)]
+    assert front(fixed) == [(2.0, 0.1), (4.0, 0.5), (8.0, 0.8), (16.0, 0.9)]
+    assert front([(2.0, 0.0), (4.0, 0.1), (8.0, 0.8)]) == [(2.0, 0.0), (8.0, 0.8)], (
+        "what lies below a mixture is left out"
+    )
+    assert best_fixed(fixed, 6.0) == pytest.approx(0.65) and best_fixed(fixed, 30.0) == 0.9
+    assert best_fixed(fixed, 1.5) is None
+    measured = {"policy": {"greedy": [6.0, 0.7], "drawn": [1.0, 0.9]}, "fixed": {str(p): list(p) for p in fixed}}
+    assert above_front(measured, "greedy") == pytest.approx(5.0) and above_front(measured, "drawn") is None
+
+
+@pytest.mark.parametrize("name", ["bernoulli_unmasking", "ctrldiff"])
+def test_policies_are_measured_beside_fixed_schedules(name: str, ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "SPEEDS", (4, 8))
+    small = replace(settings.UNMASKING[name], settings={**settings.UNMASKING[name].settings, "policy_hidden_size": 8})
+    monkeypatch.setitem(settings.EVERY_LINE, name, small)
+    run = Run("arithmetic_steps", "full", name, scale=replace(SMALL, completions=16))
+    assert runs.make(run, ground, ground / "logs") == "made"
+    found = json.loads(run.path(ground).read_text())
+    assert set(found["points"]["policy"]) == {"greedy", "drawn"} and len(found["points"]["fixed"]) > 8
+    assert all(forwards >= 1 and 0 <= solved <= 1 for forwards, solved in found["points"]["policy"].values())
+    assert found["positions"]["with_gradient"] == 0 < found["positions"]["without_gradient"]
+    results = Results(ground)
+    assert "Best fixed schedules:" in table("question/unmasking", results)

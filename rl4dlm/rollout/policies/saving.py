@@ -128,7 +128,7 @@ def policy_of(model: Any) -> UnmaskingPolicy | None:
     for part in (model, base_of(model)):  # an adapter's folder before that of its base
         folder = getattr(part, "loaded_from", None)
         if folder is not None and Path(folder, POLICY_FILE).is_file():
-            return attach_policy(model, load_policy(folder))
+            return attach_policy(model, load_policy(folder).requires_grad_(False))
     return None
 
 
