@@ -25,8 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl4dlm.evaluation.machine import commit, machine, versions
 from rl4dlm.files import writing
-from rl4dlm.rollout.policies.policy import attached_policy
-from rl4dlm.rollout.policies.saving import save_policy
+from rl4dlm.models.unmasking import write_policy
 from rl4dlm.tracking.trackers import Trackers
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.manifest import (
@@ -213,9 +212,9 @@ class CheckpointingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        policy = attached_policy(self.accelerator.unwrap_model(self.model))
-        if policy is not None and self.args.should_save:
-            save_policy(policy, self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            write_policy(self.accelerator.unwrap_model(self.model), folder)
 
     def _is_complete(self, folder: Path) -> bool:
         try:
