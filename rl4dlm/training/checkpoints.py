@@ -36,7 +36,7 @@ from rl4dlm.training.manifest import (
     step_of,
     write_manifest,
 )
-from rl4dlm.training.moving_reference import is_sharded, load_reference, save_reference
+from rl4dlm.training.moving_reference import MovingReferenceTrainer
 from rl4dlm.training.preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class CheckpointingTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
 
-class ResumableGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
+class ResumableGRPOTrainer(CheckpointingTrainer, MovingReferenceTrainer, GRPOTrainer):
     """TRL's, resuming inside a generation cycle: with the same processes and settings, losses go on bit-equal.
 
     With other processes or settings that the batch in use depends on, a fresh generation replaces it, and a warning
@@ -278,34 +278,11 @@ class ResumableGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
         batches = self._buffered_inputs if self._is_mid_cycle() else None
         cycle = Cycle(self._step, self.accelerator.num_processes, self._cycle_layout(), batches)
         save_cycle(output_dir, self.accelerator.process_index, cycle)
-        reference = self._moving_reference()
-        if reference is not None and self.args.should_save and not self._reference_is_sharded(reference):
-            save_reference(reference, output_dir)
-
-    def _moving_reference(self) -> Any:
-        """The reference, if it follows the policy."""
-        moves = self.args.sync_ref_model and self.ref_model is not None
-        return self.accelerator.unwrap_model(self.ref_model) if moves else None
-
-    def _reference_is_sharded(self, reference: Any) -> bool:
-        return self.is_fsdp_enabled or is_sharded(reference)
-
-    def _load_reference(self, checkpoint: str) -> None:
-        reference = self._moving_reference()
-        if reference is None:
-            return
-        if self._reference_is_sharded(reference) or not load_reference(reference, checkpoint):
-            logger.warning(
-                "%s does not hold the reference model that sync_ref_model has made, which is not saved where it is "
-                "sharded (FSDP, ZeRO-3): until it is synchronised next, the reference is the model before training",
-                checkpoint,
-            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._load_reference(checkpoint)
         cycle = load_cycle(checkpoint, self.accelerator.process_index, self.accelerator.device)
         layout, world = self._cycle_layout(), self.accelerator.num_processes
         fits = cycle is not None and cycle.layout == layout
