@@ -17,7 +17,7 @@ from rl4dlm import ELBOKTOConfig, ELBOKTOTrainer, tiny_llada, tiny_tokenizer
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.training.preferences import rows_of_completions
-from tests.algorithms.test_vrpo import PAIRS, moved, plain_bounds, variance_of_scores
+from tests.algorithms.test_vrpo import PAIRS, build as vrpo, moved, plain_bounds, variance_of_scores
 from tests.training.steps import SMALL_RUN
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -187,6 +187,26 @@ def test_evaluation_has_the_same_views_every_time(tmp_path: Path) -> None:
         ELBOKTOTrainer("x", None, args, data, Dataset.from_list([{**ROWS[0], "label": 1}]))
 
 
+@pytest.mark.parametrize("method", ["elbo_kto", "vrpo"])
+def test_a_run_that_is_resumed_has_the_reference_that_it_had(tmp_path: Path, method: str) -> None:
+    """With `sync_ref_model` the reference is another one than at first, which checkpoints have to hold."""
+    more: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    more |= {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "num_views": 2}
+
+    def run(name: str, checkpoint: Any = None) -> Any:
+        folder = tmp_path / name
+        made = build(folder, **more) if method == "elbo_kto" else vrpo(folder, **more)
+        made.train(resume_from_checkpoint=checkpoint)
+        return made
+
+    whole = run("whole")
+    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    for one, other in ((whole.model, resumed.model), (whole.ref_model, resumed.ref_model)):
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    first = tiny_llada(initializer_range=0.2)
+    assert not torch.equal(whole.ref_model.lm_head.weight, first.lm_head.weight)
+
+
 def test_pairs_are_taken_apart(tmp_path: Path) -> None:
     trainer = build(tmp_path, PAIRS)
     assert len(trainer.train_dataset) == 16 and sum(trainer.train_dataset["label"]) == 8
@@ -212,6 +232,11 @@ def test_rows_that_are_refused(tmp_path: Path, rows: Any, said: str) -> None:
     assert said in str(error.value)
 
 
+def test_a_length_that_no_prompt_fits_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_length=3 leaves nothing of train_dataset"):
+        build(tmp_path, max_length=3)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -221,7 +246,12 @@ def test_rows_that_are_refused(tmp_path: Path, rows: Any, said: str) -> None:
         ({"beta": 0.0}, "beta=0.0 is not allowed"),
         ({"undesirable_weight": -1.0}, "undesirable_weight=-1.0 is not allowed"),
         ({"complement": True, "num_views": 3}, "num_views=3 is not allowed with complement=True"),
+        ({"beta": math.inf}, "beta=inf is not allowed"),
+        ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "leave nothing to learn from"),
+        ({"precompute_ref_batch_size": 2}, "precompute_ref_batch_size=2 is not supported"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
         ({"per_device_train_batch_size": 1}, "reward_baseline='batch_mean' is not allowed with a batch of one"),
+        ({"per_device_eval_batch_size": 1, "eval_strategy": "epoch"}, "raise per_device_eval_batch_size"),
         ({"disable_dropout": False}, "disable_dropout=False is not supported"),
     ],
 )

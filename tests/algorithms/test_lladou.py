@@ -287,6 +287,11 @@ def test_other_trainers_leave_a_policy_alone_and_keep_it(make_trainer: Any, tmp_
     assert all(torch.equal(after[name], before[name]) == ("unmasking_policy" in name) for name in after)
     made.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / POLICY_FILE).is_file()
+    # Where nothing asks for a policy, the one of the folder that the model was loaded from is kept.
+    plain = make_trainer(model=load_denoiser(tmp_path / "saved"))
+    plain.save_model(str(tmp_path / "plain"))
+    kept, first = load_policy(tmp_path / "plain"), load_policy(tmp_path / "saved")
+    assert all(torch.equal(p, q) for p, q in zip(kept.parameters(), first.parameters(), strict=True))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
