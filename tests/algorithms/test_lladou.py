@@ -198,6 +198,15 @@ def test_model_and_policy_learn_together_and_with_an_adapter(trained: Any) -> No
     assert not any("unmasking_policy" in name and "lora" in name for name in weights(made))
 
 
+def test_gradients_of_the_policy_that_are_no_numbers_skip_the_step(trained: Any) -> None:
+    made = trained(start=False, max_steps=1)
+    made.unmasking_policy.utility.weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = weights(made)
+    made.train()
+    assert made.state.log_history[0]["diffusion/skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(made).items())
+
+
 def test_one_view_at_a_time_changes_nothing_and_reentrant_checkpoints_neither(trained: Any) -> None:
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     found = [weights(trained(**options)) for options in ({}, {"one_view": False}, reentrant)]
