@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         LightningRLConfig as LightningRLConfig,
         LightningRLTrainer as LightningRLTrainer,
     )
+    from rl4dlm.algorithms.lladou import LLaDOUConfig as LLaDOUConfig, LLaDOUTrainer as LLaDOUTrainer
     from rl4dlm.algorithms.mdpo import MDPOConfig as MDPOConfig, MDPOTrainer as MDPOTrainer
     from rl4dlm.algorithms.self_distillation import (
         SelfDistillationConfig as SelfDistillationConfig,
@@ -127,6 +128,8 @@ _MODULE_OF = {
     "D2Trainer": "rl4dlm.algorithms.d2",
     "DiPOConfig": "rl4dlm.algorithms.dipo",
     "DiPOTrainer": "rl4dlm.algorithms.dipo",
+    "LLaDOUConfig": "rl4dlm.algorithms.lladou",
+    "LLaDOUTrainer": "rl4dlm.algorithms.lladou",
     "TraceRLConfig": "rl4dlm.algorithms.tracerl",
     "TraceRLTrainer": "rl4dlm.algorithms.tracerl",
     "TrajectoryConfig": "rl4dlm.training.trajectory_settings",

@@ -120,6 +120,7 @@ SMALL_RL = {
     "block_length": 16,
     "denoising_steps": 4,
     "num_views": 2,
+    "policy_heads": 2,
     "max_prompt_length": 980,  # the tiny tokenizer has one token per character
 }
 

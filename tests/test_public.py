@@ -58,6 +58,7 @@ SIGNATURES = {
     ),
     "Intervention": "",
     "LightningRLTrainer": "args kwargs",
+    "LLaDOUTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "JustGRPOTrainer": "model reward_funcs args train_dataset eval_dataset processing_class intervention kwargs",
     "Rollout": (
         "prompt_ids canvas valid hinted trace nfe stop_reason row_ids schedule cache exact seed mask_token_id "
@@ -171,6 +172,10 @@ SETTINGS = {
         "accuracy_reward accuracy_from speed_reward speed_gate speed_norm accuracy_norm advantage_norm "
         "keep_wrong_groups min_speed_range cap_margin nll_weight kl_average nll_average"
     ),
+    "LLaDOUConfig": (
+        f"{_TRAJECTORY} policy_path policy_kind policy_layers policy_heads policy_frequencies policy_learning_rate "
+        "train_denoiser"
+    ),
     "SelfDistillationConfig": (
         "states share_range block_states positions num_positions complement num_views teacher teacher_view "
         "teacher_share teacher_steps teacher_written teacher_order teacher_temperature divergence distill_top_k "
@@ -243,6 +248,7 @@ METRICS = {
     "diffusion/masked_nll",
     "diffusion/next_token_nll",
     "diffusion/nfe",
+    "diffusion/place_log_prob",
     "diffusion/rollout_gap",
     "diffusion/rollout_tokens_per_second",
     "diffusion/rows_scored_share",

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rl4dlm import ELBOKTOConfig, ELBOKTOTrainer, load_tokenizer
+from rl4dlm import ELBOKTOConfig, ELBOKTOTrainer
 from rl4dlm.cli.arguments import DataArguments, check_settings, load_splits, model_options, parse
 from rl4dlm.cli.errors import start
 from rl4dlm.cli.script import finish
+from rl4dlm.training.setup import tokenizer_for
 
 
 def main(argv: Sequence[str] | None = None) -> ELBOKTOTrainer:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> ELBOKTOTrainer:
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(model.model_name_or_path, model.model_revision),
+        processing_class=tokenizer_for(model.model_name_or_path, training.model_init_kwargs),
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )

@@ -4,6 +4,7 @@ Owns the definitions. Greedy decoding and judging are `rl4dlm.evaluation`'s.
 
 - `solved` at 1, 2, 4 and 8 tokens per step: share of test rows, greedy, the most confident slots of a block first. A
   speed that does not fit into a block is left out. `threshold`: everything at least 0.9 sure is written at once.
+- `learned`: where a model learns the order of writing, the same with the order that it says, greedy.
 - `area`: accuracy over speed. The integral of `solved` over the binary logarithm of tokens per step, by trapezoids
   between the fixed speeds, over the length of that interval: the mean accuracy over octaves of speed, between 0 and 1.
 - `pass@k`: share of prompts that one of k completions at temperature 1 solves, in 4 tokens per step; of n drawn
@@ -19,12 +20,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
 import torch
 
-from benchmarks.proving_ground.settings import SPEEDS, THRESHOLD, TRAINED, Run
+from benchmarks.proving_ground.settings import ORDER, SPEEDS, THRESHOLD, TRAINED, Run
 from benchmarks.proving_ground.unmasking import decides, policy_decoding
 from rl4dlm import DecodingConfig, RolloutEngine, attach_scoring, load_denoiser, load_task
 from rl4dlm.evaluation import area, encode_prompt, evaluate
@@ -48,7 +50,11 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
         schedule="threshold",
         schedule_args={"threshold": THRESHOLD},
     )
+    learned = {}
+    if run.algorithm in ORDER:
+        learned = {f"learned {speed}": in_learned_order(d) for speed, d in decodings.items() if speed != "threshold"}
     task = load_task(run.task, **ground.arguments)
+    decodings |= learned
     result = evaluate(model, tokenizer, task, decodings=decodings, split="test", limit=scale.test)
     greedy = {
         speed: {
@@ -60,6 +66,7 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
         }
         for speed, found in result.measurements.items()
     }
+    apart = {name.removeprefix("learned "): greedy.pop(name) for name in learned}
     rows = task.rows("test")[: scale.prompts]
     rollout = drawn(run, model, tokenizer, rows)
     verdicts = task.check_many(
@@ -72,6 +79,7 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "rows": len(task.rows("test")[: scale.test]),
         "solved": greedy,
+        **({"learned": apart} if apart else {}),
         "area": round(area([(float(s), v["solved"]) for s, v in greedy.items() if s != "threshold"]), 4),
         "drawn": {
             "right": [right[count] for count in range(scale.samples + 1)],
@@ -84,9 +92,12 @@ def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def validate(run: Run, model: Any, tokenizer: Any) -> float:
-    """Share of validation rows solved at the speed of training, or as a policy that is trained decides, greedily."""
+    """Share of validation rows solved at the speed of training, in the order that is learnt, if one is, or as a policy
+    that is trained decides, greedily."""
     task = load_task(run.task, **run.ground.arguments)
     decodings = {"": decoding(run, TRAINED)}
+    if run.algorithm in ORDER:
+        decodings = {"": in_learned_order(decodings[""])}
     if decides(run):
         decodings = {"": policy_decoding(run, model.unmasking_policy)}
     limit = run.scale.validation
@@ -98,6 +109,11 @@ def decoding(run: Run, speed: int, temperature: float = 0.0) -> DecodingConfig:
     """So many tokens per step."""
     canvas, block = run.ground.canvas, run.ground.block
     return DecodingConfig(canvas_length=canvas, steps=canvas // speed, block_length=block, temperature=temperature)
+
+
+def in_learned_order(decoding: DecodingConfig) -> DecodingConfig:
+    """As many tokens per step, in the order of the model's unmasking policy."""
+    return replace(decoding, schedule="learned_order")
 
 
 def drawn(run: Run, model: Any, tokenizer: Any, rows: Sequence[Any]) -> Rollout:

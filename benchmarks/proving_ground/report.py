@@ -194,9 +194,31 @@ def answers(question: str, results: Results) -> str:
                 cells += _price(results.runs[group].get(name, ()))
         rows.append(cells)
     measured = (f"at {TRAINED}", "at 1", *(PRICE if question in PRICED else ()))
-    heads = [f"{', '.join(group)}: {what}" for group in groups for what in measured]
-    text = markdown(["points gained, by tokens per step", "settings", *heads], rows)
+    alone = len(groups) == 1
+    heads = [what if alone else f"{', '.join(group)}: {what}" for group in groups for what in measured]
+    where = f" ({', '.join(groups[0])})" if alone else ""
+    text = markdown([f"points gained, by tokens per step{where}", "settings", *heads], rows)
+    text = "\n\n".join([text, *learned_orders(names, groups, results)])
     return f"{text}\n\nNot run: {', '.join(open_ones)}." if open_ones else text
+
+
+def learned_orders(names: Sequence[str], groups: Sequence[Group], results: Results) -> list[str]:
+    """What models with an unmasking policy solve in its order, beside the confident order and the start, by speed."""
+    tables = []
+    for group in groups:
+        found = {name: results.runs[group][name] for name in names if results.runs[group].get(name)}
+        found = {name: runs for name, runs in found.items() if all("learned" in run["measured"] for run in runs)}
+        if not found:
+            continue
+        start = results.before[group[:2]]
+        speeds = list(next(iter(found.values()))[0]["measured"]["learned"])
+        rows = [["start", "confident", *(_rate(start, speed) for speed in speeds)]]
+        for name, runs in found.items():
+            for order, where in (("learned", "learned"), ("confident", "solved")):
+                cells = [_mean(runs, at("measured", where, speed, "solved"), spread=True) for speed in speeds]
+                rows.append([Run(*group[:2], name).title, order, *cells])
+        tables.append(markdown([f"{', '.join(group)}: solved at", "order", *speeds], rows))
+    return tables
 
 
 def beside_fixed(results: Results) -> str:

@@ -208,6 +208,8 @@ DISTILLATION = {
     )
 }
 """What makes steps fewer, not answers better: it is run as a question of its own."""
+ORDER = {"lladou": Line("LLaDOU", "LLaDOUTrainer", {"policy_learning_rate": 1e-3})}
+"""What learns the order of writing, too, with which it has to be decoded: also a question of its own."""
 _POLICY = {
     "reward_weights": [1.0],
     "scale_rewards": "none",
@@ -244,7 +246,7 @@ UNMASKING = {
     ),
 }
 """Policies that decide where a frozen model writes: what they change is how many forwards an answer takes."""
-EVERY_LINE = {**LINES, **DISTILLATION, **UNMASKING}
+EVERY_LINE = {**LINES, **DISTILLATION, **ORDER, **UNMASKING}
 
 
 def _each(algorithms: str, what: str, settings: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -291,6 +293,10 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
                 "num_views": 2,
             },
         ),
+    },
+    "order": {
+        **_each("lladou", "both", {"policy_learning_rate": 2e-3}),
+        **_each("lladou", "policy_alone", {"train_denoiser": False, "policy_learning_rate": 2e-3}),
     },
     "unmasking": {
         **_each("bernoulli_unmasking", "alpha_half", {"speed_alpha": 0.5}),
@@ -415,12 +421,12 @@ class Run:
         """Whether the task has the model, and the model blocks that the algorithm can be run in.
 
         Maskings of blocks need several. JustGRPO writes single tokens where prompts end inside of blocks, and MDPO
-        predicts all open slots, which models of blocks do not.
+        predicts all open slots, which models of blocks do not; policies of the order look beyond blocks.
         """
         if self.ground.block == self.ground.canvas and "block_elbo" in self.name:
             return False
         return self.model in self.ground.checkpoints and (
-            self.model != "block" or self.algorithm not in ("justgrpo", "mdpo")
+            self.model != "block" or self.algorithm not in ("justgrpo", "mdpo", *ORDER, *UNMASKING)
         )
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import rl4dlm
-from benchmarks.proving_ground.settings import EVERY_LINE, RANDOM, TRAINED, Run
+from benchmarks.proving_ground.settings import EVERY_LINE, ORDER, RANDOM, TRAINED, Run
 from benchmarks.proving_ground.unmasking import decides
 from rl4dlm import BGPOTrainer, DiffusionSFTConfig, load_reward, load_task
 from rl4dlm.rollout.noise import keyed_uniform
@@ -183,7 +183,7 @@ def train(run: Run, model: Any, tokenizer: Any, measure: Callable[[Any], float])
         }
         given: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [budget]}
         build = sft_trainer if run.algorithm == "sft" else policy_trainer
-        if run.settings().get("value_model", "none") == "none" and not decides(run):
+        if run.settings().get("value_model", "none") == "none" and run.algorithm not in ORDER and not decides(run):
             optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
             given["optimizers"] = (optimizer, falling(optimizer))
             trainer = build(run, model, tokenizer, common, given)

@@ -31,6 +31,7 @@ which costs two forwards more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,7 @@ from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import check_guard
 from rl4dlm.training.precision import check_precision, settle
-from rl4dlm.training.preferences import IN_THE_LOOP, NAMES, PreferenceSettings, PreferenceTrainer, rows_of_completions
+from rl4dlm.training.preferences import NAMES, NO_EFFECT, PreferenceSettings, PreferenceTrainer, rows_of_completions
 
 __all__ = ["ELBOKTOConfig", "ELBOKTOTrainer"]
 
@@ -67,7 +68,7 @@ SATURATED = (6, 8)
 """Sizes of s beyond which the gradient of a sigmoid is below 1 / 400 and 1 / 3000; those that the code logs."""
 _WITHOUT_KL = "apo_zero_unpaired"
 _NOT_SUPPORTED = {
-    "precompute_ref_log_probs": IN_THE_LOOP,
+    **NO_EFFECT,
     "loss_type": "the loss is ELBO-KTO's; this name stands for rows without the ones that TRL estimates a KL from",
 }
 
@@ -108,18 +109,22 @@ class ELBOKTOConfig(PreferenceSettings, KTOConfig):
             raise ValueError("; ".join(said))
         check_guard(self)
         check_choice("reward_baseline", self.reward_baseline, BASELINES)
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} is not allowed; it must be larger than 0")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} is not allowed; it must be larger than 0, and finite")
         for name in ("desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be 0 or larger")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be 0 or larger, and finite")
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ValueError("desirable_weight=0 and undesirable_weight=0 leave nothing to learn from; raise one")
         if not self.disable_dropout:
             raise ValueError("disable_dropout=False is not supported: policy and reference would differ by chance")
-        if self.reward_baseline == "batch_mean" and self.per_device_train_batch_size * self.world_size < 2:
-            raise ValueError(
-                "reward_baseline='batch_mean' is not allowed with a batch of one completion, which would be compared "
-                "with itself; raise per_device_train_batch_size, or set reward_baseline='zero'"
-            )
+        sizes = ["per_device_train_batch_size", *(["per_device_eval_batch_size"] if self.eval_strategy != "no" else ())]
+        for name in sizes if self.reward_baseline == "batch_mean" else ():
+            if getattr(self, name) * self.world_size < 2:
+                raise ValueError(
+                    "reward_baseline='batch_mean' is not allowed with a batch of one completion, which would be "
+                    f"compared with itself; raise {name}, or set reward_baseline='zero'"
+                )
         self.estimator()
 
     def estimator(self) -> ELBO:

@@ -47,7 +47,7 @@ from rl4dlm.training.config import set_but_not_supported
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import check_guard
 from rl4dlm.training.precision import check_precision, settle
-from rl4dlm.training.preferences import IN_THE_LOOP, NAMES, PreferenceSettings, PreferenceTrainer, rows_of_completions
+from rl4dlm.training.preferences import NAMES, NO_EFFECT, PreferenceSettings, PreferenceTrainer, rows_of_completions
 from rl4dlm.training.setup import swapped
 
 __all__ = ["VRPOConfig", "VRPOTrainer"]
@@ -71,7 +71,7 @@ check_contract(
 STEPS = ("bound", "one_per_block")
 STEP_WEIGHTS = ("steps", "one")
 _NOT_SUPPORTED = {
-    "precompute_ref_log_probs": IN_THE_LOOP,
+    **NO_EFFECT,
     "padding_free": "rows packed together would see each other under bidirectional attention",
     "ld_alpha": "the terms of a bound have no order, so that there is no tail of a completion",
     "use_weighting": "it weighs pairs by probabilities of tokens given those before them",

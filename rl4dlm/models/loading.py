@@ -35,6 +35,7 @@ from rl4dlm.models.family import RECORD, Family, HubConfig, said
 from rl4dlm.models.left_to_right import refuse_generate
 from rl4dlm.models.saving import save_denoiser as save_denoiser
 from rl4dlm.models.spec import DiffusionSpec, lacks_mask_token
+from rl4dlm.models.unmasking import POLICY_FILE, policy_file
 
 log = logging.getLogger(__name__)
 
@@ -342,6 +343,8 @@ def _load_adapter(folder: Path, adapter: Path, device: Any, options: dict[str, A
     for settings in model.peft_config.values():  # what it is saved with again
         settings.base_model_name_or_path = base.name_or_path
     model.loaded_from = os.path.abspath(folder)
+    if policy_file(model) == Path(model.loaded_from, POLICY_FILE):
+        base.loaded_from = model.loaded_from  # what merging leaves of the adapter still has its policy
     check_finite(model, os.fspath(folder))
     return model
 

@@ -22,6 +22,7 @@ from rl4dlm.models.family import RECORD, Family
 from rl4dlm.models.forms import FORMS
 from rl4dlm.models.layout import Layout
 from rl4dlm.models.spec import DiffusionSpec, lacks_mask_token
+from rl4dlm.models.unmasking import write_policy
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def save_denoiser(
     form: str = "rl4dlm",
     dtype: str | torch.dtype | None = None,
 ) -> None:
-    """Writes a model (or the adapter of a `PeftModel`) and its spec, and the tokenizer if given.
+    """Writes a model (or the adapter of a `PeftModel`) and its spec, its unmasking policy, and the tokenizer if given.
 
     Args:
         model: with a spec.
@@ -74,6 +75,7 @@ def save_denoiser(
         else:
             model.save_pretrained(folder)
             _name_base(folder)
+        write_policy(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             _forget_remote_code(folder)

@@ -1,17 +1,47 @@
 """What an unmasking policy is asked about inside a model's forward, where it learns from the same hidden states.
 
-Owns which states are those of the canvas's slots and where the policy is looked for; what it makes of them is
-`rl4dlm.rollout.policies`'. A policy is part of whatever the model is wrapped in, so that wrappers see its gradients.
+Owns which states are those of the canvas's slots, where the policy is looked for, and that its file goes wherever the
+model goes; what it makes of states is `rl4dlm.rollout.policies`'. A policy is part of whatever the model is wrapped in,
+so that wrappers see its gradients.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from rl4dlm.files import writing
+
 ATTRIBUTE = "unmasking_policy"
 """Where a model has its policy."""
+
+POLICY_FILE = "unmasking_policy.safetensors"
+"""What a folder with a model has its policy in."""
+
+
+def policy_file(model: Any) -> Path | None:
+    """The file of the policy in the folder that a model, or the adapter on it, was loaded from; None: there is none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for part in (model, base):  # an adapter's folder before that of its base
+        folder = getattr(part, "loaded_from", None)
+        if folder is not None and Path(folder, POLICY_FILE).is_file():
+            return Path(folder, POLICY_FILE)
+    return None
+
+
+def write_policy(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes the policy of a model into a folder that the model is saved in: that on it, or else a copy of its file."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    policy, file = getattr(base, ATTRIBUTE, None), policy_file(model)
+    target = Path(folder, POLICY_FILE)
+    if policy is not None:
+        policy.save(target)
+    elif file is not None and file.resolve() != target.resolve():
+        with writing(target) as opened:
+            opened.write(file.read_bytes())
 
 
 def slot_states(hidden: Tensor, slots: int, shift: int, rows: Tensor | None) -> Tensor:

@@ -273,7 +273,8 @@ def cause_ratios(
 def _ratios(query: Tensor, key: Tensor, norms: Tensor, scaling: float, causes: Tensor, real: Tensor) -> Tensor:
     """Of c tokens: `[c]` from query `[H, c, D]`, key `[G, T, D]`, norms `[T]`, causes bool `[c, T]`, real `[T]`."""
     grouped = query.to(norms.dtype).unflatten(0, (len(key), -1))  # [G, H / G, c, D]
-    products = torch.einsum("ghcd,gtd->ghct", grouped, key.to(norms.dtype)) * scaling
+    with torch.autocast(query.device.type, enabled=False):
+        products = torch.einsum("ghcd,gtd->ghct", grouped, key.to(norms.dtype)) * scaling
     attention = products.masked_fill(~real, -torch.inf).softmax(-1).mean((0, 1))  # [c, T]
     mass = attention * norms
     mass = mass / mass.sum(-1, keepdim=True).clamp(min=_LEAST)

@@ -173,8 +173,9 @@ class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer
             if args.turns != "together" and not args.assistant_only_loss:
                 prepared_dataset = prepared_dataset.map(check_answers)
             prepared_dataset = prepared_dataset.map(until_end, fn_kwargs=given)
-        if COLUMN in columns and not args.causal_weight:
-            logger.warning("the column `%s` has no effect with causal_weight=0", COLUMN)
+        unused = {COLUMN, TOKENS} & {*columns} if not args.causal_weight else ()
+        if unused:
+            logger.warning("the column `%s` has no effect with causal_weight=0", min(unused))
         elif COLUMN in columns and not tokenized:
             given = {
                 "tokenizer": processing_class,

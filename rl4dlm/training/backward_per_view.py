@@ -30,7 +30,7 @@ def loss_per_view(
     from one view after another. Exact if views score the same twice, for any loss.
 
     Args:
-        found: log-probabilities and entropies `[B, K, L]`, and values where there are any, without gradients.
+        found: log-probabilities and entropies `[B, K, L]`, and what else there is, without gradients.
         views: they are those of these K.
         score: the same in other views, `[B, 1, L]`, by the wrapped model and with gradients.
         loss: a scalar of them.
@@ -40,16 +40,16 @@ def loss_per_view(
         The loss, a scalar.
     """
 
-    def parts(scores: ViewScores) -> list[Tensor]:
-        return [scores.log_probs, scores.entropies, *([] if scores.values is None else [scores.values])]
+    def parts(scores: ViewScores) -> dict[str, Tensor]:
+        return {name: part for name, part in scores._asdict().items() if part is not None}
 
-    leaves = [part.detach().requires_grad_() for part in parts(found)]
-    value = loss(ViewScores(leaves[0], leaves[1], values=leaves[2] if len(leaves) > 2 else None))
-    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    leaves = {name: part.detach().requires_grad_() for name, part in parts(found).items()}
+    value = loss(ViewScores(**leaves))
+    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
 
     def share(view: int) -> Tensor:
         scores = score(views.only(view))
-        pairs = zip(parts(scores), gradients, strict=True)
+        pairs = zip(parts(scores).values(), gradients, strict=True)
         return torch.stack([(s * g[:, view, None]).sum() for s, g in pairs if g is not None]).sum()
 
     last = views.hidden.shape[1] - 1

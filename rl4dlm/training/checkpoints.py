@@ -25,6 +25,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl4dlm.evaluation.machine import commit, machine, versions
 from rl4dlm.files import writing
+from rl4dlm.models.unmasking import write_policy
+from rl4dlm.rollout.policies.policy import attached_policy
 from rl4dlm.tracking.trackers import Trackers
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.manifest import (
@@ -35,7 +37,7 @@ from rl4dlm.training.manifest import (
     step_of,
     write_manifest,
 )
-from rl4dlm.training.moving_reference import is_sharded, load_reference, save_reference
+from rl4dlm.training.moving_reference import MovingReferenceTrainer, is_sharded
 from rl4dlm.training.preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ check_contract(
         "_init_training_state": ["max_steps"],
         "_push_from_checkpoint": ["checkpoint_folder"],
         "_run_epoch": [],
+        "_save": ["output_dir", "state_dict"],
         "_save_checkpoint": ["model", "trial"],
     },
 )
@@ -208,6 +211,18 @@ class CheckpointingTrainer(Trainer):
         for folder in others[: max(0, len(others) + len(kept) - limit)]:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        model, folder = self.accelerator.unwrap_model(self.model), self.args.output_dir
+        folder = folder if output_dir is None else output_dir
+        policy = attached_policy(model)
+        if policy is not None and (self.is_fsdp_enabled or is_sharded(policy)):
+            logger.warning("%s does not hold the model's unmasking policy, which is sharded (FSDP, ZeRO-3)", folder)
+        else:
+            write_policy(model, folder)
+
     def _is_complete(self, folder: Path) -> bool:
         try:
             check_checkpoint(folder, cycles=self.saves_cycles, thorough=False)
@@ -243,7 +258,7 @@ class CheckpointingTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
 
-class ResumableGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
+class ResumableGRPOTrainer(CheckpointingTrainer, MovingReferenceTrainer, GRPOTrainer):
     """TRL's, resuming inside a generation cycle: with the same processes and settings, losses go on bit-equal.
 
     With other processes or settings that the batch in use depends on, a fresh generation replaces it, and a warning
@@ -270,34 +285,11 @@ class ResumableGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
         batches = self._buffered_inputs if self._is_mid_cycle() else None
         cycle = Cycle(self._step, self.accelerator.num_processes, self._cycle_layout(), batches)
         save_cycle(output_dir, self.accelerator.process_index, cycle)
-        reference = self._moving_reference()
-        if reference is not None and self.args.should_save and not self._reference_is_sharded(reference):
-            save_reference(reference, output_dir)
-
-    def _moving_reference(self) -> Any:
-        """The reference, if it follows the policy."""
-        moves = self.args.sync_ref_model and self.ref_model is not None
-        return self.accelerator.unwrap_model(self.ref_model) if moves else None
-
-    def _reference_is_sharded(self, reference: Any) -> bool:
-        return self.is_fsdp_enabled or is_sharded(reference)
-
-    def _load_reference(self, checkpoint: str) -> None:
-        reference = self._moving_reference()
-        if reference is None:
-            return
-        if self._reference_is_sharded(reference) or not load_reference(reference, checkpoint):
-            logger.warning(
-                "%s does not hold the reference model that sync_ref_model has made, which is not saved where it is "
-                "sharded (FSDP, ZeRO-3): until it is synchronised next, the reference is the model before training",
-                checkpoint,
-            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._load_reference(checkpoint)
         cycle = load_cycle(checkpoint, self.accelerator.process_index, self.accelerator.device)
         layout, world = self._cycle_layout(), self.accelerator.num_processes
         fits = cycle is not None and cycle.layout == layout

@@ -39,6 +39,7 @@ class PolicyScores(NamedTuple):
     views: Views | None = None  # what was hidden; K views
     view_log_probs: Tensor | None = None  # [B, K, L], log-probabilities in each view
     values: Tensor | None = None  # [B, C], of a value model, where each token is scored in one view
+    choices: Tensor | None = None  # [B, K, L], of an unmasking policy, log-probabilities of each token's place
 
 
 class LossParts(GuardedTrainer, ResumableGRPOTrainer):

@@ -27,6 +27,7 @@ from rl4dlm.tracking.trackers import TrackerSettings
 from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer
 from rl4dlm.training.model_card import base_name, model_card
+from rl4dlm.training.moving_reference import MovingReferenceTrainer
 from rl4dlm.training.setup import base_model, copy_of, prepared, swapped, tokenizer_for
 
 NAMES = ("create_model_from_path", "disable_gradient_checkpointing", "use_adapter")
@@ -34,6 +35,14 @@ NAMES = ("create_model_from_path", "disable_gradient_checkpointing", "use_adapte
 
 IN_THE_LOOP = "the reference is scored in the views of the policy, which are new in every step"
 """Why nothing of the reference is computed in advance."""
+
+NO_EFFECT = {
+    "precompute_ref_log_probs": IN_THE_LOOP,
+    "precompute_ref_batch_size": IN_THE_LOOP,
+    "label_smoothing_factor": "the loss is not a cross-entropy of tokens",
+    "use_liger_kernel": "its losses are of autoregressive models",
+}
+"""Settings of TRL's trainers on preferences that would do nothing here, and why."""
 
 
 @dataclass
@@ -56,7 +65,7 @@ class PreferenceSettings(TrackerSettings):
     )
 
 
-class PreferenceTrainer(GuardedTrainer, CheckpointingTrainer):
+class PreferenceTrainer(GuardedTrainer, CheckpointingTrainer, MovingReferenceTrainer):
     """A TRL trainer on preferences whose likelihoods are a denoiser's bounds; to be put before that trainer.
 
     Args:
@@ -123,6 +132,11 @@ class PreferenceTrainer(GuardedTrainer, CheckpointingTrainer):
         }
         with swapped(self.trl_module, "create_model_from_path", load):
             super().__init__(**given, **kwargs)
+        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise ValueError(
+                f"max_length={args.max_length} leaves nothing of train_dataset: every prompt is as long, so that no "
+                "completion is there to learn from; raise it, or set it to None"
+            )
         self.spec = DiffusionSpec.of(base_model(self.model))
         if self.spec.noise != "mask":
             raise ValueError(

@@ -19,6 +19,7 @@ import trl.trainer.grpo_trainer as grpo
 from torch import Tensor
 from trl import GRPOTrainer
 
+from rl4dlm.likelihood.choices import Choices
 from rl4dlm.likelihood.scoring import ViewScores, score_views
 from rl4dlm.likelihood.views import Rows, StepFacts, Views
 from rl4dlm.models.spec import DiffusionSpec
@@ -85,6 +86,10 @@ class ScoringTrainer(CreditTrainer):
     def as_drawn(self, scores: PolicyScores, width: int) -> tuple[Tensor, Tensor | None]:
         """What is compared with the log-probabilities at drawing, `[B, C]`, and where; None: at every token."""
         return scores.log_probs, None
+
+    def view_choices(self, rows: Rows, views: Views) -> Choices | None:
+        """What the model's unmasking policy is asked about the steps of these views; None: nothing."""
+        return None
 
     def rows_that_count(self, batch: dict[str, Any]) -> Tensor | None:
         """bool `[B]`, the completions whose scores the loss depends on; the others are not scored. None: all.
@@ -335,18 +340,20 @@ class ScoringTrainer(CreditTrainer):
                 in_step=rows_in_step if everyone else None,
                 values=self.needs_values and model is not self.ref_model,
                 of=self.score_of,
+                choices=self.view_choices(rows, views),
             )
 
     def _reduced(self, found: ViewScores, views: Views, width: int, kept: Tensor | None = None) -> PolicyScores:
         """Scores `[B, C]` from those of the views, cut or padded to C = `width`; zero for rows that are not `kept`."""
         if kept is not None:
             assert found.values is None  # every row has a value
-            zeros = (values.new_zeros(len(views), *values.shape[1:]) for values in found[:2])
-            found = ViewScores(*(z.index_copy(0, kept, v) for z, v in zip(zeros, found[:2], strict=True)))
+            parts = {name: part for name, part in found._asdict().items() if part is not None}
+            zeros = {name: part.new_zeros(len(views), *part.shape[1:]) for name, part in parts.items()}
+            found = ViewScores(**{name: zeros[name].index_copy(0, kept, part) for name, part in parts.items()})
         entropies = (found.entropies * views.scored).sum(1) / views.scored.sum(1).clamp(min=1)
         scores = resized(self.estimator.reduce(found.log_probs, views), width)
         values = None if found.values is None else resized(found.values.sum(1), width)
-        return PolicyScores(scores, resized(entropies, width), views, found.log_probs, values)
+        return PolicyScores(scores, resized(entropies, width), views, found.log_probs, values, found.choices)
 
     def _score(
         self,

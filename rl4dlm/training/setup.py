@@ -24,6 +24,7 @@ from rl4dlm.models.family import RECORD
 from rl4dlm.models.loading import load_tokenizer, local_folder
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.policies.policy import attached_policy
 
 
 def prepared(model: Any, peft_config: Any = None) -> Any:
@@ -44,6 +45,9 @@ def prepared(model: Any, peft_config: Any = None) -> Any:
         base.generation_config = GenerationConfig()
     base.generation_config.eos_token_id = list(spec.eos_token_ids)
     base.value_head = None  # of an earlier training, which nothing would ask
+    policy = attached_policy(base)
+    if policy is not None:
+        policy.requires_grad_(False)  # unless an algorithm trains it
     check_adapter(base, peft_config)
     tokens.train_end_tokens(base)
     return attach_scoring(model)

@@ -17,9 +17,7 @@ from rl4dlm import ELBOKTOConfig, ELBOKTOTrainer, tiny_llada, tiny_tokenizer
 from rl4dlm.likelihood.elbo import ELBO
 from rl4dlm.likelihood.views import Rows
 from rl4dlm.training.preferences import rows_of_completions
-from tests.algorithms import kto_worker
-from tests.algorithms.test_vrpo import PAIRS, moved, plain_bounds, variance_of_scores
-from tests.launch import launch
+from tests.algorithms.test_vrpo import PAIRS, build as vrpo, moved, plain_bounds, variance_of_scores
 from tests.training.steps import SMALL_RUN
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -175,6 +173,40 @@ def test_training_raises_the_margin(tmp_path: Path) -> None:
     assert margins[-1] > margins[0] + 0.1
 
 
+def test_evaluation_has_the_same_views_every_time(tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "beta": 1.0}
+    args = ELBOKTOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **{**SMALL_RUN, **settings})
+    data = Dataset.from_list(ROWS)
+    trainer = ELBOKTOTrainer(tiny_llada(initializer_range=0.2), None, args, data, data, tiny_tokenizer())
+    moved(trainer.model)
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2 and found[0]["eval_loss"] == found[1]["eval_loss"] != 0.5
+    assert found[0]["eval_elbo_kto/baseline"] == found[1]["eval_elbo_kto/baseline"] != 0
+    with pytest.raises(ValueError, match="row 0 of eval_dataset has label=1"):
+        ELBOKTOTrainer("x", None, args, data, Dataset.from_list([{**ROWS[0], "label": 1}]))
+
+
+@pytest.mark.parametrize("method", ["elbo_kto", "vrpo"])
+def test_a_run_that_is_resumed_has_the_reference_that_it_had(tmp_path: Path, method: str) -> None:
+    """With `sync_ref_model` the reference is another one than at first, which checkpoints have to hold."""
+    more: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    more |= {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "num_views": 2}
+
+    def run(name: str, checkpoint: Any = None) -> Any:
+        folder = tmp_path / name
+        made = build(folder, **more) if method == "elbo_kto" else vrpo(folder, **more)
+        made.train(resume_from_checkpoint=checkpoint)
+        return made
+
+    whole = run("whole")
+    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    for one, other in ((whole.model, resumed.model), (whole.ref_model, resumed.ref_model)):
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    first = tiny_llada(initializer_range=0.2)
+    assert not torch.equal(whole.ref_model.lm_head.weight, first.lm_head.weight)
+
+
 def test_pairs_are_taken_apart(tmp_path: Path) -> None:
     trainer = build(tmp_path, PAIRS)
     assert len(trainer.train_dataset) == 16 and sum(trainer.train_dataset["label"]) == 8
@@ -200,6 +232,11 @@ def test_rows_that_are_refused(tmp_path: Path, rows: Any, said: str) -> None:
     assert said in str(error.value)
 
 
+def test_a_length_that_no_prompt_fits_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_length=3 leaves nothing of train_dataset"):
+        build(tmp_path, max_length=3)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -209,7 +246,12 @@ def test_rows_that_are_refused(tmp_path: Path, rows: Any, said: str) -> None:
         ({"beta": 0.0}, "beta=0.0 is not allowed"),
         ({"undesirable_weight": -1.0}, "undesirable_weight=-1.0 is not allowed"),
         ({"complement": True, "num_views": 3}, "num_views=3 is not allowed with complement=True"),
+        ({"beta": math.inf}, "beta=inf is not allowed"),
+        ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "leave nothing to learn from"),
+        ({"precompute_ref_batch_size": 2}, "precompute_ref_batch_size=2 is not supported"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
         ({"per_device_train_batch_size": 1}, "reward_baseline='batch_mean' is not allowed with a batch of one"),
+        ({"per_device_eval_batch_size": 1, "eval_strategy": "epoch"}, "raise per_device_eval_batch_size"),
         ({"disable_dropout": False}, "disable_dropout=False is not supported"),
     ],
 )
@@ -217,19 +259,3 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], sai
     with pytest.raises(ValueError) as error:
         ELBOKTOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
     assert said in str(error.value)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_rewards_are_compared_with_their_mean_over_two_processes(tmp_path: Path) -> None:
-    """Where one process has what is wanted and the other what is not, as it is in one process of both."""
-    launch(Path(kto_worker.__file__), tmp_path, tmp_path / "results.pt")
-    found = torch.load(tmp_path / "results.pt")
-    alone = kto_worker.run(tmp_path / "alone", 1)
-    assert found["world_size"] == 2 and len(found["log"]) == len(alone["log"])
-    for theirs, ours in zip(found["log"], alone["log"], strict=True):
-        for name in kto_worker.COMPARED & ours.keys():
-            assert theirs[name] == pytest.approx(ours[name], abs=2e-5), name
-    assert abs(alone["log"][1]["elbo_kto/baseline"]) > 1e-4
-    for name, weight in found["weights"].items():
-        torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=1e-5)

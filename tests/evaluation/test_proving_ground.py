@@ -86,6 +86,21 @@ def test_a_run_leaves_a_file_that_is_made_once(ground: Path) -> None:
     assert json.loads(run.path(ground).read_text()) == found
 
 
+def test_a_learned_order_is_measured_beside_the_confident_one(ground: Path) -> None:
+    from benchmarks.proving_ground.report import Results, answers
+
+    run = Run("arithmetic_steps", "full", "lladou+policy_alone", scale=SMALL)
+    assert runs.make(run, ground, ground / "logs") == "made"
+    measured = json.loads(run.path(ground).read_text())["measured"]
+    assert set(measured["learned"]) == {"1", "2", "4", "8"}
+    assert set(measured["solved"]) == {*measured["learned"], "threshold"}
+    for speed, found in measured["learned"].items():
+        assert found["tokens_per_forward"] == pytest.approx(float(speed), rel=0.5)
+    before = json.loads((ground / "arithmetic_steps" / "full" / "before.json").read_text())["measured"]
+    assert before["solved"] == measured["solved"] and "learned" not in before  # the model itself has not changed
+    assert "| LLaDOU, policy alone | learned |" in answers("order", Results(ground))
+
+
 def test_sft_goes_on_for_as_many_positions_as_are_allowed(ground: Path) -> None:
     run = Run("arithmetic_steps", "full", "sft", scale=SMALL)
     assert runs.make(run, ground, ground / "logs") == "made"

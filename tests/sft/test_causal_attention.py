@@ -136,7 +136,9 @@ def test_chunks_padding_and_batch_mates_change_nothing(monkeypatch: pytest.Monke
     cause_ratios(one, real, TOKEN_EDGES, chunk=2 * 4 * 7)
     assert sizes == [8, 4, 4], "two tokens of four heads at a time"
     low = Recorded(*(x.bfloat16() for x in one[:3]), one.scaling)
-    assert cause_ratios(low, real, TOKEN_EDGES).dtype == torch.float32
+    plain = cause_ratios(low, real, TOKEN_EDGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cause_ratios(low, real, TOKEN_EDGES), plain) and plain.dtype == torch.float32
     without = cause_ratios(one, real, torch.full((2, 1, 4), -1))
     assert without.shape == (0,)
 

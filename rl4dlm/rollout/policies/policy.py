@@ -6,14 +6,22 @@ for. Their file is `saving.py`'s.
 
 from __future__ import annotations
 
+import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from safetensors.torch import save as packed
 from torch import Tensor, nn
 
+from rl4dlm.files import writing
 from rl4dlm.models.unmasking import ATTRIBUTE
+
+FORMAT = "rl4dlm.unmasking_policy"
+"""What the metadata of a policy's file says it is."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,13 @@ class UnmaskingPolicy(nn.Module, ABC):
 
         A row's result must not depend on the other rows.
         """
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes its file, which `rl4dlm.rollout.policies.saving` reads; that is complete or not there."""
+        about = {"format": FORMAT, "kind": self.kind, "settings": json.dumps(self.settings)}
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        with writing(Path(path)) as file:
+            file.write(packed(weights, about))
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Its weights; nothing where it is asked as part of a model."""

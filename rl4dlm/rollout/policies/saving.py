@@ -13,15 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from rl4dlm.files import writing
-from rl4dlm.rollout.policies.policy import UnmaskingPolicy, attach_policy, attached_policy, base_of
-
-POLICY_FILE = "unmasking_policy.safetensors"
-"""What a folder with a model has its policy in."""
-
-FORMAT = "rl4dlm.unmasking_policy"
+from rl4dlm.models.unmasking import POLICY_FILE as POLICY_FILE, policy_file
+from rl4dlm.rollout.policies.policy import FORMAT, UnmaskingPolicy, attach_policy, attached_policy
 
 P = TypeVar("P", bound=type[UnmaskingPolicy])
 
@@ -60,11 +54,8 @@ def policy_path(path: str | os.PathLike[str]) -> Path:
 
 def save_policy(policy: UnmaskingPolicy, folder: str | os.PathLike[str]) -> Path:
     """Writes `POLICY_FILE` into a folder; returns its path."""
-    about = {"format": FORMAT, "kind": policy.kind, "settings": json.dumps(policy.settings)}
-    weights = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
     path = Path(folder, POLICY_FILE)
-    with writing(path) as file:
-        file.write(save(weights, about))
+    policy.save(path)
     return path
 
 
@@ -125,11 +116,8 @@ def policy_of(model: Any) -> UnmaskingPolicy | None:
     found = attached_policy(model)
     if found is not None:
         return found
-    for part in (model, base_of(model)):  # an adapter's folder before that of its base
-        folder = getattr(part, "loaded_from", None)
-        if folder is not None and Path(folder, POLICY_FILE).is_file():
-            return attach_policy(model, load_policy(folder))
-    return None
+    file = policy_file(model)
+    return None if file is None else attach_policy(model, load_policy(file).requires_grad_(False))
 
 
 def _give(policy: UnmaskingPolicy, weights: dict[str, torch.Tensor], file: Path) -> None:

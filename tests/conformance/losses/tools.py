@@ -104,7 +104,7 @@ def trainer_for(
             "activation_checkpointing": False,
             "per_device_train_batch_size": 2,
             "num_generations": 2,
-            "max_completion_length": ids_of(case)[1].shape[1],
+            "max_completion_length": len(case.inputs["completion_ids"][0]),
             "num_iterations": iterations,
             "stop_at_eos": False,
             **settings,

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from rl4dlm.models.loading import load_denoiser
+from rl4dlm.models.convert import convert, merge
+from rl4dlm.models.loading import load_denoiser, save_denoiser
 from rl4dlm.models.tiny import tiny_llada
 from rl4dlm.rollout.policies.hidden_states import LinearPolicy, UnmaskingPolicyModule
 from rl4dlm.rollout.policies.policy import Seen, UnmaskingPolicy, attach_policy, attached_policy, fresh
@@ -138,6 +140,34 @@ def test_a_policy_is_in_no_state_dictionary_of_its_model(tmp_path: Path) -> None
     assert attached_policy(again) is None  # until somebody asks
     found = policy_of(again)
     assert found is not None and policy_of(again) is found and torch.equal(found(seen()), policy(seen()))
+
+
+def test_a_policy_goes_wherever_its_model_goes(tmp_path: Path) -> None:
+    """Saved, copied from a folder where nobody asked for it, converted, and merged: the adapter's before the base's."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    model = tiny_llada(hidden_size=8, num_attention_heads=2)
+    policy, other = attach_policy(model, random_policy()), random_policy(layers=0)
+    save_denoiser(model, base)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(base))
+    wrapped = get_peft_model(load_denoiser(base), adapter)
+    save_denoiser(wrapped, tuned)
+    convert(base, tmp_path / "converted")
+    convert(base, tmp_path / "hub", "hub")
+    for folder in (base, tuned, tmp_path / "converted", tmp_path / "hub"):
+        assert same(policy_of(load_denoiser(folder)), policy), folder
+    save_policy(other, tuned)
+    merge(tuned, tmp_path / "merged")
+    for found in (load_denoiser(tuned), load_denoiser(tmp_path / "merged")):
+        assert same(policy_of(found), other)
+    kept = load_denoiser(base)
+    save_denoiser(kept, base)  # in the place of what it was loaded from
+    assert same(policy_of(load_denoiser(base)), policy)
+    assert policy_of(tiny_llada()) is None
+
+
+def same(found: UnmaskingPolicy | None, expected: UnmaskingPolicy) -> bool:
+    assert found is not None
+    return found.settings == expected.settings and torch.equal(found(seen()), expected(seen()))
 
 
 def test_the_kinds_are_known() -> None:
