@@ -194,8 +194,10 @@ def answers(question: str, results: Results) -> str:
                 cells += _price(results.runs[group].get(name, ()))
         rows.append(cells)
     measured = (f"at {TRAINED}", "at 1", *(PRICE if question in PRICED else ()))
-    heads = [f"{', '.join(group)}: {what}" for group in groups for what in measured]
-    text = markdown(["points gained, by tokens per step", "settings", *heads], rows)
+    alone = len(groups) == 1
+    heads = [what if alone else f"{', '.join(group)}: {what}" for group in groups for what in measured]
+    where = f" ({', '.join(groups[0])})" if alone else ""
+    text = markdown([f"points gained, by tokens per step{where}", "settings", *heads], rows)
     text = "\n\n".join([text, *learned_orders(names, groups, results)])
     return f"{text}\n\nNot run: {', '.join(open_ones)}." if open_ones else text
 

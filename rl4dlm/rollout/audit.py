@@ -111,6 +111,8 @@ def why_not(config: DecodingConfig | None) -> str | None:
         return f"schedule={config.schedule!r} refines canvases of random tokens, and does not record its draws"
     if not schedule.monotone:
         return f"schedule={config.schedule!r} can take back, replace or move what is written"
+    if schedule.verify is not None:
+        return f"schedule={config.schedule!r} draws tokens from left to right, and not from what a state says of them"
     if schedule.inputs is not None:
         return f"schedule={config.schedule!r} feeds something else than tokens"
     return None

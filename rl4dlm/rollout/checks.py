@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.caches import CachePolicy
 from rl4dlm.rollout.decoding import DecodingConfig
@@ -114,6 +115,8 @@ def check_parts(
             f"schedule={config.schedule!r} changes the length of the canvas, which needs an end-of-sequence token; the "
             "model's eos_token_ids is empty"
         )
+    if schedule.verify is not None:
+        _check_verified(spec, config, cache, constraint)
     if schedule.shadow and spec.attention != "full":
         raise ValueError(
             f"schedule={config.schedule!r} feeds masked copies of slots beside the row, which needs full "
@@ -123,6 +126,27 @@ def check_parts(
         raise ValueError(
             f"schedule={config.schedule!r} verifies tokens at their own slot; it cannot be used with logit_shift="
             f"{spec.logit_shift}"
+        )
+
+
+def _check_verified(spec: DiffusionSpec, config: DecodingConfig, cache: CachePolicy, constraint: object) -> None:
+    """What a second forward of a step, from left to right, is not for."""
+    kinds = (*BLOCK_KINDS, "full")
+    for name, value, allowed in (
+        ("attention", spec.attention, kinds),
+        ("logit_shift", spec.logit_shift, (0,)),
+        ("cfg_scale", config.cfg_scale, (0,)),
+        ("constraint", constraint, (None,)),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"schedule={config.schedule!r} checks its drafts from left to right, which is not supported with "
+                f"{name}={value!r}; allowed: {', '.join(map(repr, allowed))}"
+            )
+    if spec.attention not in cache.exact_for:
+        raise ValueError(
+            f"schedule={config.schedule!r} checks its drafts from left to right, which is not supported with cache="
+            f"{cache.name!r}; allowed: auto, and caches that are exact for attention={spec.attention!r}"
         )
 
 

@@ -35,6 +35,7 @@ from rl4dlm.rollout.state import State
 from rl4dlm.rollout.step import Batch
 from rl4dlm.rollout.stopping import Stop
 from rl4dlm.rollout.uniform import CanvasBatch, CanvasRecord
+from rl4dlm.rollout.verifying import VerifiedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class RolloutEngine:
                     )
             else:
                 batches.append(
-                    (DraftBatch if config.draft_steps else Batch)(
+                    (VerifiedBatch if schedule.verify is not None else DraftBatch if config.draft_steps else Batch)(
                         self.model,
                         self.spec,
                         rows,

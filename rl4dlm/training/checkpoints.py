@@ -26,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rl4dlm.evaluation.machine import commit, machine, versions
 from rl4dlm.files import writing
 from rl4dlm.models.unmasking import write_policy
+from rl4dlm.rollout.policies.policy import attached_policy
 from rl4dlm.tracking.trackers import Trackers
 from rl4dlm.training.contract import check_contract
 from rl4dlm.training.manifest import (
@@ -36,7 +37,7 @@ from rl4dlm.training.manifest import (
     step_of,
     write_manifest,
 )
-from rl4dlm.training.moving_reference import MovingReferenceTrainer
+from rl4dlm.training.moving_reference import MovingReferenceTrainer, is_sharded
 from rl4dlm.training.preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -212,9 +213,15 @@ class CheckpointingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            write_policy(self.accelerator.unwrap_model(self.model), folder)
+        if not self.args.should_save:
+            return
+        model, folder = self.accelerator.unwrap_model(self.model), self.args.output_dir
+        folder = folder if output_dir is None else output_dir
+        policy = attached_policy(model)
+        if policy is not None and (self.is_fsdp_enabled or is_sharded(policy)):
+            logger.warning("%s does not hold the model's unmasking policy, which is sharded (FSDP, ZeRO-3)", folder)
+        else:
+            write_policy(model, folder)
 
     def _is_complete(self, folder: Path) -> bool:
         try:

@@ -92,6 +92,11 @@ class TrajectoryTrainer(ValuedTrainer):
                     f"schedule={self.decoding.schedule!r} is not allowed: it takes tokens back, replaces or moves "
                     f"them or changes the length of the canvas, and {name} scores steps that write tokens for good"
                 )
+            if getattr(schedule, "verify", None) is not None:
+                raise ValueError(
+                    f"schedule={self.decoding.schedule!r} is not allowed: it draws tokens from left to right within a "
+                    f"step, and {name} scores them as its state says"
+                )
             if getattr(schedule, "inputs", None) is not None:
                 raise ValueError(
                     f"schedule={self.decoding.schedule!r} is not allowed: it feeds something else than tokens, and "

@@ -18,7 +18,7 @@ from rl4dlm.rollout.policies.hidden_states import LinearPolicy, UnmaskingPolicyM
 from rl4dlm.rollout.policies.policy import Seen, attach_policy, attached_policy, fresh
 from rl4dlm.rollout.policies.saving import POLICY_FILE, load_policy, save_policy
 from rl4dlm.training.trainer import rows_of
-from tests.training.steps import recording
+from tests.training.steps import recording, tiny_llada_that_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -198,6 +198,15 @@ def test_model_and_policy_learn_together_and_with_an_adapter(trained: Any) -> No
     assert not any("unmasking_policy" in name and "lora" in name for name in weights(made))
 
 
+def test_gradients_of_the_policy_that_are_no_numbers_skip_the_step(trained: Any) -> None:
+    made = trained(start=False, max_steps=1)
+    made.unmasking_policy.utility.weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = weights(made)
+    made.train()
+    assert made.state.log_history[0]["diffusion/skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(made).items())
+
+
 def test_one_view_at_a_time_changes_nothing_and_reentrant_checkpoints_neither(trained: Any) -> None:
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     found = [weights(trained(**options)) for options in ({}, {"one_view": False}, reentrant)]
@@ -220,6 +229,16 @@ def test_splits_and_several_passes(trained: Any, losses: Any) -> None:
 def test_the_rollout_gap_is_that_of_tokens(trained: Any) -> None:
     made = trained(max_steps=1, temperature=0.8)
     assert made.state.log_history[0]["diffusion/rollout_gap"] < 0.02  # the mask token's share
+
+
+def test_rows_may_stop_at_their_end_and_steps_be_sampled(trained: Any) -> None:
+    """What was chosen behind the end is a part of the order that its step drew, though it is not scored."""
+    made = trained(model=tiny_llada_that_ends(), scope="valid", stop_at_eos=True, block_length=4, max_steps=1)
+    log = made.state.log_history[0]
+    assert log["diffusion/nfe"] < 4 and log["diffusion/scored_token_share"] == 1
+    assert log["diffusion/rollout_gap"] == pytest.approx(0, abs=1e-5) and log["diffusion/place_log_prob"] < 0
+    made = trained(steps="sampled", num_scored_steps=2, max_steps=1)
+    assert made.state.log_history[0]["diffusion/scored_steps"] == 2
 
 
 # --- files and resuming -----------------------------------------------------------------------------------------------

@@ -431,6 +431,7 @@ def test_settings_that_do_not_fit_are_refused(config: type, settings: Any, said:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"schedule": "s2d2"}, "schedule='s2d2' is not allowed: it draws tokens from left to right"),
         ({"schedule": "rcr"}, "schedule='rcr' is not allowed: it takes tokens back.*CJGRPOTrainer scores steps that"),
         ({"cache": "dual"}, "cache='dual' is not allowed with old_policy='rescored'.*set cache to auto, or old_policy"),
         ({"steps": "block_slices"}, "steps='block_slices' is not allowed for a model with attention='full'"),

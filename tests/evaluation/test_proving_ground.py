@@ -86,6 +86,21 @@ def test_a_run_leaves_a_file_that_is_made_once(ground: Path) -> None:
     assert json.loads(run.path(ground).read_text()) == found
 
 
+def test_a_learned_order_is_measured_beside_the_confident_one(ground: Path) -> None:
+    from benchmarks.proving_ground.report import Results, answers
+
+    run = Run("arithmetic_steps", "full", "lladou+policy_alone", scale=SMALL)
+    assert runs.make(run, ground, ground / "logs") == "made"
+    measured = json.loads(run.path(ground).read_text())["measured"]
+    assert set(measured["learned"]) == {"1", "2", "4", "8"}
+    assert set(measured["solved"]) == {*measured["learned"], "threshold"}
+    for speed, found in measured["learned"].items():
+        assert found["tokens_per_forward"] == pytest.approx(float(speed), rel=0.5)
+    before = json.loads((ground / "arithmetic_steps" / "full" / "before.json").read_text())["measured"]
+    assert before["solved"] == measured["solved"] and "learned" not in before  # the model itself has not changed
+    assert "| LLaDOU, policy alone | learned |" in answers("order", Results(ground))
+
+
 def test_sft_goes_on_for_as_many_positions_as_are_allowed(ground: Path) -> None:
     run = Run("arithmetic_steps", "full", "sft", scale=SMALL)
     assert runs.make(run, ground, ground / "logs") == "made"
@@ -188,6 +203,19 @@ def test_the_page_shows_the_results_that_are_there() -> None:
     assert filled(PAGE.read_text(), results) == PAGE.read_text(), "run python benchmarks/algorithms.py --report"
     if results.runs:
         assert settings.RESULTS.with_suffix(".md").read_text() == everything(results)
+
+
+def test_the_page_has_the_orders_that_nobody_has_learnt() -> None:
+    from benchmarks.fixed_orders import ORDERS, RESULT
+    from benchmarks.proving_ground.report import PAGE
+
+    found = json.loads(RESULT.read_text())["few_clue_sudoku"]
+    assert tuple(found) == ORDERS
+    for order, rates in found.items():
+        assert f"| `{order}` | {' | '.join(f'{rate:.3f}' for rate in rates.values())} |" in PAGE.read_text()
+    before = json.loads((settings.RESULTS / "few_clue_sudoku" / "full" / "before.json").read_text())["measured"]
+    for speed, rate in found["low_confidence"].items():
+        assert rate == pytest.approx(before["solved"][speed]["solved"], abs=1e-4)
 
 
 def test_results_are_small() -> None:

@@ -212,7 +212,7 @@ def test_the_servers_own_files_and_words_can_be_named(served, tmp_path):
     }
     assert found == {
         *((name, "counts") for name in ("dream_entropy", "dream_maskgit_plus", "dream_topk_margin", "rcr")),
-        ("edlm", "order"), ("guided", "accept"), ("rcr", "confidence"), ("rcr", "update"),
+        ("edlm", "order"), ("guided", "accept"), ("rcr", "confidence"), ("rcr", "update"), ("s2d2", "policy"),
     }  # fmt: skip
 
 

@@ -27,7 +27,12 @@ class KeyValueStore(Cache):
         super().__init__(layers=list(self._layers))
 
     def place(
-        self, rows: Tensor | None, columns: Tensor | slice, seen: int | None = None, kept: Tensor | None = None
+        self,
+        rows: Tensor | None,
+        columns: Tensor | slice,
+        seen: int | None = None,
+        kept: Tensor | None = None,
+        beside: int = 0,
     ) -> None:
         """Where the next forward writes and what it sees.
 
@@ -37,9 +42,10 @@ class KeyValueStore(Cache):
             seen: columns that are attended to, from the first; None: all.
             kept: bool `[r]`, for `rows` that name some rows several times: each then sees what is stored and what it is
                 fed itself, and those that are kept, one of each row at most, leave what they are fed in the store.
+            beside: so many tokens are fed behind the columns, and seen behind the others, that are not stored.
         """
         for layer in self._layers:
-            layer.kept, layer.first, layer.copies = kept, None, None
+            layer.kept, layer.first, layer.copies, layer.beside = kept, None, None, beside
             layer.rows, layer.columns, layer.seen = rows, columns, layer.length if seen is None else seen
 
     def share(self, first: Tensor, copies: Tensor) -> None:
@@ -69,6 +75,7 @@ class _BufferLayer(CacheLayerMixin):
     kept: Tensor | None
     first: Tensor | None
     copies: Tensor | None
+    beside: int
 
     def __init__(self, num_rows: int, length: int) -> None:
         super().__init__()
@@ -88,6 +95,12 @@ class _BufferLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         if self.seen > self.keys.shape[2]:
             self._grow()
+        if self.beside:
+            more, self.beside = self.beside, 0
+            stored = self.update(key_states[:, :, :-more], value_states[:, :, :-more])
+            self.beside = more
+            fresh = key_states[:, :, -more:], value_states[:, :, -more:]
+            return torch.cat([stored[0], fresh[0]], dim=2), torch.cat([stored[1], fresh[1]], dim=2)
         if self.kept is not None:
             return self._beside(self.keys, key_states), self._beside(self.values, value_states)
         for buffer, fed in ((self.keys, key_states), (self.values, value_states)):

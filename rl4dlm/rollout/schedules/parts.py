@@ -21,6 +21,10 @@ from rl4dlm.rollout.memory import Memory
 from rl4dlm.rollout.noise import NoiseSource
 from rl4dlm.rollout.ranking import best as best, ranks as ranks, top as top
 
+KEPT_BY_CHECK = "kept_by_check"
+RATIO = "ratio"
+"""What a second forward says of drafts, in `Step.read`; see `Schedule.verify`."""
+
 Scope = Literal["eligible", "masked", "block", "canvas"]
 """Which slots a step draws candidates for and reads: the masked ones that may be written (up to the end of the active
 block, or to the schedule's reach), all masked ones, the first and the written ones of the block, or all there are."""
@@ -268,6 +272,9 @@ class Schedule:
         replace: which written tokens take their candidate. remask: which slots are masked again.
         resize: how the canvas changes its length. edit: which slots of the block come and go.
         stay: rows that make another step in their block though nothing in it is masked.
+        verify: rows whose drafts are checked from left to right by a second forward (`rl4dlm.rollout.verifying`),
+            before anything is written; `read[KEPT_BY_CHECK]`, bool `[R, W]`, has what passed and what took the place of
+            the first that did not, and `read[RATIO]` the ratios, -1 elsewhere.
         finish: rows that are finished now, whatever is still masked; open slots count as behind the end.
         reach: how far a step may write, where that is not the end of the active block.
         upcoming: which slots the step will write, where that does not depend on its candidates.
@@ -302,6 +309,7 @@ class Schedule:
     resize: Callable[[Step], Resize | None] | None = None
     edit: Callable[[Step], Edits] | None = None
     stay: RowRule | None = None
+    verify: RowRule | None = None
     finish: RowRule | None = None
     reach: ReachRule | None = None
     ahead: bool = False
@@ -385,6 +393,12 @@ class CanvasSchedule:
 def probability(step: Step) -> Tensor:
     """The candidate's untempered probability (low-confidence remasking keeps the most confident)."""
     return step.drawn.confidence
+
+
+def first_run(eligible: Tensor) -> Tensor:
+    """bool `[R, W]`: of eligible slots the first, and those that follow it without a gap."""
+    begun = eligible.cumsum(-1) > 0
+    return eligible & ((begun & ~eligible).cumsum(-1) == 0)
 
 
 def random_order(step: Step) -> Tensor:

@@ -26,6 +26,7 @@ from tests.conformance.literals import (
     mdpo,
     parallel,
     pipelines,
+    s2d2,
     wedlm,
 )
 from tests.conformance.samplers import Family, Recorded
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "fastdllmdream": fastdllmdream,
     **dict.fromkeys(("wino", "klass", "saber", "pcsampler", "ebsampler", "learn2pd"), parallel),
     **dict.fromkeys(("d2f", "d3multiblock"), pipelines),
+    "s2d2": s2d2,
     "d3cache": d3cache,
     "fastdllmv2": fast_dllm_v2,
     **dict.fromkeys(("wedlm", "wedlmblock"), wedlm),

@@ -241,6 +241,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"steps": 8, "schedule_args": {"confidence": "topk_margin", "update": "min"}, "temperature": 0.8},
         {**WHOLE, "steps": 8, "schedule_args": {"counts": "pow", "remask": False}},
     ),
+    "s2d2": (
+        {"steps": 6, "schedule_args": {"threshold": 0.4, "min_span": 2}},
+        {
+            "steps": 8,
+            "schedule_args": {"policy": "hysteresis", "penalty": 1.0, "threshold_on": 0.3, "ratio_threshold": 0.8},
+            "temperature": 0.9,
+        },
+    ),
     "saber": (
         {**WHOLE, "schedule_args": {"min_tokens": 3}},
         {**WHOLE, "schedule_args": {"min_tokens": 2}, "temperature": 1.5},
@@ -314,7 +322,8 @@ class Run:
     prompt: list[int]
     given: dict[int, int]
     rollout: Rollout
-    fed: list[Mapping[str, Any]]  # what the model's body was called with, one entry per forward
+    fed: list[Mapping[str, Any]]  # what the model's body was called with, one entry per step
+    checks: int  # forwards besides, of drafts that are checked
     progress: list[Progress]  # after each step
 
     @functools.cached_property
@@ -360,7 +369,10 @@ def alone(
         rollout = RolloutEngine(model).generate(
             [prompt], config, row_ids=[row_id], seed=seed, hints=hints, on_step=progress.append, **more
         )
-    return Run(config, schedule, prompt, given if hints else {}, rollout, fed, progress)
+    steps = fed
+    if schedule.verify is not None:  # masks are fed beside the block, in the same positions
+        steps = [call for call in fed if bool((call["position_ids"][0].diff() > 0).all())]
+    return Run(config, schedule, prompt, given if hints else {}, rollout, steps, len(fed) - len(steps), progress)
 
 
 def runs(name: str, i: int, stop_at_eos: Any = False) -> list[Run]:

@@ -88,7 +88,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 def test_the_overview_says_what_is_so(name: str):
     schedule = parts(decoding(name, steps=None, schedule_args=NEEDED.get(name, {})))
     grid = schedule.blocks.on_grid and not schedule.whole
-    replaced = schedule.replace is not None
+    replaced = schedule.replace is not None or schedule.verify is not None
     expected = [schedule.monotone, not schedule.whole, grid, not schedule.moves, not (schedule.moves or replaced)]
     assert overview()[name][1:6] == ["yes" if value else "no" for value in expected]
 

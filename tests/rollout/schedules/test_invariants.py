@@ -148,8 +148,8 @@ def check_progress(run: Run) -> None:
 
 
 def check_forwards(run: Run) -> None:
-    """Every forward is counted: one per step, two with guidance."""
-    expected = len(run.fed) * (2 if run.config.cfg_scale else 1)
+    """Every forward is counted: one per step, two with guidance, and one more where drafts are checked."""
+    expected = len(run.fed) * (2 if run.config.cfg_scale else 1) + run.checks
     assert run.rollout.nfe.tolist() == [expected]
     assert len(run.fed) == int(run.rollout.trace.steps)
 
@@ -205,7 +205,7 @@ def _cut_off(states: list[list[int]], events: Events) -> Iterator[list[int]]:
 
 def check_log_probs(run: Run, model: Any) -> None:
     """Log-probabilities are the model's own on the recorded states."""
-    if run.schedule.inputs is not None:
+    if run.schedule.inputs is not None or run.schedule.verify is not None:
         return
     trace = run.rollout.trace
     if trace.events is None:
@@ -402,13 +402,18 @@ def turns(state: list[int]) -> bool:
 def test_a_constraint_holds_at_every_step(name: str, i: int):
     config = decoding(name, i)
     for prompt, row_id in zip(PROMPTS, ROW_IDS, strict=True):
-        if parts(config).moves or parts(config).replace is not None:
-            with pytest.raises(ValueError, match="constraint is not supported"):
+        if takes_no_constraint(name, i):
+            with pytest.raises(ValueError, match="constraint is not supported|not supported with constraint"):
                 alone(denoiser(), config, prompt, {}, row_id, seed=5, constraint=ALTERNATING)
             return
         run = alone(denoiser(), config, prompt, {3: 7}, row_id, seed=5, constraint=ALTERNATING)
         assert all(turns(state) for state in run.states)
         check_all(run, denoiser())
+
+
+def takes_no_constraint(name: str, i: int) -> bool:
+    schedule = parts(decoding(name, i))
+    return schedule.moves or schedule.replace is not None or schedule.verify is not None
 
 
 class FromTheLeft:
@@ -421,7 +426,7 @@ class FromTheLeft:
 @every_example
 def test_a_constraint_may_refuse_whole_slots(name: str, i: int):
     config = decoding(name, i)
-    if parts(config).moves or parts(config).replace is not None:
+    if takes_no_constraint(name, i):
         pytest.skip("takes no constraint")
     for prompt, row_id in zip(PROMPTS, ROW_IDS, strict=True):
         run = alone(denoiser(), config, prompt, {}, row_id, seed=5, constraint=FromTheLeft())
