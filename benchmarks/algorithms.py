@@ -6,6 +6,8 @@ started; a file whose settings have changed is left alone and named, unless `--a
 
     python benchmarks/algorithms.py                                  every algorithm and control, three seeds
     python benchmarks/algorithms.py --variants negatives views       what a question varies
+    python benchmarks/algorithms.py --algorithms bernoulli_unmasking ctrldiff --variants unmasking
+                                                                     where a frozen model writes
     python benchmarks/algorithms.py --budget positions               from as many positions fed
     python benchmarks/algorithms.py --report                         tables and plots of what is there
 
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.proving_ground.run import make_all, state_of  # noqa: E402
-from benchmarks.proving_ground.settings import LINES, MODELS, QUESTIONS, TASKS, VARIANTS, Run  # noqa: E402
+from benchmarks.proving_ground.settings import EVERY_LINE, LINES, MODELS, QUESTIONS, TASKS, VARIANTS, Run  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["full"], metavar="MODEL")
-    parser.add_argument("--algorithms", nargs="+", choices=LINES, metavar="NAME", help="default: all, and controls")
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=EVERY_LINE, metavar="NAME", help="default: all, and controls"
+    )
     parser.add_argument(
         "--variants", nargs="+", choices=[*QUESTIONS, *VARIANTS], metavar="NAME", help="questions, or single variations"
     )

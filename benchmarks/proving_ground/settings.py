@@ -224,9 +224,9 @@ UNMASKING = {
         {
             **_POLICY,
             "schedule": "bernoulli",
-            "policy_hidden_size": 64,
-            "num_iterations": 2,
-            "learning_rate": 1e-3,
+            "policy_hidden_size": 32,
+            "num_iterations": 4,
+            "learning_rate": 3e-3,
         },
         rewards=(RIGHT,),
     ),

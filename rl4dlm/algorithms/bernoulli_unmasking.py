@@ -13,8 +13,8 @@ rho being the ratio of a step's choice; a batch is used for mu passes. `alpha` s
 Different from a public fork of the paper's code:
 - The density of a step knows that a slot is written anyway where nothing was drawn.
 - Expert steering, which has some completions of a group decoded by a confidence threshold, is left out.
-- The network's rotary positions, its time and its frequencies are our choice. It sees the open slots of the active
-  block; slots are written in one block unless `block_length` says otherwise.
+- The network's rotary positions, its time and the log-odds beside probabilities are our choice. It sees the open slots
+  of the active block; slots are written in one block unless `block_length` says otherwise.
 - Evaluation is greedy here (`policy_temperature=0`): slots with a probability above 1/2, or the one wanted most; there,
   slots are drawn.
 """
@@ -95,6 +95,7 @@ class BernoulliUnmaskingTrainer(FrozenModelTrainer):
         if not isinstance(policy, BernoulliPolicy):
             path = self.args.unmasking_policy
             raise ValueError(f"unmasking_policy={path!r} is of kind {policy.kind!r}, not 'bernoulli'")
+        self.check_sizes(policy, hidden_size="policy_hidden_size", heads="policy_heads")
 
     def choices(self, features: Tensor, allowed: Tensor, chosen: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """Of sets of slots, `[n, L]`; the entropy is that of the draws."""

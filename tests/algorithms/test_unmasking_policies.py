@@ -216,12 +216,13 @@ def test_the_gradient_of_two_actions_is_the_analytic_one(make_trainer: Any) -> N
 
 
 def least_sure_first(completions: list[str], rollout: Rollout, **columns: Any) -> list[float]:
-    """The share of steps that wrote the least probable candidate, and nothing else."""
+    """Over pairs of a slot that a step wrote and one that it left open, the share of which the first was less sure."""
     trace = rollout.trace
     assert trace.policy_features is not None and trace.policy_allowed is not None and trace.policy_chosen is not None
-    least = trace.policy_features.masked_fill(~trace.policy_allowed, 2.0).argmin(-1, keepdim=True)
-    right = trace.policy_chosen.gather(-1, least).squeeze(-1) & (trace.policy_chosen.sum(-1) == 1)
-    shares: list[float] = (right.sum(-1) / trace.steps).tolist()
+    sure, left = trace.policy_features, trace.policy_allowed & ~trace.policy_chosen
+    pairs = trace.policy_chosen[..., :, None] & left[..., None, :]
+    right = pairs & (sure[..., :, None] < sure[..., None, :])
+    shares: list[float] = (right.sum((1, 2, 3)) / pairs.sum((1, 2, 3)).clamp(min=1)).tolist()
     return shares
 
 
@@ -248,14 +249,19 @@ def greedy(trainer: Any) -> Rollout:
 
 
 def test_a_policy_learns_the_order_that_pays(make_trainer: Any) -> None:
-    """Of a frozen model whose tokens no order changes for the reward: the least sure first, one by one."""
-    model = tiny_llada(initializer_range=0.3)
-    settings = {**LEARNS, "speed": "none", "max_steps": 40, "model": model}
-    trainer = build(make_trainer, "bernoulli", rewards=least_sure_first, **settings)
-    before = least_sure_first([], greedy(trainer))
+    """Of a frozen model whose tokens no order changes for the reward: what is less sure first."""
+    settings = {**LEARNS, "speed": "none", "num_iterations": 1, "max_steps": 30}
+    model = tiny_llada(initializer_range=0.5)
+    trainer = build(make_trainer, "bernoulli", rewards=least_sure_first, model=model, **settings)
+
+    def mean_reward() -> float:
+        prompts = [[5, 6, 7], [8], [9, 4]]
+        found = RolloutEngine(trainer.model).generate(prompts, trainer.decoding, num_generations=32, seed=3)
+        return sum(least_sure_first([], found)) / len(found)
+
+    before = mean_reward()
     trainer.train()
-    after = least_sure_first([], greedy(trainer))
-    assert min(before) < 0.4 and min(after) > 0.8
+    assert before < 0.6 < before + 0.1 < mean_reward()
 
 
 def test_a_policy_learns_to_be_fast_where_nothing_is_lost(make_trainer: Any) -> None:
@@ -349,6 +355,7 @@ def test_evaluation_decodes_greedily(make_trainer: Any, prompt_dataset: Any) -> 
     [
         ({"speed": "fast"}, "speed='fast' is not allowed"),
         ({"speed_alpha": -1.0}, "speed_alpha=-1.0 is not allowed"),
+        ({"speed": "none", "speed_alpha": 2.0}, "speed_alpha=2.0 has no effect with speed='none'"),
         ({"step_average": "max"}, "step_average='max' is not allowed"),
         ({"policy_entropy": -0.1}, "policy_entropy=-0.1 is not allowed"),
         ({"policy_temperature": 0.0}, "policy_temperature=0.0 is not allowed"),
@@ -374,6 +381,9 @@ def test_other_refusals(make_trainer: Any, tmp_path: Path) -> None:
         CtrlDiffConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, block_sizes=[4, 2])
     with pytest.raises(ValueError, match="schedule_args has sizes"):
         CtrlDiffConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, schedule_args={"sizes": [1]})
+    for sizes in ([4], [8, 16]):
+        with pytest.raises(ValueError, match=r"there is nothing to choose; two sizes"):
+            build(make_trainer, "ctrldiff", block_sizes=sizes)
     with pytest.raises(TypeError, match="peft_config is not supported"):
         build(make_trainer, "bernoulli", peft_config=LoraConfig(target_modules=["q_proj"]))
     save_policy(fresh(LearnedSizes((1, 2)), seed=0, dtype=torch.float64), tmp_path)
@@ -381,9 +391,13 @@ def test_other_refusals(make_trainer: Any, tmp_path: Path) -> None:
         build(make_trainer, "bernoulli", unmasking_policy=str(tmp_path))
     with pytest.raises(ValueError, match=r"chooses among \[1, 2\], but block_sizes=\[1, 2, 4\]"):
         build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path))
+    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts unmasking_policy=.*, which has 32"):
+        build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path), block_sizes=[1, 2], policy_hidden_size=16)
     save_policy(fresh(BernoulliPolicy(hidden_size=4), seed=0, dtype=torch.float64), tmp_path)
     with pytest.raises(ValueError, match="is of kind 'bernoulli', not 'block_sizes'"):
         build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path))
+    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts unmasking_policy=.*, which has 4"):
+        build(make_trainer, "bernoulli", unmasking_policy=str(tmp_path))
     optimizer = torch.optim.SGD(tiny_llada().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizers=... is not supported"):
         BernoulliUnmaskingTrainer(tiny_llada(), always, None, optimizers=(optimizer, None))

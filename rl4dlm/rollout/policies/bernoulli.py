@@ -1,8 +1,9 @@
 """A policy that decides of each open slot apart whether it is written now (Jazbec et al., arXiv 2512.09106).
 
 Owns the network and the density of its choices. The network sees numbers, no hidden states and no tokens: how probable
-the candidate of each open slot is, which slots are open, and how many steps were made for each slot of the canvas. It
-is one transformer block (DiT, arXiv 2212.09748) with rotary positions, whose output h says at temperature T
+the candidate of each open slot is, as a probability and as log-odds, which tell 0.99 from 0.9 as well as 0.9 from 0.5;
+which slots are open, and how many steps were made for each slot of the canvas. It is one transformer block (DiT, arXiv
+2212.09748) with rotary positions, whose output h says at temperature T
 
     u_i ~ Bernoulli(s_i),  s_i = sigmoid(h_i / T),        for open slots i; the slots with u_i = 1 are written.
 
@@ -18,6 +19,7 @@ which sums to 1. Published code scores {a} as if it had been drawn: 0.192 where 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from rl4dlm.rollout.policies.saving import register
 
 SLOW_START = -2.0
 """The output's first bias: a slot is written with probability 0.12 until something has been learnt."""
+LEAST_CHANCE = 1e-4
+"""Of a candidate to be wrong, or right, that log-odds tell from none."""
 
 
 @register
@@ -57,7 +61,7 @@ class BernoulliPolicy(UnmaskingPolicy):
         self.hidden_size, self.heads = hidden_size, heads
         size = hidden_size
         with torch.device("meta"):
-            self.slot = nn.Linear(2, size, dtype=torch.float64)
+            self.slot = nn.Linear(3, size, dtype=torch.float64)
             self.time = nn.Linear(size, size, dtype=torch.float64)
             self.warp = nn.Linear(size, size, dtype=torch.float64)
             # Shift, scale and gate of both halves of the block, shift and scale before the output.
@@ -88,7 +92,8 @@ class BernoulliPolicy(UnmaskingPolicy):
         like = self.output.weight
         is_open = (seen.masked & seen.inside).to(like.device)
         confidence = torch.where(is_open, seen.features.squeeze(-1).to(like), 0.0)
-        hidden = self.slot(torch.stack([confidence, is_open.to(like)], dim=-1))  # [R, W, D]
+        odds = torch.where(is_open, confidence.logit(eps=LEAST_CHANCE), 0.0) / -math.log(LEAST_CHANCE)
+        hidden = self.slot(torch.stack([confidence, odds, is_open.to(like)], dim=-1))  # [R, W, D]
         silu = nn.functional.silu
         when = self.warp(silu(self.time(self._waves(seen.time.to(like)))))
         parts = self.modulation(silu(when))[:, None].chunk(8, dim=-1)
