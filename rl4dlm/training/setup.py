@@ -24,7 +24,7 @@ from rl4dlm.models.family import RECORD
 from rl4dlm.models.loading import load_tokenizer, local_folder
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.policies.policy import attached_policy
+from rl4dlm.rollout.policies.policy import attach_policy, attached_policy
 
 
 def prepared(model: Any, peft_config: Any = None) -> Any:
@@ -96,7 +96,7 @@ def of_noise(model: Any, estimator: Estimator) -> Estimator:
 
 
 def copy_of(model: Any) -> Any:
-    """A second model with the same weights, dtype and device.
+    """A second model with the same weights, dtype and device, and with a copy of the unmasking policy.
 
     Not `copy.deepcopy`: the copy of a model with scoring attached would compute with the original's weights.
     """
@@ -106,6 +106,11 @@ def copy_of(model: Any) -> Any:
     twin.load_state_dict(weights, assign=True)
     twin.tie_weights()
     twin.to(model.device)
+    policy = attached_policy(model)
+    if policy is not None:
+        attach_policy(twin, copy.deepcopy(policy))
+    if getattr(model, "loaded_from", None) is not None:
+        twin.loaded_from = model.loaded_from
     return prepared(twin)
 
 
