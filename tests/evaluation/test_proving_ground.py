@@ -275,7 +275,7 @@ def test_the_front_of_fixed_schedules_is_concave_and_between_them_lie_mixtures()
     assert above_front(measured, "greedy") == pytest.approx(5.0) and above_front(measured, "drawn") is None
 
 
-@pytest.mark.parametrize("name", ["bernoulli_unmasking", "ctrldiff"])
+@pytest.mark.parametrize("name", ["bernoulli_unmasking", pytest.param("ctrldiff", marks=pytest.mark.slow)])
 def test_policies_are_measured_beside_fixed_schedules(name: str, ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "SPEEDS", (4, 8))
     small = replace(settings.UNMASKING[name], settings={**settings.UNMASKING[name].settings, "policy_hidden_size": 8})
