@@ -173,7 +173,6 @@ def edges_to_tokens(
         )
     offsets = encoded["offset_mapping"]
     found = []
-    causes: dict[int, set[int]] = {}
     for edge in edges:
         spans = _spans(edge, len(text), where)
         tokens = []
@@ -189,12 +188,43 @@ def edges_to_tokens(
                 )
             tokens += [places[0], places[-1] + 1]
         found.append(tokens)
-        for place in range(tokens[0], tokens[1]):
-            causes.setdefault(place, set()).update(range(tokens[2], tokens[3]))
-    for place, seen in causes.items():
-        if len(seen) == len(ids):
-            raise ValueError(f"{where}: in {COLUMN} the whole text is the cause of token {place}; name parts of it")
+    _check_causes(found, len(ids), f"{where}: in {COLUMN}")
     return {TOKENS: found}
+
+
+def checked_tokens(row: Mapping[str, Any]) -> dict[str, list[list[int]]]:
+    """The edges of an example that came in tokens.
+
+    Args:
+        row: an example with `causal_tokens` and its `input_ids`.
+
+    Returns:
+        `causal_tokens`; none where there was nothing.
+
+    Raises:
+        ValueError: an edge that is no pair of spans of the tokens, or causes beside which there is no other token.
+    """
+    edges, length, where = row.get(TOKENS) or [], len(row["input_ids"]), f"example {row['example_id']}"
+    for edge in edges:
+        whole = isinstance(edge, list | tuple) and len(edge) == 4 and all(isinstance(place, int) for place in edge)
+        if not whole or not all(0 <= first < stop <= length for first, stop in (edge[:2], edge[2:])):
+            raise ValueError(
+                f"{where}: {edge!r} in {TOKENS} is no edge; give [start, stop, start, stop] of effect and cause among "
+                f"its {length} tokens, 0 <= start < stop <= {length} (max_length may have cut some off)"
+            )
+    _check_causes(edges, length, f"{where}: in {TOKENS}")
+    return {TOKENS: edges}
+
+
+def _check_causes(edges: Sequence[Sequence[int]], length: int, where: str) -> None:
+    """Raises ValueError where all of `length` tokens cause one, so that there are no others to compare them with."""
+    causes: dict[int, set[int]] = {}
+    for first, stop, *cause in edges:
+        for place in range(first, stop):
+            causes.setdefault(place, set()).update(range(*cause))
+    for place, seen in causes.items():
+        if len(seen) == length:
+            raise ValueError(f"{where} the whole text is the cause of token {place}; name parts of it")
 
 
 def _spans(edge: Any, length: int, where: str) -> list[list[int]]:

@@ -45,7 +45,7 @@ from rl4dlm.models.taught import record_taught
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.noise import keyed_uniform
 from rl4dlm.sft.annealing import unseen_pairs
-from rl4dlm.sft.causal_attention import COLUMN, TOKENS, CausalAttentionTrainer, edges_to_tokens
+from rl4dlm.sft.causal_attention import COLUMN, TOKENS, CausalAttentionTrainer, checked_tokens, edges_to_tokens
 from rl4dlm.sft.config import DiffusionSFTConfig as DiffusionSFTConfig
 from rl4dlm.sft.data import (
     LEVEL_UNIT,
@@ -183,6 +183,8 @@ class DiffusionSFTTrainer(GuardedTrainer, CausalAttentionTrainer, CheckedTrainer
                 "chat_template": self.chat_template,
             }
             prepared_dataset = prepared_dataset.map(edges_to_tokens, fn_kwargs=given)
+        elif TOKENS in columns:
+            prepared_dataset = prepared_dataset.map(checked_tokens)
         return fitting(prepared_dataset, args.max_completion_length)
 
     def _set_signature_columns_if_needed(self) -> None:

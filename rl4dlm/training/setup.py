@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig
 
 from rl4dlm.likelihood.estimator import Estimator
@@ -24,7 +25,8 @@ from rl4dlm.models.family import RECORD
 from rl4dlm.models.loading import load_tokenizer, local_folder
 from rl4dlm.models.scoring import attach_scoring
 from rl4dlm.models.spec import DiffusionSpec
-from rl4dlm.rollout.policies.policy import attached_policy
+from rl4dlm.models.unmasking import ATTRIBUTE
+from rl4dlm.rollout.policies.policy import UnmaskingPolicy, attach_policy, attached_policy
 
 
 def prepared(model: Any, peft_config: Any = None) -> Any:
@@ -35,7 +37,8 @@ def prepared(model: Any, peft_config: Any = None) -> Any:
         peft_config: of the adapter that it is going to get, if any.
 
     Raises:
-        ValueError: it has no spec, its attention is causal, or the adapter cannot reach what it names.
+        ValueError: it has no spec, its attention is causal, the adapter cannot reach what it names, or one that it has
+            is on its unmasking policy, too.
     """
     base = base_model(model)
     spec = DiffusionSpec.of(base)
@@ -48,9 +51,30 @@ def prepared(model: Any, peft_config: Any = None) -> Any:
     policy = attached_policy(base)
     if policy is not None:
         policy.requires_grad_(False)  # unless an algorithm trains it
+        keep_adapter_off(policy, peft_config)
     check_adapter(base, peft_config)
     tokens.train_end_tokens(base)
     return attach_scoring(model)
+
+
+def keep_adapter_off(policy: UnmaskingPolicy, peft_config: Any) -> None:
+    """Has an adapter that a model is going to get leave out the policy on it, whose file has no place for adapters.
+
+    Raises ValueError where one is there already.
+    """
+    if any(isinstance(part, BaseTunerLayer) for part in policy.modules()):
+        raise ValueError(
+            "the model's adapter is on its unmasking policy, too, which is saved without it; attach the policy behind "
+            "the adapter, or give the adapter exclude_modules"
+        )
+    if not hasattr(peft_config, "exclude_modules"):
+        return
+    given = peft_config.exclude_modules
+    if isinstance(given, str):
+        peft_config.exclude_modules = rf"(?:{given})|(?:.*\.)?{ATTRIBUTE}\..*"
+    else:
+        inside = [f"{ATTRIBUTE}.{name}" for name, _ in policy.named_modules() if name]
+        peft_config.exclude_modules = [*(given or ()), *inside]
 
 
 def tokenizer_for(model: Any, options: Mapping[str, Any] | None = None) -> Any:
@@ -96,7 +120,7 @@ def of_noise(model: Any, estimator: Estimator) -> Estimator:
 
 
 def copy_of(model: Any) -> Any:
-    """A second model with the same weights, dtype and device.
+    """A second model with the same weights, dtype and device, and with a copy of the unmasking policy.
 
     Not `copy.deepcopy`: the copy of a model with scoring attached would compute with the original's weights.
     """
@@ -106,6 +130,11 @@ def copy_of(model: Any) -> Any:
     twin.load_state_dict(weights, assign=True)
     twin.tie_weights()
     twin.to(model.device)
+    policy = attached_policy(model)
+    if policy is not None:
+        attach_policy(twin, copy.deepcopy(policy))
+    if getattr(model, "loaded_from", None) is not None:
+        twin.loaded_from = model.loaded_from
     return prepared(twin)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -273,6 +273,22 @@ def test_the_policy_is_saved_with_the_model_and_found_again(trained: Any, tmp_pa
             trained(model=load_denoiser(folder), policy_layers=1, start=False)
     other = trained(policy_path=str(tmp_path / "full"), policy_heads=None, start=False)
     assert other.unmasking_policy.settings["layers"] == 0
+
+
+@pytest.mark.parametrize("left_out", [None, ["lm_head"], r".*\.lm_head"])
+def test_an_adapter_of_everything_leaves_the_policy_alone(trained: Any, tmp_path: Path, left_out: Any) -> None:
+    """A policy that is on the model before it gets an adapter, as decoding puts it there."""
+    adapter = LoraConfig(r=2, target_modules="all-linear", exclude_modules=left_out)
+    made = trained(model=stirred(tiny_llada()), peft_config=adapter, policy_heads=None, max_steps=1)
+    names = [name for name, _ in made.unmasking_policy.named_parameters()]
+    assert not any("lora" in name or "base_layer" in name for name in names)
+    assert sum("lora_A" in name for name, _ in made.model.named_parameters()) == 2 * 7
+    made.save_model(str(tmp_path / "saved"))
+    saved = dict(load_policy(tmp_path / "saved").named_parameters())
+    assert all(torch.equal(saved[name], value) for name, value in made.unmasking_policy.named_parameters())
+    wrapped = get_peft_model(stirred(tiny_llada()), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="adapter is on its unmasking policy, too"):
+        trained(model=wrapped, start=False)
 
 
 def test_a_killed_run_goes_on_in_the_middle_of_a_batch(trained: Any, losses: Any, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from rl4dlm import SelfDistillationConfig, tiny_llada, tiny_sdar, tiny_tokenizer
 from rl4dlm.likelihood.student_states import StudentStates
 from rl4dlm.models.distributions import divergence
 from rl4dlm.models.spec import DiffusionSpec
+from rl4dlm.rollout.policies.hidden_states import LinearPolicy
+from rl4dlm.rollout.policies.policy import attach_policy, attached_policy, fresh
 from rl4dlm.training.corpus import completion_ids, told_prompt
 from rl4dlm.training.self_distillation import TEMPLATE
 from rl4dlm.training.trainer import rows_of
@@ -29,6 +31,7 @@ from tests.algorithms.test_self_distillation import (
     plain,
     rows,
 )
+from tests.models.float64 import exactly_float64
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -295,6 +298,18 @@ def test_rows_of_a_corpus_that_are_refused(make_trainer: Any) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             build(make_trainer, model=tiny_llada(), dataset=Dataset.from_list(data), rollouts_by="corpus", **HARD)
+
+
+def test_a_reference_decodes_with_the_policy_that_its_model_has(make_trainer: Any) -> None:
+    """Of a model in memory the reference is a copy, which has to have an unmasking policy of its own."""
+    model = exactly_float64(tiny_llada(initializer_range=0.2, dtype=torch.float64))
+    policy = attach_policy(model, fresh(LinearPolicy(model.config.hidden_size), seed=0))
+    given: dict[str, Any] = {"schedule": "learned_order", "rollouts_by": "teacher", "temperature": 1.0}
+    trainer = build(make_trainer, model=model, **given)
+    copied = attached_policy(trainer.ref_model)
+    assert copied is not None and copied is not policy and copied.settings == policy.settings
+    trainer.train()
+    assert not any(p.requires_grad for p in copied.parameters())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

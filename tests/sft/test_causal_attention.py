@@ -281,6 +281,26 @@ def test_spans_that_cannot_be_placed_are_named(edges: Any, row: dict[str, Any], 
         mapped(edges, **row)
 
 
+@pytest.mark.parametrize(
+    ("edges", "said"),
+    [
+        ([[3, 9, 0, 2]], "[3, 9, 0, 2] in causal_tokens is no edge"),
+        ([[3, 3, 0, 2]], "[3, 3, 0, 2] in causal_tokens is no edge"),
+        ([[3, 5, 8, 9]], "among its 6 tokens"),
+        ([[3, 5]], "[3, 5] in causal_tokens is no edge"),
+        ([[3, 5, 0, 6]], "in causal_tokens the whole text is the cause of token 3"),
+    ],
+)
+def test_edges_that_come_in_tokens_are_checked(tmp_path: Path, edges: Any, said: str) -> None:
+    plain = {"input_ids": [5, 6, 7, 8, 9, 1], "labels": [-100, -100, 7, 8, 9, 1]}
+    good = [{**plain, "causal_tokens": [[3, 5, 0, 2]]}, {**plain, "causal_tokens": None}]
+    batch = batch_of(make_sft(tmp_path, good, **GUIDED))
+    assert batch["causal_tokens"].tolist() == [[[3, 5, 0, 2]], [[-1] * 4]]
+    with pytest.raises(ValueError) as error:
+        make_sft(tmp_path, [*good, {**plain, "causal_tokens": edges}], **GUIDED)
+    assert said in str(error.value) and "example 2" in str(error.value)
+
+
 def test_spans_behind_what_is_kept_and_slow_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"span \[9, 15\].*behind the 8 tokens.*raise max_length"):
         make_sft(tmp_path, **GUIDED, max_length=8)
