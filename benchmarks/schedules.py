@@ -34,8 +34,9 @@ from rl4dlm.evaluation import encode_prompt, machine, versions, wilson_interval
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 CELLS = 16
-FOR_OTHERS = ("entropy_bound_canvas", "levenshtein", "s2d2")
-"""Schedules for models whose noise is not masking, those that know tokens for edits, and those with blocks alone."""
+FOR_OTHERS = ("bernoulli", "entropy_bound_canvas", "learned_order", "levenshtein", "s2d2")
+"""Schedules for models whose noise is not masking, those that know tokens for edits, and those with blocks alone; and
+schedules whose policies are trained first."""
 
 
 @dataclass(frozen=True)

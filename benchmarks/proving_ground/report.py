@@ -172,14 +172,16 @@ def of_group(group: Group, results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def answers(question: str, results: Results) -> str:
-    """What the variations of a question gain, beside the algorithms that they vary."""
+def answers(question: str, results: Results, groups: Sequence[Group] = ()) -> str:
+    """What the variations of a question gain, beside the algorithms that they vary; with `groups` in these alone."""
     varied = QUESTIONS[question]
     names = list(dict.fromkeys(n for name, (algorithm, _) in varied.items() for n in (algorithm, name)))
     names.sort(key=lambda name: list(EVERY_LINE).index(name.partition("+")[0]))  # keeps the order within an algorithm
-    groups = [group for group in results.groups() if any(name in results.runs[group] for name in varied)]
+    groups = groups or [group for group in results.groups() if any(name in results.runs[group] for name in varied)]
     if not groups:
         return NOTHING
+    if question in PRICED and len(groups) > 1:  # tables that would be too wide beside one another
+        return "\n\n".join(answers(question, results, [group]) for group in groups)
     rows, open_ones = [], []
     for name in names:
         title = Run(groups[0][0], groups[0][1], name).title

@@ -297,6 +297,12 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
     "order": {
         **_each("lladou", "both", {"policy_learning_rate": 2e-3}),
         **_each("lladou", "policy_alone", {"train_denoiser": False, "policy_learning_rate": 2e-3}),
+        **_each("lladou", "policy_alone_fast", {"train_denoiser": False, "policy_learning_rate": 6e-3}),
+        **_each(
+            "lladou",
+            "policy_alone_passes",
+            {"train_denoiser": False, "policy_learning_rate": 3e-3, "num_iterations": 4},
+        ),
     },
     "unmasking": {
         **_each("bernoulli_unmasking", "alpha_half", {"speed_alpha": 0.5}),

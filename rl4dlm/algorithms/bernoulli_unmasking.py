@@ -95,6 +95,7 @@ class BernoulliUnmaskingTrainer(FrozenModelTrainer):
         if not isinstance(policy, BernoulliPolicy):
             path = self.args.unmasking_policy
             raise ValueError(f"unmasking_policy={path!r} is of kind {policy.kind!r}, not 'bernoulli'")
+        self.check_sizes(policy, hidden_size="policy_hidden_size", heads="policy_heads")
 
     def choices(self, features: Tensor, allowed: Tensor, chosen: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """Of sets of slots, `[n, L]`; the entropy is that of the draws."""

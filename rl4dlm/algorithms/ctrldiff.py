@@ -69,6 +69,12 @@ class CtrlDiffConfig(FrozenModelConfig):
     def __post_init__(self) -> None:
         LearnedSizes(tuple(self.block_sizes), hidden=self.policy_hidden_size)
         super().__post_init__()
+        assert self.max_completion_length is not None
+        if sum(size <= self.max_completion_length for size in self.block_sizes) < 2:
+            raise ValueError(
+                f"block_sizes={self.block_sizes} is not allowed with max_completion_length="
+                f"{self.max_completion_length}: there is nothing to choose; two sizes at least must fit"
+            )
 
     def arguments(self) -> dict[str, Any]:
         """With the sizes, until there is a policy that has them."""
@@ -103,6 +109,7 @@ class CtrlDiffTrainer(FrozenModelTrainer):
             raise ValueError(
                 f"unmasking_policy={path!r} chooses among {list(policy.sizes)}, but block_sizes={self.args.block_sizes}"
             )
+        self.check_sizes(policy, hidden="policy_hidden_size")
 
     def _decided_by(self, decoding: DecodingConfig, policy: Any, **arguments: Any) -> DecodingConfig:
         return super()._decided_by(decoding, policy, **{"sizes": None, **arguments})

@@ -113,6 +113,8 @@ class FrozenModelConfig(DiffusionPolicyConfig):
         for name in ("speed_alpha", "policy_entropy"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be 0 or larger")
+        if self.speed == "none" and self.speed_alpha != type(self).speed_alpha:
+            raise ValueError(f"speed_alpha={self.speed_alpha} has no effect with speed='none'; leave it out")
         if not 0 < self.policy_temperature < float("inf"):
             raise ValueError(
                 f"policy_temperature={self.policy_temperature} is not allowed; it must be larger than 0: where nothing "
@@ -185,6 +187,20 @@ class FrozenModelTrainer(DiffusionPolicyTrainer):
     @abstractmethod
     def check_policy(self, policy: UnmaskingPolicy) -> None:
         """Raises ValueError for a saved policy that is another one than the settings say."""
+
+    def check_sizes(self, policy: UnmaskingPolicy, **named: str) -> None:
+        """Raises ValueError for settings of a new policy that were set, and that a saved one does not have.
+
+        Args:
+            named: for each of the policy's settings the name that it has here.
+        """
+        for setting, name in named.items():
+            value, own = getattr(self.args, name), policy.settings[setting]
+            if value not in (own, getattr(type(self.args), name)):
+                raise ValueError(
+                    f"{name}={value!r} contradicts unmasking_policy={self.args.unmasking_policy!r}, which has {own!r}; "
+                    "leave it out, or start from another policy"
+                )
 
     @abstractmethod
     def choices(self, features: Tensor, allowed: Tensor, chosen: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

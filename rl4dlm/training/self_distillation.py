@@ -5,6 +5,7 @@ Owns what is asked for and what does not go together; the algorithm is `rl4dlm.a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rl4dlm.likelihood.estimator import SCOPES
@@ -183,6 +184,7 @@ class SelfDistillationConfig(RatioFreeConfig):
         ):
             check_choice(name, getattr(self, name), allowed)
         check_range("teacher_share", tuple(self.teacher_share))  # type: ignore[arg-type]
+        check_range("share_range", tuple(self.share_range))  # type: ignore[arg-type]
         if self.share_range_end is not None:
             check_range("share_range_end", tuple(self.share_range_end))  # type: ignore[arg-type]
         if self.block_states and self.every_block:
@@ -197,11 +199,18 @@ class SelfDistillationConfig(RatioFreeConfig):
         if self.distill_top_k is not None:
             check_count("distill_top_k", self.distill_top_k)
         for name in ("distill_temperature", "entropy_temperature", "ddo_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be larger than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be larger than 0, and finite")
         for name in ("divergence_weight", "hard_weight", "entropy_weight", "teacher_temperature"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be 0 or larger")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be 0 or larger, and finite")
+        if self.divergence != "none" and not self.divergence_weight:
+            raise ValueError(
+                f"divergence_weight=0 is not allowed with divergence={self.divergence!r}, for which a teacher would be "
+                "asked in vain; choose divergence='none'"
+            )
+        if self.rewarded_from is not None and math.isnan(self.rewarded_from):
+            raise ValueError("rewarded_from=nan is not allowed: no reward reaches it; give a number, or None for all")
         if not 0 < self.teacher_written <= 1:
             raise ValueError(
                 f"teacher_written={self.teacher_written} is not allowed; it must be larger than 0 and at most 1"

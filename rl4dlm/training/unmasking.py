@@ -62,6 +62,11 @@ class UnmaskingTrainer(TrajectoryTrainer):
         name = type(self).__name__
         if kwargs.get("credit") is not None:
             raise ValueError(f"credit={type(kwargs['credit']).__name__} is not supported by {name}")
+        if kwargs.get("peft_config") is not None and args is not None and not args.train_denoiser:
+            raise ValueError(
+                "peft_config is not supported with train_denoiser=False: the model stays as it is, so that an adapter "
+                "would learn nothing"
+            )
         given = model, reward_funcs, args, train_dataset, eval_dataset, processing_class, intervention
         super().__init__(*given, **kwargs)
         if self.is_fsdp_enabled or self._dist.is_zero3:

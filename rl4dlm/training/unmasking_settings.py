@@ -113,6 +113,8 @@ class UnmaskingConfig(TrajectoryConfig):
                     raise ValueError(
                         f"{name}={getattr(self, name)} has no effect with policy_kind='linear'; leave it out"
                     )
+        if self.policy_layers == 0 and self.policy_heads is not None:
+            raise ValueError(f"policy_heads={self.policy_heads} has no effect with policy_layers=0; leave it out")
         rate = self.policy_learning_rate
         if rate is not None and not 0 <= rate < float("inf"):
             raise ValueError(f"policy_learning_rate={rate} is not allowed; it must be 0 or larger, or None")

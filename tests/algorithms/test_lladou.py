@@ -198,6 +198,15 @@ def test_model_and_policy_learn_together_and_with_an_adapter(trained: Any) -> No
     assert not any("unmasking_policy" in name and "lora" in name for name in weights(made))
 
 
+def test_gradients_of_the_policy_that_are_no_numbers_skip_the_step(trained: Any) -> None:
+    made = trained(start=False, max_steps=1)
+    made.unmasking_policy.utility.weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = weights(made)
+    made.train()
+    assert made.state.log_history[0]["diffusion/skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(made).items())
+
+
 def test_one_view_at_a_time_changes_nothing_and_reentrant_checkpoints_neither(trained: Any) -> None:
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     found = [weights(trained(**options)) for options in ({}, {"one_view": False}, reentrant)]
@@ -242,7 +251,9 @@ def test_the_policy_is_saved_with_the_model_and_found_again(trained: Any, tmp_pa
         model = tiny_llada()
         model.save_pretrained(base)
         tiny_tokenizer().save_pretrained(base)
-        made = trained(model=load_denoiser(base), peft_config=adapter, policy_layers=0, optim="adamw_torch")
+        made = trained(
+            model=load_denoiser(base), peft_config=adapter, policy_layers=0, policy_heads=None, optim="adamw_torch"
+        )
         *_, last = made.optimizer.param_groups
         assert {id(p) for p in last["params"]} == {id(p) for p in made.unmasking_policy.parameters()}
         folder = tmp_path / ("lora" if adapter else "full")
@@ -313,6 +324,10 @@ def test_other_trainers_leave_a_policy_alone_and_keep_it(make_trainer: Any, tmp_
         ({"schedule_args": {"policy": "somewhere"}}, "set policy_path"),
         ({"policy_kind": "mlp"}, "policy_kind='mlp'"),
         ({"policy_kind": "linear", "policy_layers": 1}, "policy_layers=1 has no effect"),
+        (
+            {"policy_layers": 0, "policy_heads": 2},
+            "policy_heads=2 has no effect with policy_layers=0",
+        ),
         ({"policy_learning_rate": -1.0}, "policy_learning_rate=-1.0"),
         ({"aggregation": "tokens"}, "aggregation='tokens'"),
         ({"stop_at_eos": True}, "scope='canvas' is not allowed with stop_at_eos=True"),
@@ -337,6 +352,8 @@ def test_models_and_schedules_that_do_not_fit_are_refused(trained: Any, tmp_path
         trained(start=False, policy_path=str(tmp_path), policy_heads=None)
     with pytest.raises(ValueError, match="heads=5"):
         trained(start=False, policy_heads=5)
+    with pytest.raises(ValueError, match="peft_config is not supported with train_denoiser=False"):
+        trained(start=False, train_denoiser=False, peft_config=LoraConfig(target_modules=["q_proj"]))
     from rl4dlm import DACA
 
     with pytest.raises(ValueError, match="credit=DACA"):

@@ -310,6 +310,11 @@ def test_rows_of_a_corpus_that_are_refused(make_trainer: Any) -> None:
         ),
         ({"shares_exponent": 2.0}, "shares_exponent=2.0 is not supported"),
         ({"shares": [1.0], "shares_exponent": -1.0}, "shares_exponent=-1.0 is not allowed"),
+        ({"share_range": [0.5]}, "share_range=(0.5,) is not allowed"),
+        ({"divergence_weight": 0.0}, "divergence_weight=0 is not allowed with divergence='reverse_kl'"),
+        ({"hard_weight": float("inf")}, "hard_weight=inf is not allowed"),
+        ({"distill_temperature": float("inf")}, "distill_temperature=inf is not allowed"),
+        ({"rewarded_from": float("nan")}, "rewarded_from=nan is not allowed"),
         ({"share_range_end": [0.5, 0.2]}, "share_range_end=(0.5, 0.2) is not allowed"),
         ({"state_block_length": 4}, "state_block_length=4 is not supported: it has no effect with states of whole"),
         (

@@ -355,6 +355,7 @@ def test_evaluation_decodes_greedily(make_trainer: Any, prompt_dataset: Any) -> 
     [
         ({"speed": "fast"}, "speed='fast' is not allowed"),
         ({"speed_alpha": -1.0}, "speed_alpha=-1.0 is not allowed"),
+        ({"speed": "none", "speed_alpha": 2.0}, "speed_alpha=2.0 has no effect with speed='none'"),
         ({"step_average": "max"}, "step_average='max' is not allowed"),
         ({"policy_entropy": -0.1}, "policy_entropy=-0.1 is not allowed"),
         ({"policy_temperature": 0.0}, "policy_temperature=0.0 is not allowed"),
@@ -380,6 +381,9 @@ def test_other_refusals(make_trainer: Any, tmp_path: Path) -> None:
         CtrlDiffConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, block_sizes=[4, 2])
     with pytest.raises(ValueError, match="schedule_args has sizes"):
         CtrlDiffConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, schedule_args={"sizes": [1]})
+    for sizes in ([4], [8, 16]):
+        with pytest.raises(ValueError, match=r"there is nothing to choose; two sizes"):
+            build(make_trainer, "ctrldiff", block_sizes=sizes)
     with pytest.raises(TypeError, match="peft_config is not supported"):
         build(make_trainer, "bernoulli", peft_config=LoraConfig(target_modules=["q_proj"]))
     save_policy(fresh(LearnedSizes((1, 2)), seed=0, dtype=torch.float64), tmp_path)
@@ -387,9 +391,13 @@ def test_other_refusals(make_trainer: Any, tmp_path: Path) -> None:
         build(make_trainer, "bernoulli", unmasking_policy=str(tmp_path))
     with pytest.raises(ValueError, match=r"chooses among \[1, 2\], but block_sizes=\[1, 2, 4\]"):
         build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path))
+    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts unmasking_policy=.*, which has 32"):
+        build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path), block_sizes=[1, 2], policy_hidden_size=16)
     save_policy(fresh(BernoulliPolicy(hidden_size=4), seed=0, dtype=torch.float64), tmp_path)
     with pytest.raises(ValueError, match="is of kind 'bernoulli', not 'block_sizes'"):
         build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path))
+    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts unmasking_policy=.*, which has 4"):
+        build(make_trainer, "bernoulli", unmasking_policy=str(tmp_path))
     optimizer = torch.optim.SGD(tiny_llada().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizers=... is not supported"):
         BernoulliUnmaskingTrainer(tiny_llada(), always, None, optimizers=(optimizer, None))

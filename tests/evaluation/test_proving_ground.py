@@ -205,6 +205,19 @@ def test_the_page_shows_the_results_that_are_there() -> None:
         assert settings.RESULTS.with_suffix(".md").read_text() == everything(results)
 
 
+def test_the_page_has_the_orders_that_nobody_has_learnt() -> None:
+    from benchmarks.fixed_orders import ORDERS, RESULT
+    from benchmarks.proving_ground.report import PAGE
+
+    found = json.loads(RESULT.read_text())["few_clue_sudoku"]
+    assert tuple(found) == ORDERS
+    for order, rates in found.items():
+        assert f"| `{order}` | {' | '.join(f'{rate:.3f}' for rate in rates.values())} |" in PAGE.read_text()
+    before = json.loads((settings.RESULTS / "few_clue_sudoku" / "full" / "before.json").read_text())["measured"]
+    for speed, rate in found["low_confidence"].items():
+        assert rate == pytest.approx(before["solved"][speed]["solved"], abs=1e-4)
+
+
 def test_results_are_small() -> None:
     assert all(path.stat().st_size < 6000 for path in settings.RESULTS.glob("*/*/*.json"))
 

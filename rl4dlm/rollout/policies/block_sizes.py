@@ -100,7 +100,8 @@ def offered(log_probs: Tensor, allowed: Tensor, temperature: float = 1.0) -> Ten
 
 def checked_sizes(sizes: Any) -> tuple[int, ...]:
     """Sizes as an ascending tuple. Raises ValueError for what is not a list of different positive integers."""
-    good = isinstance(sizes, tuple | list) and bool(sizes) and all(isinstance(s, int) and s >= 1 for s in sizes)
+    whole = isinstance(sizes, tuple | list) and all(isinstance(s, int) and not isinstance(s, bool) for s in sizes)
+    good = whole and bool(sizes) and all(s >= 1 for s in sizes)
     if not good or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"sizes={sizes!r} is not allowed; it must be a list of ascending integers, 1 or larger")
     return tuple(sizes)

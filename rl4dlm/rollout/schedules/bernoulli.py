@@ -85,6 +85,8 @@ class Decider:
         features = torch.where(allowed, step.drawn.confidence, 0.0)
         time = step.total_step.double() / step.length
         utilities = utilities_of(self.policy, features, allowed, time) / (self.temperature or 1.0)
+        if bool((utilities.isnan() & allowed).any()):
+            raise ValueError("the unmasking policy's utilities are not numbers (NaN); decoding cannot go on")
         uniform = step.uniform("unmask", allowed) if self.temperature else None
         chosen = choose(utilities, allowed, uniform)
         if self.temperature:

@@ -126,6 +126,8 @@ class ChosenBlocks:
         allowed = begins & (sizes <= (step.length - start)[:, None])
         allowed[:, 0] = begins.squeeze(-1)
         log_probs = offered(self.policy.log_probs(features[rows]), allowed[rows], self.temperature or 1.0)  # [r, K]
+        if bool(log_probs.isnan().any()):
+            raise ValueError("the policy's probabilities of block sizes are not numbers (NaN); decoding cannot go on")
         if self.temperature:
             uniform = step.noise.uniform("block_size", step.row_ids[rows], step.total_step[rows], start[rows])
             choice = inverse_cdf(log_probs.exp(), uniform)

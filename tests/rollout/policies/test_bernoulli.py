@@ -244,3 +244,16 @@ def test_the_policy_of_the_model_is_used_where_none_is_named(tmp_path: Any) -> N
         RolloutEngine(model).generate([[5, 6]], settings)
     with pytest.raises(ValueError, match="policy_temperature=-1 is not allowed"):
         replace(settings, schedule_args={"policy_temperature": -1})
+
+
+@pytest.mark.parametrize("schedule", ["bernoulli", "ctrldiff"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_policy_that_has_become_nan_is_said(schedule: str, temperature: float) -> None:
+    policy = BernoulliPolicy(hidden_size=8) if schedule == "bernoulli" else LearnedSizes((1, 2))
+    fresh(policy, seed=0, dtype=torch.float64)
+    last = policy.output if isinstance(policy, BernoulliPolicy) else policy.choice
+    with torch.no_grad():
+        last.bias.fill_(torch.nan)
+    given = {"policy": policy, "policy_temperature": temperature}
+    with pytest.raises(ValueError, match="not numbers"):
+        RolloutEngine(tiny_llada()).generate([[5]], DecodingConfig(4, schedule=schedule, schedule_args=given))

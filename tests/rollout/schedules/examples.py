@@ -248,11 +248,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
             "schedule_args": {"policy": "hysteresis", "penalty": 1.0, "threshold_on": 0.3, "ratio_threshold": 0.8},
             "temperature": 0.9,
         },
-        {
-            "steps": 4,
-            "schedule_args": {"policy": "score", "penalty_per_sure": False, "penalty": 1.0},
-            "temperature": 1.0,
-        },
     ),
     "saber": (
         {**WHOLE, "schedule_args": {"min_tokens": 3}},

@@ -286,7 +286,7 @@ def test_what_is_no_saved_policy(name: str, tmp_path: Path):
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(), (4, 2), (2, 2), (0, 1), 4, (1.5,)])
+@pytest.mark.parametrize("sizes", [(), (4, 2), (2, 2), (0, 1), 4, (1.5,), (True, 2)])
 def test_bad_sizes(sizes: Any):
     with pytest.raises(ValueError, match=r"sizes=.* is not allowed"):
         config(sizes=sizes)
