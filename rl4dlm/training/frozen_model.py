@@ -37,7 +37,7 @@ from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.policies.policy import UnmaskingPolicy, attach_policy
-from rl4dlm.rollout.policies.saving import load_policy, load_weights, save_policy
+from rl4dlm.rollout.policies.saving import load_policy, load_weights
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tasks.base import Task
 from rl4dlm.training.advantages import scaled
@@ -317,11 +317,6 @@ class FrozenModelTrainer(DiffusionPolicyTrainer):
         return loss
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_policy(self.policy, self.args.output_dir if output_dir is None else output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
