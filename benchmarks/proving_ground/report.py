@@ -128,6 +128,8 @@ def table(name: str, results: Results) -> str:
     if name == "figure":
         return "![Points gained by every algorithm on every task](images/evidence.png)" if results.runs else NOTHING
     kind, _, rest = name.partition("/")
+    if name == "question/distillation":
+        return by_forwards(results)
     if name == "question/unmasking":
         return beside_fixed(results)
     if kind == "question" and rest in QUESTIONS:
@@ -300,6 +302,24 @@ def accuracy_over_speed(results: Results, group: Group = ("few_clue_sudoku", "fu
         rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", pays, quick, faster, so, worse, four])
     heads = ["", "paid for speed", "tokens per forward", "more than unpaid", "solved so", "points more than unpaid"]
     return markdown([*heads, "solved at 4 per step"], rows)
+
+
+def by_forwards(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
+    """What self-distilled models solve by the forwards of an answer, and where everything sure enough is written."""
+    names = [name for name in QUESTIONS["distillation"] if results.runs[group].get(name)]
+    start = results.before.get(group[:2])
+    if start is None or not names:
+        return NOTHING
+    canvas, speeds = TASKS[group[0]].canvas, [s for s in start["measured"]["solved"] if s != "threshold"]
+    rows = [["start", "", *(_rate(start, s) for s in (*speeds, "threshold")), f"{_quick(start)['forwards']:.2f}"]]
+    for name in names:
+        found = results.runs[group][name]
+        settings = ", ".join(f"`{k}: {v}`" for k, v in QUESTIONS["distillation"][name][1].items())
+        cells = [_mean(found, at("measured", "solved", s, "solved"), spread=True) for s in (*speeds, "threshold")]
+        forwards = _mean(found, at("measured", "solved", "threshold", "forwards"), ".2f", spread=True)
+        rows.append([f"{Run(*group[:2], name).title} ({len(found)} seeds)", settings, *cells, forwards])
+    heads = [f"solved with {canvas // int(s)} forwards" for s in speeds]
+    return markdown([", ".join(group[:2]), "settings", *heads, "0.9 sure", "forwards so"], rows)
 
 
 def rates(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
