@@ -331,7 +331,6 @@ QUESTIONS: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         **_each("diffu_grpo espo", "cache", _CACHE),
         **_each("diffu_grpo espo", "threshold", _QUICK),
         **_each("justgrpo", "cache_corrected", {**_CACHE, "rollout_correction": "token_truncate"}),
-        **_each("cj_grpo", "cache", _CACHE),
         **_each("cj_grpo", "cache_recorded", {**_CACHE, "old_policy": "recorded"}),
         **_each("cj_grpo", "threshold", _QUICK),
     },
