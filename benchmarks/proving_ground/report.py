@@ -306,14 +306,15 @@ def accuracy_over_speed(results: Results, group: Group = ("few_clue_sudoku", "fu
 
 def by_forwards(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
     """What self-distilled models solve by the forwards of an answer, and where everything sure enough is written."""
-    names = [name for name in QUESTIONS["distillation"] if results.runs[group].get(name)]
+    runs = results.runs.get(group, {})
+    names = [name for name in QUESTIONS["distillation"] if runs.get(name)]
     start = results.before.get(group[:2])
     if start is None or not names:
         return NOTHING
     canvas, speeds = TASKS[group[0]].canvas, [s for s in start["measured"]["solved"] if s != "threshold"]
     rows = [["start", "", *(_rate(start, s) for s in (*speeds, "threshold")), f"{_quick(start)['forwards']:.2f}"]]
     for name in names:
-        found = results.runs[group][name]
+        found = runs[name]
         settings = ", ".join(f"`{k}: {v}`" for k, v in QUESTIONS["distillation"][name][1].items())
         cells = [_mean(found, at("measured", "solved", s, "solved"), spread=True) for s in (*speeds, "threshold")]
         forwards = _mean(found, at("measured", "solved", "threshold", "forwards"), ".2f", spread=True)
@@ -324,7 +325,8 @@ def by_forwards(results: Results, group: Group = ("few_clue_sudoku", "full", "co
 
 def rates(results: Results, group: Group = ("few_clue_sudoku", "full", "completions")) -> str:
     """What every algorithm gains with a third of its learning rate, with its own and with three times that."""
-    names = [name for name in ALGORITHMS if any(results.runs[group].get(f"{name}+{w}") for w in ("slow", "fast"))]
+    runs = results.runs.get(group, {})
+    names = [name for name in ALGORITHMS if any(runs.get(f"{name}+{w}") for w in ("slow", "fast"))]
     if not names:
         return NOTHING
     rows = []
