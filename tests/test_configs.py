@@ -164,7 +164,18 @@ def overrides(name: str, settings: dict, folder: Path) -> dict:
     return small
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - OF_ANOTHER_SIZE.keys()))
+def by_trainer_and_model():
+    """All that run; slow are those that differ by no more than their task from one before."""
+    found, seen = [], set()
+    for name in sorted(CONFIGS.keys() - OF_ANOTHER_SIZE.keys()):
+        folder, _, stem = name.partition("/")
+        which = folder, stem.replace("few_clue_sudoku", "puzzles").partition("_")[2]
+        found.append(pytest.param(name, marks=(pytest.mark.slow,) if which in seen else ()))
+        seen.add(which)
+    return found
+
+
+@pytest.mark.parametrize("name", by_trainer_and_model())
 def test_a_configuration_runs_one_step(name, folder):
     settings = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
     small = overrides(name, settings, folder)

@@ -17,6 +17,7 @@ WORKER = Path(__file__).with_name("zero3_worker.py")
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 def test_every_weight_arrives(tmp_path: Path):
     """Renamed, split and fused ones, a tied head and buffers, from both forms."""
