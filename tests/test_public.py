@@ -131,7 +131,7 @@ _TRAJECTORY = (
     "value_model value_learning_rate value_clip value_loss_weight value_trains_trunk value_target value_rewards "
     "gae_lambda gae_gamma"
 )
-_FROZEN = "unmasking_policy policy_temperature speed speed_alpha step_average policy_entropy"
+_FROZEN = "policy_path policy_temperature speed speed_alpha step_average policy_entropy"
 SETTINGS = {
     "BGPOConfig": "num_views stratify complement",
     **dict.fromkeys(

@@ -8,20 +8,19 @@ Student's at 95%, of the seeds of training on the same test rows.
 from __future__ import annotations
 
 import functools
-import json
 import operator
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.proving_ground.plots import plot_details, plot_gains
+from benchmarks.proving_ground.results import Group, Result, Results, ordered, pass_of, solved
 from benchmarks.proving_ground.settings import (
     ALGORITHMS,
     EVERY_LINE,
     LINES,
-    MODELS,
     ON_ALL_KINDS,
     QUESTIONS,
     RESULTS,
@@ -48,39 +47,6 @@ SEEDS = 3
 MISSING = "–"
 NOTHING = "No run is there yet."
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-Result = Mapping[str, Any]
-Group = tuple[str, str, str]  # task, model, budget
-
-
-class Results:
-    """What is there: by task, model and budget the runs of each line or variation, in the order of seeds."""
-
-    def __init__(self, folder: Path = RESULTS) -> None:
-        self.before: dict[tuple[str, str], Result] = {}
-        self.runs: dict[Group, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
-        self.given_up: list[Result] = []
-        for path in sorted(folder.glob("*/*/*.json")):
-            found = json.loads(path.read_text())
-            if found["name"] == "before":
-                self.before[found["task"], found["model"]] = found
-            elif "given_up" in found:
-                self.given_up.append(found)
-            else:
-                self.runs[found["task"], found["model"], found["budget"]][found["name"]].append(found)
-
-    def groups(self) -> list[Group]:
-        """In the order of the settings."""
-        order = {name: place for place, name in enumerate([*TASKS, *MODELS, "completions", "positions"])}
-        return sorted(self.runs, key=lambda group: [order[name] for name in group])
-
-    def values(self, group: Group, name: str, read: Callable[[Result], float]) -> list[float]:
-        return [read(found["measured"]) for found in self.runs[group].get(name, ())]
-
-    def gains(self, group: Group, name: str, speed: str = str(TRAINED)) -> list[float]:
-        """Points gained on the same test rows, by seed."""
-        start = solved(speed)(self.before[group[:2]]["measured"])
-        return [100 * (value - start) for value in self.values(group, name, solved(speed))]
 
 
 def report(folder: Path = RESULTS, page: Path = PAGE, figure: Path = FIGURE) -> None:
@@ -146,7 +112,7 @@ def overview(results: Results) -> str:
     if not groups:
         return NOTHING
     rows = [["start: solved", *(_rate(results.before[group[:2]], str(TRAINED)) for group in groups)]]
-    for name in _ordered(results, groups):
+    for name in ordered(results, groups):
         rows.append([LINES[name].title, *(interval(results.gains(group, name)) for group in groups)])
     text = markdown(["points gained at 4 tokens per step", *(f"{task}, {model}" for task, model, _ in groups)], rows)
     return "\n\n".join([text, *_notes(results, groups)])
@@ -159,9 +125,9 @@ def of_group(group: Group, results: Results) -> str:
         return NOTHING
     speeds = list(start["measured"]["solved"])
     accuracy = [["start", "", *(_rate(start, speed) for speed in speeds), *_speed([start])]]
-    passes = [f"{_pass(pass_at, k, start):.3f} ± {_pass(pass_half, k, start):.3f}" for k in (1, 8)]
+    passes = [f"{pass_of(pass_at, k, start):.3f} ± {pass_of(pass_half, k, start):.3f}" for k in (1, 8)]
     nature = [["start", *passes, *_nature([start])[2:], "", "", ""]]
-    for name in _ordered(results, [group]):
+    for name in ordered(results, [group]):
         found = results.runs[group].get(name, [])
         gains = results.gains(group, name)
         spread = f", {min(gains):+.1f} to {max(gains):+.1f}" if len(gains) > 1 else ""
@@ -347,10 +313,6 @@ def _quick(found: Result) -> Mapping[str, Any]:
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def solved(speed: str) -> Callable[[Result], float]:
-    return lambda measured: measured["solved"][speed]["solved"]
-
-
 def interval(values: Sequence[float], form: str = ".1f") -> str:
     """The mean and Student's interval; of a single value no interval, of none the sign for it."""
     if not values:
@@ -385,7 +347,7 @@ def _speed(found: Sequence[Result]) -> list[str]:
 
 
 def _nature(found: Sequence[Result]) -> list[str]:
-    cells = [_mean(found, functools.partial(_pass, pass_at, k), spread=True) for k in (1, 8)]
+    cells = [_mean(found, functools.partial(pass_of, pass_at, k), spread=True) for k in (1, 8)]
     cells.append(_mean(found, at("measured", "drawn", "length"), ".1f"))
     cells += [_mean(found, at("measured", "drawn", name)) for name in ("ended", "empty")]
     return [*cells, _mean(found, at("measured", "drift", 0), "+.2f", spread=True)]
@@ -396,28 +358,12 @@ def at(*keys: Any) -> Callable[[Result], float]:
     return lambda result: functools.reduce(operator.getitem, keys, result)  # type: ignore[arg-type, return-value]
 
 
-def _pass(of: Callable[[Sequence[int], int], float], k: int, result: Result) -> float:
-    """pass@k, or its interval; of all completions where there are fewer."""
-    right = result["measured"]["drawn"]["right"]
-    return of(right, min(k, len(right) - 1))
-
-
 PRICE = ("completions", "positions fed, M", "CPU s")
 
 
 def _price(found: Sequence[Result]) -> list[str]:
     fed = _mean(found, lambda r: sum(r["positions"].values()) / 1e6, ".2f")
     return [_mean(found, at("completions"), ".0f"), fed, _mean(found, at("cpu_seconds"), ".0f")]
-
-
-def _ordered(results: Results, groups: Sequence[Group]) -> list[str]:
-    """Lines by their mean gain, the highest first; those without a run last."""
-
-    def gain(name: str) -> float:
-        gains = [mean(results.gains(group, name)) for group in groups if results.runs[group].get(name)]
-        return mean(gains) if gains else float("-inf")
-
-    return sorted(LINES, key=gain, reverse=True)
 
 
 def _notes(results: Results, groups: Sequence[Group]) -> list[str]:
@@ -445,89 +391,3 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-# --- plots ------------------------------------------------------------------------------------------------------------
-
-
-def plot_gains(results: Results, path: Path) -> None:
-    """Points gained at the speed of training by every line, with full attention: a panel for each task that most
-    lines have run on."""
-    groups = [
-        group
-        for group in results.groups()
-        if group[1:] == ("full", "completions") and 2 * sum(name in LINES for name in results.runs[group]) > len(LINES)
-    ] or results.groups()[:1]
-    names = [name for name in reversed(_ordered(results, groups)) if any(results.runs[g].get(name) for g in groups)]
-    figure, [panels] = _figure(len(groups), height=1.2 + 0.26 * len(names))
-    for axes, group in zip(panels, groups, strict=True):
-        for place, name in enumerate(names):
-            gains = results.gains(group, name)
-            if not gains:
-                axes.text(0, place, " not run", va="center", fontsize="x-small", color="0.5")
-                continue
-            color = "tab:blue" if name in ALGORITHMS else "0.5"
-            axes.barh(place, mean(gains), color=color, alpha=0.45)
-            axes.plot(gains, [place] * len(gains), "o", color=color, markersize=3)
-            if len(gains) > 1:
-                axes.errorbar(mean(gains), place, xerr=student_half(gains), color="0.2", capsize=2, linewidth=0.8)
-        low, high = (f([0.0, *(v for n in names for v in results.gains(group, n))]) for f in (min, max))
-        axes.set_xlim(low - 0.15 * (high - low) - 1, high + 0.15 * (high - low) + 1)
-        axes.axvline(0, color="0.3", linewidth=0.8)
-        start = 100 * solved(str(TRAINED))(results.before[group[:2]]["measured"])
-        axes.set_title(f"{group[0]} (from {start:.0f}%)", fontsize="medium")
-        axes.set_xlabel("points gained at 4 tokens per step")
-    panels[0].set_yticks(range(len(names)), [LINES[name].title for name in names])
-    _save(figure, path)
-
-
-def plot_details(results: Results, path: Path) -> None:
-    """By task, on the full-attention model: accuracy over speed, learning curves, and how different completions are."""
-    groups = [group for group in results.groups() if group[1:] == ("full", "completions")] or results.groups()[:1]
-    figure, panels = _figure(3, rows=len(groups), height=3.4 * len(groups), share=False)
-    for row, group in zip(panels, groups, strict=True):
-        start = results.before[group[:2]]["measured"]
-        speeds = [speed for speed in start["solved"] if speed != "threshold"]
-        row[0].plot(range(len(speeds)), [solved(s)(start) for s in speeds], "k--", label="start")
-        row[2].plot(*_passes(results.before[group[:2]]), "kx", label="start")
-        for place, name in enumerate(LINES):
-            found = results.runs[group].get(name, [])
-            if not found:
-                continue
-            look = {"color": f"C{place % 10}", "linestyle": ("-", ":")[place >= 10], "label": LINES[name].title}
-            row[0].plot(range(len(speeds)), [mean(results.values(group, name, solved(s))) for s in speeds], **look)
-            points = [mean(values) for values in zip(*(r["learning_curve"]["solved"] for r in found), strict=False)]
-            used = [0.0, *found[0]["learning_curve"]["used"][: len(points)]]
-            row[1].plot(used, [results.before[group[:2]]["validation"], *points], **look)
-            each = [mean(values) for values in zip(*map(_passes, found), strict=True)]
-            row[2].plot(*each, "o" if place < 10 else "^", color=look["color"])
-        row[0].set_xticks(range(len(speeds)), speeds)
-        row[0].set(xlabel="tokens per step", ylabel=f"{group[0]}: test rows solved")
-        row[1].set(xlabel="share of the budget", ylabel="validation rows solved at 4 tokens per step")
-        row[2].set(xlabel="pass@1", ylabel="pass@8, both at temperature 1")
-        row[1].legend(fontsize=5)
-    _save(figure, path)
-
-
-def _passes(result: Result) -> tuple[float, float]:
-    return _pass(pass_at, 1, result), _pass(pass_at, 8, result)
-
-
-def _figure(columns: int, rows: int = 1, height: float = 4.0, share: bool = True) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (4.2 * columns + 1.0, height)
-    figure, panels = pyplot.subplots(rows, columns, figsize=size, layout="constrained", sharey=share, squeeze=False)
-    return figure, panels
-
-
-def _save(figure: Any, path: Path) -> None:
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    from matplotlib import pyplot
-
-    pyplot.close(figure)

@@ -93,8 +93,7 @@ class BernoulliUnmaskingTrainer(FrozenModelTrainer):
     def check_policy(self, policy: UnmaskingPolicy) -> None:
         """It has to be of this kind; its sizes are its own."""
         if not isinstance(policy, BernoulliPolicy):
-            path = self.args.unmasking_policy
-            raise ValueError(f"unmasking_policy={path!r} is of kind {policy.kind!r}, not 'bernoulli'")
+            raise ValueError(f"{self.first_policy} is of kind {policy.kind!r}, not 'bernoulli'; start from another one")
         self.check_sizes(policy, hidden_size="policy_hidden_size", heads="policy_heads")
 
     def choices(self, features: Tensor, allowed: Tensor, chosen: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

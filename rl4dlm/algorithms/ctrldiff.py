@@ -102,12 +102,13 @@ class CtrlDiffTrainer(FrozenModelTrainer):
 
     def check_policy(self, policy: UnmaskingPolicy) -> None:
         """It has to choose among the sizes of the settings."""
-        path = self.args.unmasking_policy
         if not isinstance(policy, LearnedSizes):
-            raise ValueError(f"unmasking_policy={path!r} is of kind {policy.kind!r}, not 'block_sizes'")
+            raise ValueError(
+                f"{self.first_policy} is of kind {policy.kind!r}, not 'block_sizes'; start from another one"
+            )
         if list(policy.sizes) != list(self.args.block_sizes):
             raise ValueError(
-                f"unmasking_policy={path!r} chooses among {list(policy.sizes)}, but block_sizes={self.args.block_sizes}"
+                f"{self.first_policy} chooses among {list(policy.sizes)}, but block_sizes={self.args.block_sizes}"
             )
         self.check_sizes(policy, hidden="policy_hidden_size")
 

@@ -60,6 +60,7 @@ from torch.nn.functional import logsigmoid
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.scoring import ViewScores
 from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.distributions import (
     DIVERGENCES,
@@ -78,7 +79,7 @@ from rl4dlm.training.checks import check_columns, check_prompt
 from rl4dlm.training.corpus import COMPLETION, check_corpus, completion_ids, corpus_rollout, told_prompt, told_prompts
 from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.self_distillation import SelfDistillationConfig
-from rl4dlm.training.setup import base_model, of_noise, swapped
+from rl4dlm.training.setup import of_noise, swapped
 from rl4dlm.training.teaching import TeachingTrainer, Told
 from rl4dlm.training.trainer import DiffusionPolicyConfig
 

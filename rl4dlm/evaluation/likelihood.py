@@ -23,6 +23,7 @@ from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.uniform import UniformNoise
 from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.attention import BLOCK_KINDS, LEFT_TO_RIGHT
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
@@ -286,7 +287,7 @@ def _rows(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], spec: Diffus
     device = model.device
     width = max(len(prompt) for prompt, _ in pairs)
     length = max(len(continuation) for _, continuation in pairs)
-    whole = denoises_canvases(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    whole = denoises_canvases(base_model(model))
     if whole:  # canvases are denoised whole: what is behind the continuation is noise, and counts for nothing
         assert spec.block_length is not None
         length = -(-length // spec.block_length) * spec.block_length

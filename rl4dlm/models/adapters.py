@@ -13,6 +13,11 @@ from rl4dlm.models.layout import EXPERTS_DOWN, EXPERTS_UP
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+def base_model(model: Any) -> Any:
+    """The `PreTrainedModel` inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_adapter(model: Any, peft_config: Any) -> None:
     """Raises ValueError when `target_modules` name expert projections, which are no modules here.
 
@@ -24,7 +29,7 @@ def check_adapter(model: Any, peft_config: Any) -> None:
         model: unwrapped, or a `PeftModel`.
         peft_config: what is to be applied to it; one without `target_modules` passes.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     containers = experts_of(base)
     targets = getattr(peft_config, "target_modules", None)
     if not containers or not targets:

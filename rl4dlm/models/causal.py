@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.scoring import check_head, reduce_hidden
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +45,7 @@ def check_causal(causal: Any, denoiser: Any) -> None:
         ValueError: it is a denoiser itself, its vocabulary is not of the same size, as it is for models with one
             tokenizer, or its logits are not its head applied to its last hidden state.
     """
-    base = _base(causal)
+    base = base_model(causal)
     if getattr(base.config, "is_causal", True) is False or getattr(base.config, "diffusion", None) is not None:
         raise ValueError(f"{type(base).__name__} is a denoiser (its attention is not causal); a causal model is needed")
     sizes = [model.config.get_text_config().vocab_size for model in (causal, denoiser)]
@@ -88,7 +89,7 @@ def judge(causal: Any, prompts: Sequence[list[int]], canvas: Tensor, wanted: Ten
         texts[row, len(prompt) : len(prompt) + canvas.shape[1]] = canvas[row]
     if causal.device != device:
         causal.to(device)
-    base = _base(causal)
+    base = base_model(causal)
     hidden = base.base_model(input_ids=texts[:, :width], use_cache=False).last_hidden_state  # [R, T, D]
     tokens = texts[rows, columns]  # [n]
     (values,) = reduce_hidden(
@@ -102,7 +103,3 @@ def judge(causal: Any, prompts: Sequence[list[int]], canvas: Tensor, wanted: Ten
 def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     """A measure: the log-probability of each token."""
     return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rl4dlm.files import writing_folder
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.checkpoint import dtype_name, listed, read_json, write_checkpoint
 from rl4dlm.models.families import FAMILIES
 from rl4dlm.models.family import RECORD, Family
@@ -60,7 +61,7 @@ def save_denoiser(
         raise ValueError(
             f"dtype={dtype!r} is not allowed with form={form!r}; it is for form='hub' and one of {', '.join(_DTYPES)}"
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     if not lacks_mask_token(base.config):
         DiffusionSpec.of(base)
     if form == "hub":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.attention import (
     BLOCK_KINDS,
     Sight,
@@ -100,7 +101,7 @@ def attach_scoring(model: Any) -> Any:
         ValueError: the model has no spec, its attention implementation cannot run its attention kind, or its logits
             are not its head applied to its last hidden state.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     if getattr(base, "_scores_positions", False):
         return model
     spec = DiffusionSpec.of(base)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from rl4dlm.models.adapters import base_model
+
 logger = logging.getLogger(__name__)
 
 TAUGHT = "diffusion_taught"
@@ -35,7 +37,7 @@ def canvas_problem(config: Any, canvas_length: int) -> str | None:
 
 def warn_of_canvas(model: Any, canvas_length: int) -> None:
     """Logs `canvas_problem` of a model, wrapped in an adapter or not, as a warning."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     problem = canvas_problem(base.config, canvas_length)
     if problem is not None:
         logger.warning("%s", problem)

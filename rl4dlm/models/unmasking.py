@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from rl4dlm.files import writing
+from rl4dlm.models.adapters import base_model
 
 ATTRIBUTE = "unmasking_policy"
 """Where a model has its policy."""
@@ -24,7 +25,7 @@ POLICY_FILE = "unmasking_policy.safetensors"
 
 def policy_file(model: Any) -> Path | None:
     """The file of the policy in the folder that a model, or the adapter on it, was loaded from; None: there is none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     for part in (model, base):  # an adapter's folder before that of its base
         folder = getattr(part, "loaded_from", None)
         if folder is not None and Path(folder, POLICY_FILE).is_file():
@@ -34,7 +35,7 @@ def policy_file(model: Any) -> Path | None:
 
 def write_policy(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes the policy of a model into a folder that the model is saved in: that on it, or else a copy of its file."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     policy, file = getattr(base, ATTRIBUTE, None), policy_file(model)
     target = Path(folder, POLICY_FILE)
     if policy is not None:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rl4dlm.models.adapters import base_model
+
 VALUE_FILE = "value_head.safetensors"
 """What a folder with a model has its value head in."""
 
@@ -69,7 +71,7 @@ def attach_value_head(model: Any, *, trains_trunk: bool = False) -> ValueHead:
     Attach it before the model is wrapped in anything that looks at parameters (DDP, an optimizer). An earlier head is
     replaced.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     like = base.get_input_embeddings().weight
     dtype = torch.promote_types(like.dtype, torch.float32)
     size = base.config.get_text_config().hidden_size

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rl4dlm.models.adapters import base_model
+
 
 def check_backend(name: str, value: str | None) -> None:
     """Raises ValueError for a setting that is neither None nor a backend of `torch.compile`."""
@@ -34,7 +36,7 @@ def compiled(model: Any, backend: str | None) -> Iterator[None]:
     if backend is None:
         yield
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     trunk = base.base_model
     own = trunk.__dict__.get("forward")
     trunk.forward = torch.compile(trunk.forward, backend=backend)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.attention import Sight, attention_mask
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.scoring import attach_scoring
@@ -82,7 +83,7 @@ class RolloutEngine:
             given, true = getattr(self.spec, name), getattr(own, name)
             if given != true:
                 raise ValueError(f"spec has {name}={given!r}, but the model says {name}={true!r}")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         if self.spec.noise == "uniform" and not denoises_canvases(base):
             raise ValueError(
                 f"noise='uniform' can be decoded with models that denoise a canvas over an encoded prefix only "

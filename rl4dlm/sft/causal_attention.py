@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.recorded import Recorded, check_layers, recorded_attention
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.sft.data import text_of
-from rl4dlm.training.setup import base_model
 
 COLUMN = "causal_edges"
 """Column of pairs of an effect and its cause, each a pair of start and stop in characters of the text."""

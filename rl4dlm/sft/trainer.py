@@ -39,6 +39,7 @@ from rl4dlm.likelihood.denoising import denoising_views, hiding, places_of
 from rl4dlm.likelihood.scoring import ViewScores, score_views
 from rl4dlm.likelihood.turns import by_turn
 from rl4dlm.likelihood.views import Views
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.models.taught import record_taught
@@ -64,7 +65,7 @@ from rl4dlm.training.contract import check_contract
 from rl4dlm.training.guard import GuardedTrainer
 from rl4dlm.training.losses import denoising_cross_entropy
 from rl4dlm.training.model_card import base_name, model_card
-from rl4dlm.training.setup import base_model, prepared, swapped, tokenizer_for
+from rl4dlm.training.setup import prepared, swapped, tokenizer_for
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
 from rl4dlm.rollout.policies.policy import UnmaskingPolicy, attach_policy
-from rl4dlm.rollout.policies.saving import load_policy, load_weights
+from rl4dlm.rollout.policies.saving import POLICY_FILE, load_policy, load_weights, policy_of
 from rl4dlm.rollout.rollout import Rollout
 from rl4dlm.tasks.base import Task
 from rl4dlm.training.advantages import scaled
@@ -71,7 +71,8 @@ class FrozenModelConfig(DiffusionPolicyConfig):
     """Settings of trainers of unmasking policies: those of `DiffusionPolicyConfig`, with these added.
 
     Args:
-        unmasking_policy: the path of a saved policy to go on with, or of its folder; None: a new one.
+        policy_path: a saved policy to start from, the file or its folder; None: that of the model's folder, or else a
+            new one.
         policy_temperature: T, which divides utilities in draws and in the loss.
         speed: how forwards count in the reward, see the module. speed_alpha: alpha.
         step_average: `"mean"` or `"sum"`, over the steps at which the policy was asked.
@@ -86,8 +87,8 @@ class FrozenModelConfig(DiffusionPolicyConfig):
     own_arguments: ClassVar[tuple[str, ...]] = ("policy", "policy_temperature")
     """Those of its arguments that have settings of their own here."""
 
-    unmasking_policy: str | None = field(
-        default=None, metadata={"help": "Path of a saved policy to go on with, or its folder. Default: a new one."}
+    policy_path: str | None = field(
+        default=None, metadata={"help": "Saved unmasking policy to start from. Default: the model's, or a new one."}
     )
     policy_temperature: float = field(
         default=1.0, metadata={"help": "Divides the policy's utilities, in draws and in the loss."}
@@ -188,6 +189,12 @@ class FrozenModelTrainer(DiffusionPolicyTrainer):
     def check_policy(self, policy: UnmaskingPolicy) -> None:
         """Raises ValueError for a saved policy that is another one than the settings say."""
 
+    @property
+    def first_policy(self) -> str:
+        """Which saved policy it starts from, for errors about it."""
+        path = self.args.policy_path
+        return f"the unmasking policy of the model ({POLICY_FILE})" if path is None else f"policy_path={path!r}"
+
     def check_sizes(self, policy: UnmaskingPolicy, **named: str) -> None:
         """Raises ValueError for settings of a new policy that were set, and that a saved one does not have.
 
@@ -198,8 +205,8 @@ class FrozenModelTrainer(DiffusionPolicyTrainer):
             value, own = getattr(self.args, name), policy.settings[setting]
             if value not in (own, getattr(type(self.args), name)):
                 raise ValueError(
-                    f"{name}={value!r} contradicts unmasking_policy={self.args.unmasking_policy!r}, which has {own!r}; "
-                    "leave it out, or start from another policy"
+                    f"{name}={value!r} contradicts {self.first_policy}, which has {own!r}; leave it out, or start from "
+                    "another policy"
                 )
 
     @abstractmethod
@@ -215,11 +222,13 @@ class FrozenModelTrainer(DiffusionPolicyTrainer):
 
     def _decoding_for(self, credit: Credit | None) -> DecodingConfig:
         found = super()._decoding_for(credit)
-        if self.args.unmasking_policy is None:
+        path = self.args.policy_path
+        first = policy_of(self.model) if path is None else load_policy(path)
+        if first is None:
             self.policy = self.build_policy()
         else:
-            self.policy = load_policy(self.args.unmasking_policy).to(torch.float64)
-            self.check_policy(self.policy)
+            self.check_policy(first)
+            self.policy = first.to(torch.float64)
         return self._decided_by(found, self.policy)
 
     def _decided_by(self, decoding: DecodingConfig, policy: Any, **arguments: Any) -> DecodingConfig:

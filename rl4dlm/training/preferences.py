@@ -20,6 +20,7 @@ from torch import Tensor
 from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.scoring import score_views
 from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.rollout.decoding import DecodingConfig
@@ -28,7 +29,7 @@ from rl4dlm.training.checkpoints import CheckpointingTrainer
 from rl4dlm.training.guard import MAX_SKIPPED_STEPS, GuardedTrainer
 from rl4dlm.training.model_card import base_name, model_card
 from rl4dlm.training.moving_reference import MovingReferenceTrainer
-from rl4dlm.training.setup import base_model, copy_of, prepared, swapped, tokenizer_for
+from rl4dlm.training.setup import copy_of, prepared, swapped, tokenizer_for
 
 NAMES = ("create_model_from_path", "disable_gradient_checkpointing", "use_adapter")
 """Functions in the module of a TRL trainer on preferences that are used or replaced here."""

@@ -18,7 +18,7 @@ from rl4dlm.likelihood.estimator import Estimator
 from rl4dlm.likelihood.mean_field import MeanField
 from rl4dlm.likelihood.uniform import UniformMeanField, UniformNoise
 from rl4dlm.models import tokens
-from rl4dlm.models.adapters import check_adapter
+from rl4dlm.models.adapters import base_model, check_adapter
 from rl4dlm.models.canvas import denoises_canvases
 from rl4dlm.models.families import FAMILIES
 from rl4dlm.models.family import RECORD
@@ -96,11 +96,6 @@ def tokenizer_for(model: Any, options: Mapping[str, Any] | None = None) -> Any:
     # The model's own spec counts, not what its folder says: it may have been set in memory.
     family = FAMILIES.get((getattr(base.config, RECORD, None) or {}).get("family", ""))
     return tokens.load_tokenizer(local_folder(base.name_or_path), family, DiffusionSpec.of(base).mask_token_id)
-
-
-def base_model(model: Any) -> Any:
-    """The `PreTrainedModel` inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def mean_field(model: Any, p_mask_prompt: float, scope: str) -> Estimator:

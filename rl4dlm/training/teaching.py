@@ -20,6 +20,7 @@ from rl4dlm.likelihood.masks import RowNoise, in_scope
 from rl4dlm.likelihood.scoring import reduce_views
 from rl4dlm.likelihood.student_states import teacher_views
 from rl4dlm.likelihood.views import Rows, Views
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.distributions import (
     Draws,
     HiddenStates,
@@ -31,7 +32,7 @@ from rl4dlm.models.distributions import (
 from rl4dlm.models.scoring import logits_of
 from rl4dlm.models.spec import DiffusionSpec
 from rl4dlm.training.self_distillation import SelfDistillationConfig
-from rl4dlm.training.setup import base_model, swapped
+from rl4dlm.training.setup import swapped
 from rl4dlm.training.trainer import DiffusionPolicyTrainer
 
 

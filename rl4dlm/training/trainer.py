@@ -19,6 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rl4dlm.likelihood.estimator import Estimator
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.attention import BLOCK_KINDS
 from rl4dlm.models.loading import check_tokenizer, load_denoiser
 from rl4dlm.models.spec import DiffusionSpec
@@ -49,7 +50,7 @@ from rl4dlm.training.loss_parts import PolicyScores
 from rl4dlm.training.metrics import rollout_metrics
 from rl4dlm.training.model_card import base_name, model_card
 from rl4dlm.training.scores import rows_of
-from rl4dlm.training.setup import base_model, copy_of, prepared, swapped, tokenizer_for
+from rl4dlm.training.setup import copy_of, prepared, swapped, tokenizer_for
 
 __all__ = ["DiffusionPolicyConfig", "DiffusionPolicyTrainer", "PolicyScores", "rows_of"]
 

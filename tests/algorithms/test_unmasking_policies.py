@@ -320,9 +320,17 @@ def test_a_policy_is_saved_with_its_model_and_gone_on_with(build_trainer: Any, t
     for name, value in trainer.policy.state_dict().items():
         assert torch.equal(saved.state_dict()[name], value)
     more = build(
-        functools.partial(build_trainer, tmp_path / "more"), kind, unmasking_policy=str(tmp_path / "saved"), max_steps=1
+        functools.partial(build_trainer, tmp_path / "more"), kind, policy_path=str(tmp_path / "saved"), max_steps=1
     )
     assert torch.equal(next(more.policy.parameters()), next(trainer.policy.parameters()))
+    # That of the model's own folder is not replaced by a new one, unless it is of another kind, which is said.
+    own = build(functools.partial(build_trainer, tmp_path / "own", load_denoiser(tmp_path / "saved")), kind)
+    assert torch.equal(next(own.policy.parameters()), next(trainer.policy.parameters()))
+    (other,) = {*KINDS} - {kind}
+    with pytest.raises(
+        ValueError, match=r"the unmasking policy of the model \(unmasking_policy.safetensors\) is of kind"
+    ):
+        build(functools.partial(build_trainer, tmp_path / "other", load_denoiser(tmp_path / "saved")), other)
     more.train()
     more.create_model_card()
     card = (tmp_path / "more" / "README.md").read_text()
@@ -388,16 +396,16 @@ def test_other_refusals(make_trainer: Any, tmp_path: Path) -> None:
         build(make_trainer, "bernoulli", peft_config=LoraConfig(target_modules=["q_proj"]))
     save_policy(fresh(LearnedSizes((1, 2)), seed=0, dtype=torch.float64), tmp_path)
     with pytest.raises(ValueError, match="is of kind 'block_sizes', not 'bernoulli'"):
-        build(make_trainer, "bernoulli", unmasking_policy=str(tmp_path))
+        build(make_trainer, "bernoulli", policy_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"chooses among \[1, 2\], but block_sizes=\[1, 2, 4\]"):
-        build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path))
-    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts unmasking_policy=.*, which has 32"):
-        build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path), block_sizes=[1, 2], policy_hidden_size=16)
+        build(make_trainer, "ctrldiff", policy_path=str(tmp_path))
+    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts policy_path=.*, which has 32"):
+        build(make_trainer, "ctrldiff", policy_path=str(tmp_path), block_sizes=[1, 2], policy_hidden_size=16)
     save_policy(fresh(BernoulliPolicy(hidden_size=4), seed=0, dtype=torch.float64), tmp_path)
     with pytest.raises(ValueError, match="is of kind 'bernoulli', not 'block_sizes'"):
-        build(make_trainer, "ctrldiff", unmasking_policy=str(tmp_path))
-    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts unmasking_policy=.*, which has 4"):
-        build(make_trainer, "bernoulli", unmasking_policy=str(tmp_path))
+        build(make_trainer, "ctrldiff", policy_path=str(tmp_path))
+    with pytest.raises(ValueError, match="policy_hidden_size=16 contradicts policy_path=.*, which has 4"):
+        build(make_trainer, "bernoulli", policy_path=str(tmp_path))
     optimizer = torch.optim.SGD(tiny_llada().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizers=... is not supported"):
         BernoulliUnmaskingTrainer(tiny_llada(), always, None, optimizers=(optimizer, None))

@@ -12,7 +12,8 @@ import pytest
 
 import rl4dlm
 from benchmarks.proving_ground import run as runs, settings
-from benchmarks.proving_ground.report import Results, table
+from benchmarks.proving_ground.report import table
+from benchmarks.proving_ground.results import Results
 from benchmarks.proving_ground.settings import EVERY_LINE, LINES, TASKS, VARIANTS, Run, Scale
 from benchmarks.proving_ground.unmasking import above_front, best_fixed, front
 from rl4dlm import save_denoiser, tiny_llada, tiny_tokenizer
@@ -197,7 +198,7 @@ def test_the_report_shows_what_is_there_and_what_is_missing(tmp_path: Path) -> N
 
 
 def test_the_page_shows_the_results_that_are_there() -> None:
-    from benchmarks.proving_ground.report import PAGE, Results, everything, filled
+    from benchmarks.proving_ground.report import PAGE, everything, filled
 
     results = Results()
     assert filled(PAGE.read_text(), results) == PAGE.read_text(), "run python benchmarks/algorithms.py --report"
@@ -216,6 +217,19 @@ def test_the_page_has_the_orders_that_nobody_has_learnt() -> None:
     before = json.loads((settings.RESULTS / "few_clue_sudoku" / "full" / "before.json").read_text())["measured"]
     for speed, rate in found["low_confidence"].items():
         assert rate == pytest.approx(before["solved"][speed]["solved"], abs=1e-4)
+
+
+def test_the_page_has_the_blocks_that_nobody_has_learnt() -> None:
+    from benchmarks.fixed_orders import RESULT
+    from benchmarks.proving_ground.report import PAGE
+
+    found = json.loads(RESULT.read_text())["countdown_small, blocks"]
+    for name in ("0.9 sure in blocks of 16", "0.8 sure in blocks of 32"):
+        forwards, rate = found[name]
+        words = f"{rate:.3f} with {forwards:.2f}"
+        assert words in " ".join(PAGE.read_text().split()), words
+    before = json.loads((settings.RESULTS / "countdown_small" / "full" / "before.json").read_text())["measured"]
+    assert found["0.9 sure in blocks of 8"][1] == pytest.approx(before["solved"]["threshold"]["solved"], abs=1e-4)
 
 
 def test_results_are_small() -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl4dlm.files import writing_folder
+from rl4dlm.models.adapters import base_model
 
 FILE = "weights.safetensors"
 KEPT = 2
@@ -55,7 +56,7 @@ def check_name(name: Any) -> str:
 
 def check_sendable(model: Any) -> None:
     """Raises ValueError for a policy whose weights a server could not compute with."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     if getattr(base, "is_quantized", False):
         raise ValueError("rollouts of a quantized policy cannot come from a server; load it unquantized")
     if hasattr(model, "peft_config"):
@@ -162,7 +163,7 @@ class Receiver:
 def fingerprint(model: Any) -> str:
     """A hash of names, shapes and some values of a model without its adapter, in bfloat16: the same for weights that
     were loaded in another dtype."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     digest = hashlib.sha256()
     named = {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): value

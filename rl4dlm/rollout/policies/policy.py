@@ -18,6 +18,7 @@ from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from rl4dlm.files import writing
+from rl4dlm.models.adapters import base_model
 from rl4dlm.models.unmasking import ATTRIBUTE
 
 FORMAT = "rl4dlm.unmasking_policy"
@@ -104,23 +105,18 @@ def fresh(policy: P, *, seed: int, dtype: torch.dtype = torch.float32, device: A
     return policy.to(device)
 
 
-def base_of(model: Any) -> Any:
-    """The model itself, where it is wrapped in an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def attach_policy(model: Any, policy: P) -> P:
     """Puts a policy on a model, wrapped in an adapter or not, and on its device; an earlier one is replaced.
 
     Attach it before the model is wrapped in anything that looks at parameters (DDP, an optimizer), and behind adapters,
     which would otherwise adapt it.
     """
-    base = base_of(model)
+    base = base_model(model)
     setattr(base, ATTRIBUTE, policy.to(base.get_input_embeddings().weight.device))
     return policy
 
 
 def attached_policy(model: Any) -> UnmaskingPolicy | None:
     """The policy on a model; None if it has none."""
-    found: UnmaskingPolicy | None = getattr(base_of(model), ATTRIBUTE, None)
+    found: UnmaskingPolicy | None = getattr(base_model(model), ATTRIBUTE, None)
     return found
